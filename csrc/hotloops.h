@@ -1,0 +1,46 @@
+/* The C interface of hotloops.
+ *
+ * Every kernel is `int hl_<kernel>_<f32|f64>(const hl_<kernel>_plan *plan, arrays...)`: the plan holds the sizes in the
+ * order in which the kernel's record names them (kernels/reference), then its scalars; the arrays are contiguous in C
+ * order, aligned and valid, inputs before outputs; an optional array may be NULL. A kernel checks nothing but what
+ * depends on data. It returns HL_OK, HL_NOMEM (no scratch memory; outputs undefined), HL_INTERRUPTED (Ctrl-C; outputs
+ * undefined) or HL_INVALID (data out of range, as the kernel states). Callable from any thread and after fork.
+ *
+ * What stands between the two markers is read by cffi: plain declarations and integer #defines only. */
+#ifndef HOTLOOPS_H
+#define HOTLOOPS_H
+#include <stddef.h>
+#include <stdint.h>
+/* cffi:begin */
+#define HL_OK 0
+#define HL_INVALID 1
+#define HL_NOMEM 2
+#define HL_INTERRUPTED 3
+
+const char *hl_isa_name(void);        /* the instruction set in use */
+const char *hl_isa_list(int i);       /* the i-th set that this CPU can run, from the lowest; NULL past the last */
+int hl_isa_select(const char *name);  /* NULL: the best; HL_INVALID when this CPU cannot run it */
+int hl_num_threads(int n);            /* sets the threads of the pool when n > 0; returns the number in force */
+const char *hl_algorithm(void);       /* what the last kernel on this thread picked, then forgets it; "" when nothing */
+
+/* ---- activation ---- */
+
+/* y = exp(x - max) / sum(exp(x - max)) over the middle axis. */
+typedef struct { int64_t M, K, I; } hl_softmax_plan;
+int hl_softmax_f32(const hl_softmax_plan *plan, const float *x, float *y);
+int hl_softmax_f64(const hl_softmax_plan *plan, const double *x, double *y);
+
+/* ---- attention ---- */
+
+/* ---- boxes ---- */
+
+/* ---- conv ---- */
+
+/* ---- linear ---- */
+
+/* ---- pool ---- */
+
+/* ---- rnn ---- */
+
+/* cffi:end */
+#endif

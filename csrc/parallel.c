@@ -1,0 +1,253 @@
+/* A small fork-safe thread pool, and the cache of scratch blocks.
+ *
+ * A job is (generation, chunks, next chunk) in one 64-bit ticket. Whoever claims a chunk runs it; the caller claims too
+ * and waits only for chunks already claimed, so that a worker asleep or descheduled never delays a job. Nested or
+ * concurrent callers find the pool busy and run their job alone. Workers spin for a bounded time, then sleep. */
+#define _GNU_SOURCE
+#include "parallel.h"
+#include "hotloops.h"
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_THREADS = 256, SPIN = 2000, MAX_CHUNKS = 0x7fff };
+
+int (*hl_poll)(void);
+
+static pthread_mutex_t job_lock = PTHREAD_MUTEX_INITIALIZER, sleep_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static int started, sleepers;
+static _Thread_local int inside; /* this thread holds job_lock (a signal handler that forks in a poll must not wait) */
+static atomic_int wanted, done, status;
+static _Atomic uint64_t ticket; /* generation:32 | chunks:16 | next:16 */
+static struct {
+    hl_chunk fn;
+    void *context;
+    int64_t n, grain;
+} job;
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int run_chunk(hl_chunk fn, void *context, int64_t i, int64_t n, int64_t grain)
+{
+    int64_t begin = i * grain, end = n - begin < grain ? n : begin + grain;
+    return fn(begin, end, context);
+}
+
+/* Claims and runs chunks until none is left; the caller also looks for Ctrl-C. */
+static void drain(int is_caller)
+{
+    double last = is_caller && hl_poll ? seconds() : 0.0;
+    uint64_t t = atomic_load_explicit(&ticket, memory_order_acquire);
+    for (;;) {
+        int next = (int)(t & 0xffff), chunks = (int)(t >> 16 & 0xffff);
+        if (next >= chunks) return;
+        if (!atomic_compare_exchange_weak_explicit(&ticket, &t, t + 1, memory_order_acq_rel, memory_order_acquire))
+            continue;
+        /* The job cannot end before this chunk does, so its fields stand still. */
+        if (atomic_load_explicit(&status, memory_order_relaxed) == HL_OK) {
+            int s = run_chunk(job.fn, job.context, next, job.n, job.grain);
+            if (is_caller && hl_poll && s == HL_OK && seconds() - last > 0.05) {
+                s = hl_poll();
+                last = seconds();
+            }
+            if (s != HL_OK) atomic_store_explicit(&status, s, memory_order_relaxed);
+        }
+        atomic_fetch_add_explicit(&done, 1, memory_order_release);
+        t = atomic_load_explicit(&ticket, memory_order_acquire);
+    }
+}
+
+static inline uint32_t generation(void)
+{
+    return (uint32_t)(atomic_load_explicit(&ticket, memory_order_acquire) >> 32);
+}
+
+static void *worker(void *argument)
+{
+    int index = (int)(intptr_t)argument; /* from 0; those past the number of threads asked for now stay idle */
+    uint32_t seen = 0;
+    for (;;) {
+        for (int s = 0; generation() == seen && s < SPIN; s++) relax();
+        if (generation() == seen) {
+            pthread_mutex_lock(&sleep_lock);
+            sleepers++;
+            while (generation() == seen) pthread_cond_wait(&wake, &sleep_lock);
+            sleepers--;
+            pthread_mutex_unlock(&sleep_lock);
+        }
+        seen = generation();
+        if (index < atomic_load(&wanted) - 1) drain(0);
+    }
+    return NULL;
+}
+
+int hl_num_threads(int n)
+{
+    if (n > 0) atomic_store(&wanted, n < MAX_THREADS ? n : MAX_THREADS);
+    int w = atomic_load(&wanted);
+    if (!w) {
+        cpu_set_t set;
+        w = sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+        w = w < 1 ? 1 : w > MAX_THREADS ? MAX_THREADS : w;
+        atomic_store(&wanted, w);
+    }
+    return w;
+}
+
+static int run_alone(int64_t n, int64_t grain, hl_chunk fn, void *context)
+{
+    double last = hl_poll ? seconds() : 0.0;
+    for (int64_t i = 0; i * grain < n; i++) {
+        int s = run_chunk(fn, context, i, n, grain);
+        if (s != HL_OK) return s;
+        if (hl_poll && seconds() - last > 0.05) {
+            s = hl_poll();
+            if (s != HL_OK) return s;
+            last = seconds();
+        }
+    }
+    return HL_OK;
+}
+
+int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context)
+{
+    if (n <= 0) return HL_OK;
+    if (grain < 1) grain = 1;
+    if (grain >= n) return fn(0, n, context);
+    if ((n - 1) / grain + 1 > MAX_CHUNKS) grain = (n - 1) / MAX_CHUNKS + 1;
+    int chunks = (int)((n - 1) / grain + 1), threads = hl_num_threads(0);
+    if (threads <= 1 || pthread_mutex_trylock(&job_lock)) return run_alone(n, grain, fn, context);
+
+    inside = 1;
+    uint32_t now = generation();
+    while (started < threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)started)) break;
+        pthread_detach(thread);
+        started++;
+    }
+    job.fn = fn;
+    job.context = context;
+    job.n = n;
+    job.grain = grain;
+    atomic_store_explicit(&done, 0, memory_order_relaxed);
+    atomic_store_explicit(&status, HL_OK, memory_order_relaxed);
+    atomic_store_explicit(&ticket, (uint64_t)(now + 1) << 32 | (uint64_t)chunks << 16, memory_order_release);
+    pthread_mutex_lock(&sleep_lock);
+    int asleep = sleepers;
+    pthread_mutex_unlock(&sleep_lock);
+    if (asleep) pthread_cond_broadcast(&wake);
+    drain(1);
+    for (int k = 0; atomic_load_explicit(&done, memory_order_acquire) < chunks; k++) {
+        if (k < SPIN) relax();
+        else sched_yield();
+    }
+    int result = atomic_load_explicit(&status, memory_order_relaxed);
+    inside = 0;
+    pthread_mutex_unlock(&job_lock);
+    return result;
+}
+
+/* ---- scratch blocks: a header of 64 bytes holds the size; the cache keeps the few that were used last ---- */
+
+enum { KEPT = 32, HEADER = 64 };
+#define KEPT_BYTES ((size_t)256 << 20)
+static pthread_mutex_t block_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct block {
+    size_t bytes;
+} *kept[KEPT];
+static size_t kept_bytes;
+
+void *hl_take(size_t bytes)
+{
+    if (bytes > SIZE_MAX - 8192) return NULL;
+    struct block *found = NULL;
+    pthread_mutex_lock(&block_lock);
+    int best = -1;
+    for (int i = 0; i < KEPT; i++) /* the smallest that fits and is not more than four times too large */
+        if (kept[i] && kept[i]->bytes >= bytes && kept[i]->bytes / 4 <= bytes + 4096 &&
+            (best < 0 || kept[i]->bytes < kept[best]->bytes))
+            best = i;
+    if (best >= 0) {
+        found = kept[best];
+        kept[best] = NULL;
+        kept_bytes -= found->bytes;
+    }
+    pthread_mutex_unlock(&block_lock);
+    if (!found) {
+        size_t size = (bytes + 4095) & ~(size_t)4095;
+        found = aligned_alloc(64, size + HEADER);
+        if (!found) return NULL;
+        found->bytes = size;
+    }
+    return (char *)found + HEADER;
+}
+
+void hl_give(void *memory)
+{
+    if (!memory) return;
+    struct block *block = (struct block *)((char *)memory - HEADER);
+    pthread_mutex_lock(&block_lock);
+    int slot = -1;
+    for (int i = 0; i < KEPT && slot < 0; i++)
+        if (!kept[i]) slot = i;
+    int keep = slot >= 0 && kept_bytes + block->bytes <= KEPT_BYTES;
+    if (keep) {
+        kept[slot] = block;
+        kept_bytes += block->bytes;
+    }
+    pthread_mutex_unlock(&block_lock);
+    if (!keep) free(block);
+}
+
+static _Thread_local const char *note = "";
+void hl_note(const char *algorithm) { note = algorithm; }
+const char *hl_algorithm(void)
+{
+    const char *n = note;
+    note = "";
+    return n;
+}
+
+/* ---- fork: the child starts with no workers and open locks ---- */
+
+static void before(void)
+{
+    if (!inside) pthread_mutex_lock(&job_lock);
+    pthread_mutex_lock(&sleep_lock);
+    pthread_mutex_lock(&block_lock);
+}
+static void in_parent(void)
+{
+    pthread_mutex_unlock(&block_lock);
+    pthread_mutex_unlock(&sleep_lock);
+    if (!inside) pthread_mutex_unlock(&job_lock);
+}
+static void in_child(void)
+{
+    pthread_mutex_init(&block_lock, NULL);
+    pthread_mutex_init(&sleep_lock, NULL);
+    pthread_mutex_init(&job_lock, NULL);
+    pthread_cond_init(&wake, NULL);
+    started = sleepers = 0;
+}
+__attribute__((constructor)) static void init(void) { pthread_atfork(before, in_parent, in_child); }

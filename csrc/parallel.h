@@ -1,0 +1,33 @@
+/* Threads and scratch memory, once. */
+#ifndef HL_PARALLEL_H
+#define HL_PARALLEL_H
+#include <stddef.h>
+#include <stdint.h>
+
+/* One chunk [begin, end) of the loop; returns a status: HL_OK, HL_NOMEM or HL_INTERRUPTED. */
+typedef int (*hl_chunk)(int64_t begin, int64_t end, void *context);
+
+/* Runs fn over [0, n) in chunks of `grain` items. The chunks depend on n and grain alone, never on the number of
+ * threads, so a result cannot either. One chunk, a nested call, or a pool that another thread uses: runs on the calling
+ * thread. Returns the first status that is not HL_OK. */
+int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context);
+
+/* How many items make a chunk worth handing to another thread (about 20 microseconds), from the work of one item in
+ * elementary operations (a float read, written or multiplied). */
+static inline int64_t hl_grain(double work_per_item)
+{
+    double g = 131072.0 / (work_per_item > 1.0 ? work_per_item : 1.0);
+    return g < 1.0 ? 1 : (int64_t)g;
+}
+
+/* Scratch: 64-byte aligned memory from a cache of blocks, so that a repeated call does not pay for fresh pages.
+ * NULL when there is none. Callable from a chunk. */
+void *hl_take(size_t bytes);
+void hl_give(void *block);
+
+/* What the kernel picked ("winograd 4x4"), for hl.explain; kept by the calling thread, a literal. */
+void hl_note(const char *algorithm);
+
+/* Asked every 50 ms by the thread that called; set by the extension module, NULL in plain C programs. */
+extern int (*hl_poll)(void);
+#endif

@@ -1,0 +1,116 @@
+/* Vectors, once: GCC/clang vector extensions at the width of the instruction set that a file is compiled for.
+ *
+ * meson defines  HL_ISA (baseline, avx2, avx512, neon), HL_VLEN (bytes; never more than the set has: a wider vector is
+ * ten times slower), HL_TYPE (f32, f64), real (float, double) and HL_F32. A family file is written once in terms of
+ * `real` and `vreal`; HL(name) gives each exported kernel its own symbol per type and set. */
+#ifndef HL_SIMD_H
+#define HL_SIMD_H
+#include "hotloops.h"
+#include "parallel.h"
+#include <math.h>
+#include <string.h>
+
+#define HL_PASTE_(a, b, c) hl_##a##_##b##_##c
+#define HL_PASTE(a, b, c) HL_PASTE_(a, b, c)
+#define HL(name) HL_PASTE(name, HL_TYPE, HL_ISA)
+
+#if HL_F32
+typedef int32_t ireal; /* the integer as wide as real */
+#define REAL_MAX 3.402823466e38f
+#else
+typedef int64_t ireal;
+#define REAL_MAX 1.7976931348623157e308
+#endif
+
+typedef real vreal __attribute__((vector_size(HL_VLEN)));
+typedef real vreal_u __attribute__((vector_size(HL_VLEN), aligned(sizeof(real)), may_alias));
+typedef ireal vint __attribute__((vector_size(HL_VLEN)));
+enum { LANES = HL_VLEN / (int)sizeof(real) };
+
+#if defined(__AVX512F__)
+#define HL_REGISTERS 32
+_Static_assert(HL_VLEN <= 64, "vectors wider than the instruction set");
+#elif defined(__AVX2__)
+#define HL_REGISTERS 16
+_Static_assert(HL_VLEN <= 32, "vectors wider than the instruction set");
+#elif defined(__aarch64__)
+#define HL_REGISTERS 32
+_Static_assert(HL_VLEN <= 16, "vectors wider than the instruction set");
+#else
+#define HL_REGISTERS 16
+_Static_assert(HL_VLEN <= 16, "vectors wider than the instruction set");
+#endif
+
+static inline __attribute__((always_inline)) vreal load(const real *p) { return *(const vreal_u *)p; }
+static inline __attribute__((always_inline)) void store(real *p, vreal v) { *(vreal_u *)p = v; }
+static inline __attribute__((always_inline)) vreal splat(real a) { return a - (vreal){0}; }
+
+/* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. */
+static inline vreal load_part(const real *p, int64_t n, real fill)
+{
+    union { vreal v; real a[LANES]; } u = {.v = splat(fill)};
+    memcpy(u.a, p, (size_t)n * sizeof(real));
+    return u.v;
+}
+static inline void store_part(real *p, int64_t n, vreal v)
+{
+    union { vreal v; real a[LANES]; } u = {.v = v};
+    memcpy(p, u.a, (size_t)n * sizeof(real));
+}
+
+/* Lanes of a where the mask is -1, of b where it is 0 (C has no vector ?:). */
+static inline __attribute__((always_inline)) vreal blend(vint mask, vreal a, vreal b)
+{
+    return (vreal)((mask & (vint)a) | (~mask & (vint)b));
+}
+/* b where a < b, else a: a NaN in a stays, a NaN in b is dropped. */
+static inline __attribute__((always_inline)) vreal vmax(vreal a, vreal b) { return blend(a < b, b, a); }
+static inline __attribute__((always_inline)) vreal vmin(vreal a, vreal b) { return blend(b < a, b, a); }
+
+/* Sums the lanes in a fixed tree, so that every call adds in the same order. */
+static inline real sum_lanes(vreal v)
+{
+    union { vreal v; real a[LANES]; } u = {.v = v};
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) u.a[i] += u.a[i + n];
+    return u.a[0];
+}
+static inline real max_lanes(vreal v)
+{
+    union { vreal v; real a[LANES]; } u = {.v = v};
+    real m = u.a[0];
+    for (int i = 1; i < LANES; i++)
+        if (m < u.a[i]) m = u.a[i];
+    return m;
+}
+
+/* A store past the cache where the set has one; p aligned to HL_VLEN. Fence with stream_end() before a result is read. */
+static inline __attribute__((always_inline)) void stream(real *p, vreal v)
+{
+#if defined(__AVX512F__) && HL_F32
+    __builtin_ia32_movntps512(p, v);
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntpd512(p, v);
+#elif defined(__AVX2__) && HL_F32
+    __builtin_ia32_movntps256(p, v);
+#elif defined(__AVX2__)
+    __builtin_ia32_movntpd256(p, v);
+#elif defined(__SSE2__) && HL_F32
+    __builtin_ia32_movntps(p, v);
+#elif defined(__SSE2__)
+    __builtin_ia32_movntpd(p, v);
+#else
+    *(vreal *)p = v;
+#endif
+}
+static inline void stream_end(void)
+{
+#if defined(__SSE2__)
+    __builtin_ia32_sfence();
+#endif
+}
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+#endif
