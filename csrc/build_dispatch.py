@@ -1,6 +1,6 @@
 """Writes dispatch.c from hotloops.h: one table of kernels per instruction set, one exported function per kernel.
 
-usage: build_dispatch.py hotloops.h dispatch.c ISA [ISA ...]   (lowest instruction set first)
+usage: build_dispatch.py hotloops.h dispatch.c ISA [ISA ...]
 """
 
 import re
@@ -10,12 +10,14 @@ header, output, *isas = sys.argv[1:]
 text = re.sub(r"/\*.*?\*/", "", open(header).read(), flags=re.S)
 prototypes = re.findall(r"^int (hl_\w+_f(?:32|64))\(([^)]*)\);", text, flags=re.M)
 
-USABLE = {
+USABLE = {  # lowest first
     "baseline": "1",
     "neon": "1",
     "avx2": '__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")',
     "avx512": " && ".join(f'__builtin_cpu_supports("avx512{x}")' for x in ("f", "bw", "dq", "vl", "cd")),
 }
+
+isas.sort(key=list(USABLE).index)  # meson hands the keys of a dictionary over in alphabetical order
 
 out = ["/* Made by build_dispatch.py from hotloops.h. */", '#include "hotloops.h"', "#include <stdlib.h>", "#include <string.h>"]
 for isa in isas:

@@ -38,6 +38,26 @@ int hl_softmax_f64(const hl_softmax_plan *plan, const double *x, double *y);
 
 /* ---- linear ---- */
 
+/* y[M,N] = x[M,K] w[N,K]^T + b[N]; b may be NULL. */
+typedef struct { int64_t M, K, N; } hl_linear_plan;
+int hl_linear_f32(const hl_linear_plan *plan, const float *x, const float *w, const float *b, float *y);
+int hl_linear_f64(const hl_linear_plan *plan, const double *x, const double *w, const double *b, double *y);
+
+/* gw[N,K] = gy[M,N]^T x[M,K]. */
+typedef struct { int64_t M, N, K; } hl_linear_grad_weight_plan;
+int hl_linear_grad_weight_f32(const hl_linear_grad_weight_plan *plan, const float *gy, const float *x, float *gw);
+int hl_linear_grad_weight_f64(const hl_linear_grad_weight_plan *plan, const double *gy, const double *x, double *gw);
+
+/* gx[M,K] = gy[M,N] w[N,K]. */
+typedef struct { int64_t M, N, K; } hl_linear_grad_input_plan;
+int hl_linear_grad_input_f32(const hl_linear_grad_input_plan *plan, const float *gy, const float *w, float *gx);
+int hl_linear_grad_input_f64(const hl_linear_grad_input_plan *plan, const double *gy, const double *w, double *gx);
+
+/* y[B,M,N] = a[B,M,K] b[B,K,N]. */
+typedef struct { int64_t B, M, K, N; } hl_matmul_plan;
+int hl_matmul_f32(const hl_matmul_plan *plan, const float *a, const float *b, float *y);
+int hl_matmul_f64(const hl_matmul_plan *plan, const double *a, const double *b, double *y);
+
 /* ---- pool ---- */
 
 /* ---- rnn ---- */

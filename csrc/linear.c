@@ -1,1 +1,459 @@
-#include "simd.h"
+/* Matrix products: the core that gemm.h offers to the other families, and the kernels linear, matmul and the gradients.
+ *
+ * Source of the blocking: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); Van Zee and
+ * van de Geijn, BLIS (2015). */
+#include "gemm.h"
+
+/* ---- packing ---- */
+
+/* Lanes of 16 bytes: the widest square that every instruction set transposes in registers. */
+typedef real quad __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
+enum { QUAD = 16 / (int)sizeof(real) };
+
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ireal __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+
+/* to[k * step + i] = from[i * stride + k] for a square of QUAD. */
+static inline void transpose_quad(const real *from, int64_t stride, real *to, int64_t step)
+{
+#if HL_F32
+    quad r0 = *(const quad *)from, r1 = *(const quad *)(from + stride), r2 = *(const quad *)(from + 2 * stride),
+         r3 = *(const quad *)(from + 3 * stride);
+    quad a = SHUFFLE(r0, r1, 0, 4, 1, 5), b = SHUFFLE(r2, r3, 0, 4, 1, 5);
+    quad c = SHUFFLE(r0, r1, 2, 6, 3, 7), d = SHUFFLE(r2, r3, 2, 6, 3, 7);
+    *(quad *)to = SHUFFLE(a, b, 0, 1, 4, 5);
+    *(quad *)(to + step) = SHUFFLE(a, b, 2, 3, 6, 7);
+    *(quad *)(to + 2 * step) = SHUFFLE(c, d, 0, 1, 4, 5);
+    *(quad *)(to + 3 * step) = SHUFFLE(c, d, 2, 3, 6, 7);
+#else
+    quad r0 = *(const quad *)from, r1 = *(const quad *)(from + stride);
+    *(quad *)to = SHUFFLE(r0, r1, 0, 2);
+    *(quad *)(to + step) = SHUFFLE(r0, r1, 1, 3);
+#endif
+}
+
+void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *source, int64_t stride, int64_t k_stride,
+                     real *panel)
+{
+    if (stride == 1) { /* a row of the panel lies in a row of the source */
+        int64_t body = width / LANES * LANES, tail = width - body;
+        for (int64_t k = 0; k < depth; k++, source += k_stride, panel += step) {
+            for (int64_t i = 0; i < body; i += LANES) store(panel + i, load(source + i));
+            for (int64_t i = body; i < body + tail; i++) panel[i] = source[i];
+            for (int64_t i = width; i < step; i++) panel[i] = 0;
+        }
+        return;
+    }
+    int64_t squares = k_stride == 1 ? depth / QUAD * QUAD : 0, i = 0;
+    for (; i + QUAD <= width; i += QUAD)
+        for (int64_t k = 0; k < squares; k += QUAD)
+            transpose_quad(source + i * stride + k, stride, panel + k * step + i, step);
+    int64_t done = squares ? i : 0; /* panel columns [0, done) hold their first `squares` rows */
+    for (int64_t k = 0; k < depth; k++) {
+        for (i = k < squares ? done : 0; i < width; i++) panel[k * step + i] = source[i * stride + k * k_stride];
+        for (i = width; i < step; i++) panel[k * step + i] = 0;
+    }
+}
+
+static void pack_rows(int64_t rows, int64_t depth, const real *a, int64_t a_row, int64_t a_col, real *packed)
+{
+    for (int64_t m = 0, n; m < rows; m += n) {
+        n = gemm_rows(rows - m);
+        gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
+    }
+}
+static void pack_columns(int64_t columns, int64_t depth, const real *b, int64_t b_row, int64_t b_col, real *packed)
+{
+    for (int64_t n = 0, step; n < columns; n += step) {
+        step = gemm_columns(columns - n);
+        gemm_pack_panel(min64(step, columns - n), step, depth, b + n * b_col, b_col, b_row, packed + n * depth);
+    }
+}
+
+void gemm_pack_a(int64_t M, int64_t K, const real *a, int64_t a_row, int64_t a_col, real *packed)
+{
+    int64_t depth = gemm_depth(K);
+    for (int64_t k = 0; k < K; k += depth)
+        pack_rows(M, min64(depth, K - k), a + k * a_col, a_row, a_col, packed + k * M);
+}
+void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_col, real *packed)
+{
+    int64_t depth = gemm_depth(K);
+    for (int64_t k = 0; k < K; k += depth)
+        pack_columns(N, min64(depth, K - k), b + k * b_row, b_row, b_col, packed + k * round_up(N, LANES));
+}
+
+/* ---- the register tile ---- */
+
+/* The last vector of a row of C holds fewer than LANES columns: through memory, element by element. */
+static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile_row, const gemm_out *o)
+{
+    for (int i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) {
+            real s = tile[i * tile_row + j];
+            if (o->add) s += o->add[i * o->add_row + j];
+            o->c[i * o->c_row + j] = s;
+        }
+}
+
+static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, int64_t columns, int64_t K,
+                                                       const real *a, const real *b, int64_t b_row, const gemm_out *o)
+{
+    vreal sum[GEMM_ROWS][GEMM_VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
+    for (int64_t k = 0; k < K; k++, a += rows, b += b_row) {
+        vreal bk[GEMM_VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i]) * bk[v];
+    }
+    if (o->row_bias)
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[i][v] += splat(o->row_bias[i]);
+    if (columns == vectors * LANES) {
+        if (o->add)
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++) sum[i][v] += load(o->add + i * o->add_row + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) store(o->c + i * o->c_row + v * LANES, sum[i][v]);
+    } else {
+        real edge[GEMM_ROWS * GEMM_COLUMNS];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) store(edge + (i * vectors + v) * LANES, sum[i][v]);
+        store_edge(rows, columns, edge, vectors * LANES, o);
+    }
+}
+
+typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, const gemm_out *o);
+#define TILE(r, v) \
+    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, const gemm_out *o) \
+    { \
+        tile(r, v, columns, K, a, b, b_row, o); \
+    }
+#define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
+TILES(1)
+TILES(2)
+#if HL_REGISTERS == 32
+TILES(3)
+TILE(7, 1) TILE(8, 1) TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
+#define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
+static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
+#else
+#define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
+static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
+#endif
+
+/* b_row is 0 for packed panels, else the row stride of a B whose columns are read where they lie (full vectors only). */
+static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row,
+                  const gemm_out *out)
+{
+    for (int64_t n = 0, step; n < columns; n += step) { /* a panel of B stays in the first cache, A streams from the second */
+        step = gemm_columns(columns - n);
+        const real *bn = b_row ? b + n : b + n * depth;
+        const tile_fn *fn = tiles[step / LANES - 1];
+        for (int64_t m = 0, height; m < rows; m += height) {
+            height = gemm_rows(rows - m);
+            gemm_out o = {out->c + m * out->c_row + n, out->c_row, out->add ? out->add + m * out->add_row + n : NULL,
+                          out->add_row, out->row_bias ? out->row_bias + m : NULL};
+            fn[height - 1](min64(step, columns - n), depth, a + m * depth, bn, b_row ? b_row : step, &o);
+        }
+    }
+}
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, const gemm_out *out)
+{
+    block(rows, columns, depth, a, b, 0, out);
+}
+
+/* ---- few rows ---- */
+
+/* Up to DOT_ROWS rows against a B whose columns are contiguous: dot products, B is read once and never packed. */
+enum { DOT_ROWS = 4, DOT_COLUMNS = 4 };
+static inline __attribute__((always_inline)) void dot_tile(const int rows, const gemm_call *g, int64_t m, int64_t n,
+                                                           real (*sums)[DOT_COLUMNS])
+{
+    const real *a = g->a + m * g->a_row, *b = g->b + n * g->b_col;
+    vreal sum[DOT_ROWS][DOT_COLUMNS];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = splat((real)0);
+    int64_t k = 0, tail = g->K % LANES;
+    for (; k < g->K - tail; k += LANES)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOT_COLUMNS; j++) {
+            vreal bj = load(b + j * g->b_col + k);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows; i++) sum[i][j] += load(a + i * g->a_row + k) * bj;
+        }
+    if (tail)
+        for (int j = 0; j < DOT_COLUMNS; j++) {
+            vreal bj = load_part(b + j * g->b_col + k, tail, (real)0);
+            for (int i = 0; i < rows; i++) sum[i][j] += load_part(a + i * g->a_row + k, tail, (real)0) * bj;
+        }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < DOT_COLUMNS; j++) sums[i][j] = sum_lanes(sum[i][j]);
+}
+
+static void dot_range(const gemm_call *g, int64_t begin, int64_t end)
+{
+    for (int64_t n = begin; n < end; n += DOT_COLUMNS) {
+        /* Too few columns left: repeat the ones before (of the same range or not, they are there to be read). */
+        int64_t first = min64(n, g->N - DOT_COLUMNS);
+        real sums[DOT_ROWS][DOT_COLUMNS];
+        switch (g->M) {
+        case 1: dot_tile(1, g, 0, first, sums); break;
+        case 2: dot_tile(2, g, 0, first, sums); break;
+        case 3: dot_tile(3, g, 0, first, sums); break;
+        default: dot_tile(4, g, 0, first, sums);
+        }
+        for (int64_t i = 0; i < g->M; i++)
+            for (int64_t j = n; j < min64(n + DOT_COLUMNS, end); j++) {
+                real s = sums[i][j - first], *c = g->c + i * g->c_row + j;
+                if (g->accumulate) s += *c;
+                else {
+                    if (g->row_bias) s += g->row_bias[i];
+                    if (g->column_bias) s += g->column_bias[j];
+                }
+                *c = s;
+            }
+    }
+}
+
+/* One row against a B whose rows are contiguous: C gathers AXPY_ROWS rows of B a pass and stays in the first cache. */
+enum { AXPY_ROWS = 8 };
+static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
+{
+    for (int64_t j = begin; j < end && !g->accumulate; j++)
+        g->c[j] = (g->row_bias ? g->row_bias[0] : 0) + (g->column_bias ? g->column_bias[j] : 0);
+    real *c = g->c;
+    int64_t k = 0, n = end - begin, body = n / LANES * LANES;
+    for (; k + AXPY_ROWS <= g->K; k += AXPY_ROWS) {
+        const real *b = g->b + k * g->b_row + begin;
+        real a[AXPY_ROWS];
+        for (int i = 0; i < AXPY_ROWS; i++) a[i] = g->a[(k + i) * g->a_col];
+        for (int64_t j = 0; j < body; j += LANES) {
+            vreal s = load(c + begin + j);
+#pragma GCC unroll 8
+            for (int i = 0; i < AXPY_ROWS; i++) s += splat(a[i]) * load(b + i * g->b_row + j);
+            store(c + begin + j, s);
+        }
+        for (int64_t j = body; j < n; j++)
+            for (int i = 0; i < AXPY_ROWS; i++) c[begin + j] += a[i] * b[i * g->b_row + j];
+    }
+    for (; k < g->K; k++)
+        for (int64_t j = begin; j < end; j++) c[j] += g->a[k * g->a_col] * g->b[k * g->b_row + j];
+}
+
+static int is_dot(const gemm_call *g)
+{
+    /* A dot ends in a sum over lanes: it must be long for that to be small. */
+    return !g->packed_a && !g->packed_b && g->M <= DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 &&
+           g->b_col != 1 && g->K >= 8 * LANES;
+}
+static int is_axpy(const gemm_call *g)
+{
+    return !g->packed_a && !g->packed_b && g->M == 1 && g->b_col == 1;
+}
+
+/* ---- blocks ---- */
+
+/* A block of A (96 x 256) fills a tenth of a second-level cache of 1 MiB in float32, a block of B (256 x about 768) the
+ * rest; 96 is a multiple of both tile heights. */
+enum { BLOCK_ROWS = 96, BLOCK_COLUMNS = 768 / GEMM_COLUMNS * GEMM_COLUMNS };
+
+/* C[m0:m1, n0:n1], cut as gemm_rows and gemm_columns allow. */
+static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
+{
+    if (m0 >= m1 || n0 >= n1) return HL_OK;
+    if (is_dot(g)) return dot_range(g, n0, n1), HL_OK;
+    if (is_axpy(g)) return axpy_range(g, n0, n1), HL_OK;
+    int64_t depth_max = gemm_depth(g->K), rows_max = min64(m1 - m0, BLOCK_ROWS + 2 * GEMM_ROWS),
+            columns_max = min64(n1 - n0, BLOCK_COLUMNS + 2 * GEMM_COLUMNS);
+    /* Few rows do not repay packing a B whose rows are contiguous. */
+    int in_place = !g->packed_b && g->b_col == 1 && g->M <= GEMM_ROWS;
+    int64_t a_size = g->packed_a ? 0 : round_up(rows_max * depth_max, LANES);
+    int64_t b_size = g->packed_b ? 0 : depth_max * (in_place ? LANES : round_up(columns_max, LANES));
+    real *pack_a = hl_take((size_t)(a_size + b_size) * sizeof(real)), *pack_b = pack_a + a_size;
+    if (!pack_a) return HL_NOMEM;
+    for (int64_t n = n0, columns; n < n1; n += columns) {
+        columns = n1 - n < BLOCK_COLUMNS + 2 * GEMM_COLUMNS ? n1 - n : BLOCK_COLUMNS; /* no small last block */
+        int64_t body = in_place ? columns / LANES * LANES : 0;
+        int64_t k = 0;
+        do { /* once for K = 0 */
+            int64_t depth = min64(depth_max, g->K - k);
+            const real *b = g->packed_b ? g->packed_b + k * round_up(g->N, LANES) + n * depth : pack_b;
+            if (!g->packed_b)
+                pack_columns(columns - body, depth, g->b + k * g->b_row + (n + body) * g->b_col, g->b_row, g->b_col, pack_b);
+            for (int64_t m = m0, rows; m < m1; m += rows) {
+                rows = m1 - m < BLOCK_ROWS + 2 * GEMM_ROWS ? m1 - m : BLOCK_ROWS;
+                const real *a = g->packed_a ? g->packed_a + k * g->M + m * depth : pack_a;
+                if (!g->packed_a) pack_rows(rows, depth, g->a + m * g->a_row + k * g->a_col, g->a_row, g->a_col, pack_a);
+                gemm_out out = {.c = g->c + m * g->c_row + n, .c_row = g->c_row};
+                if (k || g->accumulate) {
+                    out.add = out.c;
+                    out.add_row = g->c_row;
+                } else {
+                    if (g->column_bias) out.add = g->column_bias + n;
+                    if (g->row_bias) out.row_bias = g->row_bias + m;
+                }
+                if (body) block(rows, body, depth, a, g->b + k * g->b_row + n, g->b_row, &out);
+                if (out.add) out.add += body;
+                out.c += body;
+                block(rows, columns - body, depth, a, b, 0, &out);
+            }
+            k += depth;
+        } while (k < g->K);
+    }
+    hl_give(pack_a);
+    return HL_OK;
+}
+
+int gemm(const gemm_call *call) { return gemm_range(call, 0, call->M, 0, call->N); }
+
+/* ---- over the pool ---- */
+
+typedef struct {
+    const gemm_call *call;
+    int64_t batches, a_batch, b_batch, c_batch; /* `call` is the first of so many, these elements apart */
+    int64_t row_blocks, column_blocks;
+    real *packed; /* where B is packed first */
+} gemm_job;
+
+/* Block i of `blocks` begins here; the last one takes what the unit leaves over. */
+static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i) { return i == blocks ? n : n / blocks * i / unit * unit; }
+
+/* Blocks of about 192 x 384 repay their packing; smaller ones, so that there are 16 for the threads, or 32 of a large
+ * product, as long as a block stays above two million operations (20 us). */
+static void choose_blocks(gemm_job *j)
+{
+    const gemm_call *g = j->call;
+    double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
+    j->row_blocks = max64(g->M / 192, 1);
+    j->column_blocks = max64(g->N / 384, 1);
+    for (;;) {
+        double tasks = (double)j->row_blocks * (double)j->column_blocks * (double)j->batches;
+        if (tasks >= 32 || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
+        int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
+        if (columns >= rows && columns >= 4 * GEMM_COLUMNS) j->column_blocks *= 2;
+        else if (rows >= 4 * GEMM_ROWS) j->row_blocks *= 2;
+        else return;
+    }
+}
+
+static int gemm_blocks(int64_t begin, int64_t end, void *context)
+{
+    const gemm_job *j = context;
+    int64_t per_batch = j->row_blocks * j->column_blocks;
+    for (int64_t i = begin; i < end; i++) {
+        gemm_call g = *j->call;
+        int64_t batch = i / per_batch, row = i % per_batch % j->row_blocks, column = i % per_batch / j->row_blocks;
+        g.a += batch * j->a_batch;
+        g.b += batch * j->b_batch;
+        g.c += batch * j->c_batch;
+        int status = gemm_range(&g, cut(g.M, j->row_blocks, GEMM_ROWS, row), cut(g.M, j->row_blocks, GEMM_ROWS, row + 1),
+                                cut(g.N, j->column_blocks, GEMM_COLUMNS, column),
+                                cut(g.N, j->column_blocks, GEMM_COLUMNS, column + 1));
+        if (status != HL_OK) return status;
+    }
+    return HL_OK;
+}
+
+/* One part of K of the columns of one block. */
+static int pack_blocks(int64_t begin, int64_t end, void *context)
+{
+    const gemm_job *j = context;
+    const gemm_call *g = j->call;
+    int64_t depth_max = gemm_depth(g->K);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t k = i / j->column_blocks * depth_max, depth = min64(depth_max, g->K - k);
+        int64_t n0 = cut(g->N, j->column_blocks, GEMM_COLUMNS, i % j->column_blocks);
+        int64_t n1 = cut(g->N, j->column_blocks, GEMM_COLUMNS, i % j->column_blocks + 1);
+        pack_columns(n1 - n0, depth, g->b + k * g->b_row + n0 * g->b_col, g->b_row, g->b_col,
+                     j->packed + k * round_up(g->N, LANES) + n0 * depth);
+    }
+    return HL_OK;
+}
+
+/* Parallel over blocks of C. Blocks in the same columns share one packed B where it fits 32 MiB, made in a first pass.
+ * A and B are read once per block row and column (from panels), C is written once per GEMM_DEPTH of K. */
+static int gemm_batched(gemm_job *j)
+{
+    gemm_call g = *j->call;
+    if (g.M <= 0 || g.N <= 0 || j->batches <= 0) return HL_OK;
+    j->call = &g;
+    choose_blocks(j);
+    int64_t size = gemm_packed_b_size(g.K, g.N);
+    if (j->batches == 1 && j->row_blocks > 1 && g.K && !g.packed_b && size <= (32 << 20) / (int64_t)sizeof(real)) {
+        j->packed = hl_take((size_t)size * sizeof(real));
+        if (!j->packed) return HL_NOMEM;
+        int64_t parts = (g.K - 1) / gemm_depth(g.K) + 1;
+        int status = hl_parallel_for(parts * j->column_blocks, hl_grain((double)size / (double)(parts * j->column_blocks)),
+                                     pack_blocks, j);
+        if (status != HL_OK) return hl_give(j->packed), status;
+        g.packed_b = j->packed;
+    }
+    int64_t tasks = j->batches * j->row_blocks * j->column_blocks;
+    /* 16 multiplications cost what hl_grain counts as one operation. */
+    double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / 16;
+    int status = hl_parallel_for(tasks, hl_grain(work), gemm_blocks, j);
+    hl_give(j->packed);
+    return status;
+}
+
+int gemm_parallel(const gemm_call *call)
+{
+    gemm_job job = {.call = call, .batches = 1};
+    return gemm_batched(&job);
+}
+
+/* ---- kernels ---- */
+
+/* Blocks and order as in gemm_batched: y = x w^T + b, with w read where it lies. */
+int HL(linear)(const hl_linear_plan *p, const real *x, const real *w, const real *b, real *y)
+{
+    gemm_call g = {.M = p->M, .N = p->N, .K = p->K, .a = x, .a_row = p->K, .a_col = 1, .b = w, .b_row = 1, .b_col = p->K,
+                   .c = y, .c_row = p->N, .column_bias = b};
+    return gemm_parallel(&g);
+}
+
+/* gw = gy^T x. */
+int HL(linear_grad_weight)(const hl_linear_grad_weight_plan *p, const real *gy, const real *x, real *gw)
+{
+    gemm_call g = {.M = p->N, .N = p->K, .K = p->M, .a = gy, .a_row = 1, .a_col = p->N, .b = x, .b_row = p->K, .b_col = 1,
+                   .c = gw, .c_row = p->K};
+    return gemm_parallel(&g);
+}
+
+/* gx = gy w. */
+int HL(linear_grad_input)(const hl_linear_grad_input_plan *p, const real *gy, const real *w, real *gx)
+{
+    gemm_call g = {.M = p->M, .N = p->K, .K = p->N, .a = gy, .a_row = p->N, .a_col = 1, .b = w, .b_row = p->K, .b_col = 1,
+                   .c = gx, .c_row = p->K};
+    return gemm_parallel(&g);
+}
+
+/* One product per b; blocks of all of them are tasks side by side. */
+int HL(matmul)(const hl_matmul_plan *p, const real *a, const real *b, real *y)
+{
+    gemm_call g = {.M = p->M, .N = p->N, .K = p->K, .a = a, .a_row = p->K, .a_col = 1, .b = b, .b_row = p->N, .b_col = 1,
+                   .c = y, .c_row = p->N};
+    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->K * p->N, .c_batch = p->M * p->N};
+    return gemm_batched(&job);
+}

@@ -1,0 +1,89 @@
+/* Matrix products for the other families: C[M, N] = A[M, K] B[K, N] + (accumulate ? C : row_bias[m] + column_bias[n]).
+ *
+ * A and B may have any strides, so transposes are free. Every function returns HL_OK or HL_NOMEM. The order in which an
+ * element of C is summed depends on M, K, the strides and what was packed, never on threads or on how C was split.
+ * Nothing is read past the matrices; what pads a panel is zero and its products are never stored. */
+#ifndef HL_GEMM_H
+#define HL_GEMM_H
+#include "simd.h"
+
+/* The register tile: ROWS x VECTORS accumulators, VECTORS vectors of B and one broadcast of A fill the registers. */
+#if HL_REGISTERS == 32
+enum { GEMM_ROWS = 8, GEMM_VECTORS = 3 };
+#else
+enum { GEMM_ROWS = 6, GEMM_VECTORS = 2 };
+#endif
+enum { GEMM_COLUMNS = GEMM_VECTORS * LANES };
+
+typedef struct {
+    int64_t M, N, K;
+    const real *a;
+    int64_t a_row, a_col; /* A[m, k] = a[m * a_row + k * a_col] */
+    const real *b;
+    int64_t b_row, b_col; /* B[k, n] = b[k * b_row + n * b_col] */
+    const real *packed_a; /* from gemm_pack_a, instead of a; or NULL */
+    const real *packed_b; /* from gemm_pack_b, instead of b; or NULL */
+    real *c;
+    int64_t c_row; /* C[m, n] = c[m * c_row + n]; no overlap with A, B */
+    int accumulate;
+    const real *row_bias, *column_bias; /* [M], [N], not with accumulate; or NULL */
+} gemm_call;
+
+#define gemm HL(gemm)
+#define gemm_parallel HL(gemm_parallel)
+#define gemm_pack_a HL(gemm_pack_a)
+#define gemm_pack_b HL(gemm_pack_b)
+#define gemm_pack_panel HL(gemm_pack_panel)
+#define gemm_block HL(gemm_block)
+
+/* On the calling thread: also inside a chunk of hl_parallel_for. */
+int gemm(const gemm_call *call);
+/* Over the pool, split by blocks of C. */
+int gemm_parallel(const gemm_call *call);
+
+/* Packs all of A or B once, for any number of products. `packed` holds gemm_packed_a/b_size elements, 64-byte aligned. */
+static inline int64_t gemm_packed_a_size(int64_t M, int64_t K) { return M * K; }
+static inline int64_t gemm_packed_b_size(int64_t K, int64_t N) { return K * round_up(N, LANES); }
+void gemm_pack_a(int64_t M, int64_t K, const real *a, int64_t a_row, int64_t a_col, real *packed);
+void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_col, real *packed);
+
+/* ---- the pieces, for a caller that makes its own panels ---- */
+
+/* K is cut into equal parts of at most GEMM_DEPTH: a panel of B (depth x GEMM_COLUMNS) stays in the nearest two caches.
+ * Part i begins at gemm_depth(K) * i. */
+enum { GEMM_DEPTH = 256 };
+static inline int64_t gemm_depth(int64_t K)
+{
+    int64_t parts = (K + GEMM_DEPTH - 1) / GEMM_DEPTH;
+    return parts ? (K + parts - 1) / parts : 0;
+}
+
+/* The rows or columns of the next panel when `left` remain. Two even panels instead of a full and a small one. A cut of
+ * the rows (columns) at a multiple of GEMM_ROWS (GEMM_COLUMNS) leaves the panels as they are when as many remain. */
+static inline int64_t gemm_rows(int64_t left)
+{
+    return left >= 2 * GEMM_ROWS || left == GEMM_ROWS ? GEMM_ROWS : left > GEMM_ROWS ? (left + 1) / 2 : left;
+}
+static inline int64_t gemm_columns(int64_t left)
+{
+    int64_t vectors = (left + LANES - 1) / LANES;
+    return LANES * (vectors == GEMM_VECTORS + 1 ? (vectors + 1) / 2 : min64(vectors, GEMM_VECTORS));
+}
+
+/* panel[k * step + i] = source[i * stride + k * k_stride] for i < width, 0 for width <= i < step. */
+void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *source, int64_t stride, int64_t k_stride,
+                     real *panel);
+
+/* What is added to the products, and where they go. */
+typedef struct {
+    real *c;
+    int64_t c_row;
+    const real *add; /* add[m * add_row + n]: C itself, a bias over n (add_row 0), or NULL */
+    int64_t add_row;
+    const real *row_bias; /* [rows] or NULL */
+} gemm_out;
+
+/* One block of C from packed panels: a holds the row panels one after the other ([row][depth] in size), b the column
+ * panels ([round_up(columns, LANES)][depth]). */
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, const gemm_out *out);
+#endif
