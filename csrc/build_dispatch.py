@@ -6,7 +6,8 @@ usage: build_dispatch.py hotloops.h dispatch.c ISA [ISA ...]
 import re
 import sys
 
-header, output, *isas = sys.argv[1:]
+header, output, *built = sys.argv[1:]
+isas = [isa for isa in ("baseline", "neon", "avx2", "avx512") if isa in built]  # from the lowest
 text = re.sub(r"/\*.*?\*/", "", open(header).read(), flags=re.S)
 prototypes = re.findall(r"^int (hl_\w+_f(?:32|64))\(([^)]*)\);", text, flags=re.M)
 

@@ -1,0 +1,1 @@
+"""Numba kernels for the CPU: each works on a range [begin, end) of its outermost loop."""

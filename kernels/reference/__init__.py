@@ -1,0 +1,1 @@
+"""The specification: one plain NumPy function a kernel, one file a family."""

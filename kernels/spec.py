@@ -1,0 +1,183 @@
+"""The record of one kernel, read from a shape line.
+
+    @kernel("x[N,C,L], w[F,C,K], b[F]? -> y[N,F,M]", error="reduce:C*K", flops="2*N*F*M*C*K")
+    def conv1d(x, w, b, y, stride: int, scale: float): ...
+
+Left of the arrow is read, right is written, `+w[F]` is both. `b[F]?` may be absent (None). `:i64`, `:u8` mark another
+element type than the float type of the call. A size is a name, a number or an expression of names (`4*H`); every name
+stands alone somewhere. Scalars follow the arrays; their annotation (int or float) is their type. `error` says how far a
+fast version may be from this function: `exact`, `ulp:n` (n units in the last place of a result) or `reduce:K` (a sum of
+K products in any order).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+_ARRAY = re.compile(r"\s*(\+?)(\w+)\[([^\]]*)\](\??)(?::(\w+))?(\??)\s*")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+ELEMENT_TYPES = ("real", "i64", "u8")
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a kernel: its sizes, element type (real: the float type of the call), role (in, out, inout)."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    role: str
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Scalar:
+    name: str
+    type: str  # int or float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel reads and writes, how exact it is, what it costs; `reference` is the function itself."""
+
+    name: str
+    family: str
+    arrays: tuple[Array, ...]
+    scalars: tuple[Scalar, ...]
+    error: str
+    flops: str
+    reference: Callable[..., None]
+
+    @cached_property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the sizes, in order of first appearance."""
+        names: dict[str, None] = {}
+        for array in self.arrays:
+            for dim in array.dims:
+                if _NAME.fullmatch(dim):
+                    names.setdefault(dim)
+        return tuple(names)
+
+    @cached_property
+    def _plain(self) -> tuple[tuple[int, int, str], ...]:
+        """Where each name stands alone: (array, axis, name), present arrays first come."""
+        return tuple((i, k, d) for i, a in enumerate(self.arrays) for k, d in enumerate(a.dims) if _NAME.fullmatch(d))
+
+    def bind(self, arrays: Sequence[Any]) -> dict[str, int]:
+        """The sizes of a call, from the shapes of its arrays; ValueError where they contradict each other."""
+        if len(arrays) != len(self.arrays):
+            raise TypeError(f"{self.name}: {len(arrays)} arrays came, {len(self.arrays)} are needed")
+        sizes = dict.fromkeys(self.dims, 0)
+        seen = set()
+        for i, axis, dim in self._plain:
+            if arrays[i] is None:
+                continue
+            size = arrays[i].shape[axis]
+            if dim in seen and sizes[dim] != size:
+                raise ValueError(f"{self.name}: {self.arrays[i].name} has {dim} = {size}, before it was {sizes[dim]}")
+            seen.add(dim)
+            sizes[dim] = size
+        for spec, array in zip(self.arrays, arrays, strict=True):
+            if array is None:
+                if not spec.optional:
+                    raise TypeError(f"{self.name}: {spec.name} is needed")
+                continue
+            if len(array.shape) != len(spec.dims):
+                raise ValueError(f"{self.name}: {spec.name} has shape {tuple(array.shape)}, [{','.join(spec.dims)}] is needed")
+            for size, dim in zip(array.shape, spec.dims, strict=True):
+                if not _NAME.fullmatch(dim) and size != evaluate(dim, sizes):
+                    raise ValueError(f"{self.name}: {spec.name} has {size} where {dim} = {evaluate(dim, sizes)} is needed")
+        return sizes
+
+    def count_flops(self, sizes: Mapping[str, int], scalars: Mapping[str, Any] | None = None) -> float:
+        return float(evaluate(self.flops, {**sizes, **(scalars or {})})) if self.flops else 0.0
+
+    def count_bytes(self, arrays: Sequence[Any]) -> int:
+        """The compulsory traffic: each input read once, each output written once."""
+        total = 0
+        for spec, array in zip(self.arrays, arrays, strict=True):
+            if array is not None:
+                total += math.prod(array.shape) * array.dtype.itemsize * (2 if spec.role == "inout" else 1)
+        return total
+
+
+def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
+    """The value of an arithmetic expression over sizes."""
+    return eval(expression, {"__builtins__": {}, "min": min, "max": max}, dict(names))
+
+
+def _arrays(text: str, role: str) -> list[Array]:
+    arrays, at = [], 0
+    while at < len(text.rstrip()):
+        match = _ARRAY.match(text, at)
+        if not match:
+            raise SyntaxError(f"cannot read the shape line at {text[at:]!r}")
+        plus, name, dims, mark1, dtype, mark2 = match.groups()
+        dtype = dtype or "real"
+        if dtype not in ELEMENT_TYPES:
+            raise SyntaxError(f"{name}: the element type {dtype!r} is none of {ELEMENT_TYPES}")
+        sizes = tuple(d.strip().replace(" ", "") for d in dims.split(",") if d.strip())
+        arrays.append(Array(name, sizes, dtype, "inout" if plus else role, bool(mark1 or mark2)))
+        at = match.end()
+        if at < len(text) and text[at] == ",":
+            at += 1
+    return arrays
+
+
+def kernel(line: str, *, error: str = "exact", flops: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Attaches the record that `line` describes to a reference function, as `function.record`."""
+    left, arrow, right = line.partition("->")
+    if not arrow:
+        raise SyntaxError(f"the shape line needs '->': {line!r}")
+    arrays = tuple(_arrays(left, "in") + _arrays(right, "out"))
+
+    def attach(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = list(inspect.signature(function).parameters.values())
+        names = [p.name for p in parameters]
+        if names[: len(arrays)] != [a.name for a in arrays]:
+            raise SyntaxError(f"{function.__name__}: the parameters {names} do not begin with the arrays of {line!r}")
+        scalars = []
+        for p in parameters[len(arrays) :]:
+            kind = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", "")
+            if kind not in ("int", "float"):
+                raise SyntaxError(f"{function.__name__}: the scalar {p.name} needs the annotation int or float")
+            scalars.append(Scalar(p.name, kind))
+        family = function.__module__.rpartition(".")[2]
+        record = Kernel(function.__name__, family, arrays, tuple(scalars), error, flops, function)
+        function.record = record  # type: ignore[attr-defined]
+        return function
+
+    return attach
+
+
+_registry: dict[str, Kernel] = {}
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel of the specification by name; the family modules are found, not listed."""
+    if not _registry:
+        from . import reference
+
+        found: dict[str, Kernel] = {}
+        for module in pkgutil.iter_modules(reference.__path__):
+            for value in vars(importlib.import_module(f"{reference.__name__}.{module.name}")).values():
+                record = getattr(value, "record", None)
+                if isinstance(record, Kernel) and record.family == module.name:
+                    if record.name in found:
+                        raise SyntaxError(f"two kernels are called {record.name}")
+                    found[record.name] = record
+        _registry.update(found)
+    return _registry
+
+
+def find(name: str) -> Kernel:
+    """The record of the kernel of that name."""
+    return all_kernels()[name]

@@ -1,0 +1,102 @@
+"""The C kernels: a plan struct and pointers into the arrays, through cffi."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import _threads
+
+NAME = "c"
+SPACE = "host"
+_ELEMENTS = {"i64": "int64_t[]", "u8": "uint8_t[]"}
+_SUFFIX = {np.dtype(np.float32): ("f32", "float[]"), np.dtype(np.float64): ("f64", "double[]")}
+
+
+@functools.cache
+def _load() -> tuple[Any, Any, str, str]:
+    """(ffi, lib, reason, error): the extension, or why it is not there."""
+    try:
+        from hotloops._ckernels import ffi, lib
+    except ModuleNotFoundError as error:
+        if error.name != "hotloops._ckernels":
+            return None, None, f"the C extension does not load: {error}", traceback.format_exc()
+        return None, None, "hotloops was installed without its C kernels (no C compiler at hand then)", ""
+    except Exception as error:  # present but broken: its own error is shown where backends are listed
+        return None, None, f"the C extension does not load: {error}", traceback.format_exc()
+    _threads.on_change(lib.hl_num_threads)
+    return ffi, lib, "", ""
+
+
+def status() -> str:
+    return _load()[2]
+
+
+def broken() -> str:
+    return _load()[3]
+
+
+def describe() -> str:
+    return f"instruction set {isa()}, {_threads.get_num_threads()} threads"
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    ffi, lib, _, _ = _load()
+    return ffi.string(lib.hl_isa_name()).decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU can run, from the lowest; empty without the extension."""
+    ffi, lib, _, _ = _load()
+    names: list[str] = []
+    while lib is not None and (name := lib.hl_isa_list(len(names))) != ffi.NULL:
+        names.append(ffi.string(name).decode())
+    return names
+
+
+def select_isa(name: str | None) -> None:
+    """Uses this instruction set from now on; None: the best. ValueError when this CPU cannot run it."""
+    ffi, lib, _, _ = _load()
+    if lib.hl_isa_select(ffi.NULL if name is None else name.encode()) != lib.HL_OK:
+        raise ValueError(f"this CPU cannot run {name!r}; it can run {', '.join(isas())}")
+
+
+def algorithm() -> str:
+    """What the last kernel on this thread picked ("winograd f4x4"), "" when it had no choice."""
+    ffi, lib, _, _ = _load()
+    return ffi.string(lib.hl_algorithm()).decode()
+
+
+def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
+    ffi, lib, reason, _ = _load()
+    if reason or dtype not in _SUFFIX:
+        return None
+    suffix, element = _SUFFIX[dtype]
+    function = getattr(lib, f"hl_{record.name}_{suffix}", None)
+    if function is None:
+        return None
+    plan_type = ffi.typeof(f"hl_{record.name}_plan *")
+    scalar_names = [s.name for s in record.scalars]
+    arguments = [(ffi.typeof(_ELEMENTS.get(a.dtype, element)), a.role != "in") for a in record.arrays]
+    new, from_buffer, null, ok = ffi.new, ffi.from_buffer, ffi.NULL, lib.HL_OK
+
+    def call(arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> None:
+        plan = new(plan_type, [*sizes.values(), *[scalars[name] for name in scalar_names]])
+        pointers = [
+            null if array is None else from_buffer(pointer, array, writable)
+            for array, (pointer, writable) in zip(arrays, arguments, strict=True)
+        ]
+        status = function(plan, *pointers)
+        if status != ok:
+            if status == lib.HL_NOMEM:
+                raise MemoryError(f"{record.name}: no memory for the scratch space of the C kernel")
+            if status == lib.HL_INTERRUPTED:
+                raise KeyboardInterrupt
+            raise RuntimeError(f"{record.name}: the C kernel returned the unknown status {status}")
+
+    return call

@@ -1,0 +1,207 @@
+"""Which backend runs: the memory space of the arrays, then what was asked for, then the order of the policy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ._errors import BackendUnavailableError
+from ._policy import ORDER
+from .kernels import spec
+
+_MODULES = {"c": "c", "numba": "numba_cpu", "reference": "reference", "cuda": "numba_cuda"}
+_choice: ContextVar[str | None] = ContextVar("hotloops_backend", default=None)
+_trace: ContextVar[list[Any] | None] = ContextVar("hotloops_trace", default=None)
+
+
+@functools.cache
+def adapter(name: str) -> Any:
+    return importlib.import_module(f"._backends.{_MODULES[name]}", __package__)
+
+
+def _known(name: Any, source: str) -> str:
+    if name not in _MODULES:
+        raise ValueError(f"{source}: there is no backend {name!r}; there are {', '.join(_MODULES)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Context manager: every call inside runs on this backend, or raises.
+
+    Parameters
+    ----------
+    name : {"c", "numba", "reference", "cuda"}
+
+    Raises
+    ------
+    ValueError
+        There is no backend of that name.
+    BackendUnavailableError
+        It cannot run here; the text says why.
+
+    Examples
+    --------
+    >>> import numpy as np, hotloops as hl
+    >>> with hl.backend("reference"):
+    ...     hl.softmax(np.zeros(2))
+    array([0.5, 0.5])
+    """
+    reason = adapter(_known(name, "backend")).status()
+    if reason:
+        raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def chosen() -> str | None:
+    """The backend asked for: by `with backend(...)`, else by HOTLOOPS_BACKEND; None: the policy decides."""
+    name = _choice.get()
+    if name is None:
+        name = os.environ.get("HOTLOOPS_BACKEND") or None
+        if name is not None:
+            _known(name, "HOTLOOPS_BACKEND")
+    return name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel's backend and why: `refused` names each backend that came first and its reason."""
+
+    kernel: str
+    dtype: str
+    backend: str
+    refused: tuple[tuple[str, str], ...]
+    asked: bool
+    algorithm: str = ""
+
+
+@functools.lru_cache(4096)
+def _prepared(name: str, dtype: np.dtype, backend_name: str) -> Any:
+    return adapter(backend_name).prepare(spec.find(name), dtype)
+
+
+def _reason(name: str, dtype: np.dtype, backend_name: str) -> str:
+    return adapter(backend_name).status() or f"it has no kernel {name} for {dtype}"
+
+
+def select(name: str, dtype: np.dtype, space: str) -> tuple[Any, str, list[str]]:
+    """(prepared kernel, its backend, the backends passed over) for a call on arrays of this type in this space."""
+    asked = chosen()
+    if asked is not None:
+        target = adapter(asked)
+        if space == "cuda" and target.SPACE != "cuda":
+            raise BackendUnavailableError(
+                f"{name}: backend {asked!r} works on arrays in host memory, the arrays are on a GPU; copy them to the host or use backend 'cuda'"
+            )
+        call = None if target.status() else _prepared(name, dtype, asked)
+        if call is None:
+            raise BackendUnavailableError(f"{name}: backend {asked!r} cannot run this call: {_reason(name, dtype, asked)}")
+        return call, asked, []
+    passed: list[str] = []
+    for candidate in ORDER[space]:
+        call = _prepared(name, dtype, candidate) if not adapter(candidate).status() else None
+        if call is not None:
+            return call, candidate, passed
+        passed.append(candidate)
+    reasons = "; ".join(f"{p}: {_reason(name, dtype, p)}" for p in passed)
+    raise BackendUnavailableError(f"{name}: no backend can run this call ({reasons})")
+
+
+def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str) -> None:
+    """Runs one kernel on contiguous, native, checked arrays of one float type."""
+    record = spec.find(name)
+    dtype = next(
+        np.dtype(array.dtype) for s, array in zip(record.arrays, arrays, strict=True) if s.dtype == "real" and array is not None
+    )
+    sizes = record.bind(arrays)
+    written = [a for s, a in zip(record.arrays, arrays, strict=True) if s.role != "in" and a is not None]
+    call, backend_name, passed = select(name, dtype, space)
+    if any(math.prod(a.shape) for a in written):
+        call(arrays, sizes, scalars)
+    trace = _trace.get()
+    if trace is not None:
+        algorithm = getattr(adapter(backend_name), "algorithm", str)()
+        refused = tuple((p, _reason(name, dtype, p)) for p in passed)
+        trace.append(Choice(name, str(dtype), backend_name, refused, chosen() is not None, algorithm))
+
+
+# ------------------------------------------------------------------------------------------------------- explanation
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call ran on; prints as text."""
+
+    op: str
+    choices: tuple[Choice, ...]
+    backends: dict[str, str] = field(repr=False)
+
+    @property
+    def backend(self) -> str:
+        """The backend of the call ("" when there was nothing to compute)."""
+        return self.choices[0].backend if self.choices else ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}"]
+        for choice in self.choices:
+            why = "asked for" if choice.asked else "first in order that has it"
+            lines.append(
+                f"  kernel {choice.kernel} ({choice.dtype}): backend {choice.backend}, {why}; {self.backends[choice.backend]}"
+            )
+            if choice.algorithm:
+                lines.append(f"    algorithm: {choice.algorithm}")
+            lines += [f"    not {name}: {reason}" for name, reason in choice.refused]
+        if not self.choices:
+            lines.append("  no kernel ran")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Runs `op(*args, **kwargs)` once and says which backend each of its kernels ran on, and why not the others.
+
+    Examples
+    --------
+    >>> import numpy as np, hotloops as hl
+    >>> hl.explain(hl.softmax, np.zeros((2, 3), np.float32)).backend in ("c", "numba", "reference")
+    True
+    """
+    token = _trace.set([])
+    try:
+        op(*args, **kwargs)
+        choices = tuple(_trace.get() or ())
+    finally:
+        _trace.reset(token)
+    used = {c.backend: adapter(c.backend).describe() for c in choices}
+    return Explanation(getattr(op, "__name__", str(op)), choices, used)
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name and its state: "available: what it runs on", or why it cannot run here.
+
+    Examples
+    --------
+    >>> import hotloops as hl
+    >>> hl.backends()["reference"].startswith("available")
+    True
+    """
+    states = {}
+    for name in _MODULES:
+        target = adapter(name)
+        reason = target.status()
+        states[name] = f"unavailable: {reason}" if reason else f"available: {target.describe()}"
+    return states

@@ -1,0 +1,151 @@
+"""How many threads the kernels use, and the threads of the Numba kernels (the C kernels have their own pool)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+MAX_THREADS = 256
+_wanted = 0
+_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+_listeners: list[Callable[[int], object]] = []
+
+
+def _from_environment() -> int:
+    for name in ("HOTLOOPS_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").split(",")[0].strip()
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+    return 0
+
+
+def _from_machine() -> int:
+    """The processors this process may run on, and no more than its control group pays for."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, count if quota == math.inf else min(count, math.ceil(quota)))
+
+
+def _cgroup_quota() -> float:
+    """Processors' worth of time that the control group (version 2 or 1) allows; infinity when it sets no limit."""
+    quota = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in open("/proc/self/cgroup"):
+            number, controllers, path = line.rstrip("\n").split(":", 2)
+            if number == "0":  # version 2: every ancestor may set a limit
+                parts = [p for p in path.split("/") if p]
+                folders = ["/sys/fs/cgroup/" + "/".join(parts[:k]) for k in range(len(parts), -1, -1)]
+                for folder in folders:
+                    with contextlib.suppress(OSError):
+                        limit, period = open(f"{folder}/cpu.max").read().split()
+                        if limit != "max":
+                            quota = min(quota, int(limit) / int(period))
+            elif "cpu" in controllers.split(","):
+                for folder in (f"/sys/fs/cgroup/cpu{path}", "/sys/fs/cgroup/cpu"):
+                    with contextlib.suppress(OSError):
+                        limit_us = int(open(f"{folder}/cpu.cfs_quota_us").read())
+                        if limit_us > 0:
+                            quota = min(quota, limit_us / int(open(f"{folder}/cpu.cfs_period_us").read()))
+    return quota
+
+
+def on_change(listener: Callable[[int], object]) -> None:
+    """Calls listener with the number of threads, now and whenever it changes."""
+    _listeners.append(listener)
+    listener(get_num_threads())
+
+
+def get_num_threads() -> int:
+    """The number of threads that kernels use.
+
+    It comes from `set_num_threads`, else `HOTLOOPS_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors of the
+    affinity mask, limited by the quota of the control group.
+
+    >>> get_num_threads() >= 1
+    True
+    """
+    return _wanted or min(MAX_THREADS, _from_environment() or _from_machine())
+
+
+def set_num_threads(n: int) -> None:
+    """Sets the number of threads that kernels use, for the whole process. Results do not depend on it.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; more than 256 counts as 256.
+
+    Raises
+    ------
+    TypeError, ValueError
+        n is no integer, or below 1.
+    """
+    global _wanted, _pool
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"set_num_threads: n must be an integer, {type(n).__name__} came")
+    n = n.__index__()
+    if n < 1:
+        raise ValueError(f"set_num_threads: n must be at least 1, {n} came")
+    with _lock:
+        _wanted = min(n, MAX_THREADS)
+        _pool = None
+    for listener in _listeners:
+        listener(_wanted)
+
+
+@contextlib.contextmanager
+def num_threads(n: int) -> Iterator[None]:
+    """Context manager: `set_num_threads(n)` inside, the former number after it."""
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None:
+    """Calls work(begin, end) on ranges that cover [0, n), on several threads when `parallel` says that it pays."""
+    global _pool
+    threads = min(get_num_threads(), n)
+    if threads <= 1 or not parallel or getattr(_inside, "yes", False):
+        work(0, n)
+        return
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(get_num_threads() - 1, thread_name_prefix="hotloops")
+        pool = _pool
+    bounds = [n * i // threads for i in range(threads + 1)]
+
+    def part(i: int) -> None:
+        _inside.yes = True
+        try:
+            work(bounds[i], bounds[i + 1])
+        finally:
+            _inside.yes = False
+
+    futures = [pool.submit(part, i) for i in range(1, threads)]
+    try:
+        part(0)
+    finally:
+        for future in futures:
+            future.result()
+
+
+_inside = threading.local()
+
+
+def _after_fork() -> None:
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

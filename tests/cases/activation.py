@@ -1,0 +1,33 @@
+"""Softmax and its kin."""
+
+import numpy as np
+
+from . import case
+
+
+def with_special(*values):
+    """Normal numbers with these values strewn in."""
+
+    def fill(rng, shape, dtype):
+        x = rng.standard_normal(shape).astype(dtype)
+        for i, value in enumerate(values):
+            x.reshape(-1)[i * 7 % x.size] = value
+        return x
+
+    return fill
+
+
+ROWS = [
+    case("one", M=1, K=1, I=1),
+    case("row", M=3, K=5, I=1),
+    case("vectors_and_tail", M=4, K=67, I=1),
+    case("inner", M=2, K=6, I=5),
+    case("wide_inner", M=2, K=3, I=70),
+    case("many_rows", M=700, K=33, I=1),
+    case("nan", M=2, K=9, I=1, x=with_special(np.nan)),
+    case("infinite", M=3, K=9, I=1, x=with_special(np.inf, -np.inf)),
+    case("all_minus_infinity", M=2, K=20, I=1, x=lambda rng, shape, dtype: np.full(shape, -np.inf, dtype)),
+    case("large", M=2, K=40, I=1, x=lambda rng, shape, dtype: 300 * rng.standard_normal(shape)),
+]
+
+CASES = {"softmax": ROWS}

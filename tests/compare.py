@@ -1,0 +1,67 @@
+"""The one rule for how far a result may be from the truth; every tolerance of the suite is made here.
+
+The truth is the reference computed in float64 on the same inputs. `exact`: the same values (a NaN equals a NaN).
+`ulp:n`: n units in the last place of the float type, relative to each value. `reduce:K`: a sum of K products in any order
+and grouping: proportional to the type's epsilon, to 2 sqrt(K) + 8, and to the largest magnitude of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hotloops.kernels import spec
+
+TINY = {np.dtype(np.float32): 1e-37, np.dtype(np.float64): 1e-300, np.dtype(np.float16): 6e-8}
+
+
+def assert_same(actual: Any, expected: Any, what: str) -> None:
+    """The same values, shape and element type; a NaN equals a NaN, 0.0 equals -0.0."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    np.testing.assert_array_equal(actual, expected, err_msg=what)
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
+    """The same bytes."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, what
+    assert np.ascontiguousarray(actual).tobytes() == np.ascontiguousarray(expected).tobytes(), f"{what}: other bits"
+
+
+def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], what: str) -> None:
+    """The rule `error` of a kernel's record, with `names` the sizes and scalars it may speak of."""
+    actual, truth = np.asarray(actual), np.asarray(truth)
+    assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, expected {truth.shape}"
+    if error == "exact" or actual.dtype.kind != "f" or not actual.size:
+        assert_same(actual, truth.astype(actual.dtype), what)
+        return
+    with np.errstate(over="ignore"):
+        truth = truth.astype(np.float64)
+        rounded = truth.astype(actual.dtype)
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(np.where(finite, 0, actual), np.where(finite, 0, rounded), err_msg=f"{what}: NaN or infinity")
+    kind, _, amount = error.partition(":")
+    eps = float(np.finfo(actual.dtype).eps)
+    if kind == "ulp":
+        allowed = float(amount) * eps * np.abs(truth) + TINY[actual.dtype]
+    elif kind == "reduce":
+        terms = float(spec.evaluate(amount, names))
+        scale = float(np.max(np.abs(truth), where=finite, initial=0.0))
+        allowed = np.full(truth.shape, eps * (2 * math.sqrt(terms) + 8) * scale + TINY[actual.dtype])
+    else:
+        raise ValueError(f"unknown error rule {error!r}")
+    with np.errstate(invalid="ignore"):
+        distance = np.where(finite, np.abs(actual.astype(np.float64) - truth), 0.0)
+        worst = np.unravel_index(np.argmax(distance - np.where(finite, allowed, np.inf)), distance.shape)
+    assert distance[worst] <= allowed[worst], (
+        f"{what}: at {tuple(int(i) for i in worst)} {actual[worst]!r}, expected {truth[worst]!r} +- {allowed[worst]:.3g}"
+    )
+
+
+def assert_oracle(actual: Any, expected: Any, *, terms: float = 1.0, what: str = "") -> None:
+    """Against another library in the same float type: both are within `reduce:terms` of the truth."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert_within(actual, expected, f"reduce:{4 * terms + 32}", {}, what)

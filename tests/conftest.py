@@ -1,0 +1,52 @@
+"""Shared by all tests: which backends and instruction sets can run here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+
+import hotloops as hl
+from hotloops import _dispatch
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+def variants() -> list[str]:
+    """Every way to run a kernel here: `c-<instruction set>`, `numba`, `cuda` (a GPU, or the simulator)."""
+    c, found = _dispatch.adapter("c"), []
+    if os.environ.get("HOTLOOPS_REQUIRE_C") == "1" and c.status():
+        raise RuntimeError(f"the C kernels are required: {c.status()}\n{c.broken()}")
+    if not c.status():
+        found += [f"c-{isa}" for isa in c.isas()]
+    found += [name for name in ("numba", "cuda") if not _dispatch.adapter(name).status()]
+    return found
+
+
+@contextlib.contextmanager
+def running(variant: str):
+    """Inside, every call runs on that variant ("reference" too)."""
+    name, _, isa = variant.partition("-")
+    c = _dispatch.adapter("c")
+    before = c.isa() if isa else None
+    with hl.backend(name):
+        try:
+            if isa:
+                c.select_isa(isa)
+            yield
+        finally:
+            if isa:
+                c.select_isa(before)
+
+
+def host_backends() -> list[str]:
+    """The backends for arrays in host memory that can run here, as `hl.backend` names them."""
+    return [name for name in ("reference", "c", "numba") if not _dispatch.adapter(name).status()]
+
+
+@pytest.fixture(params=host_backends())
+def host_backend(request):
+    """Runs the test once on every backend of the host."""
+    with hl.backend(request.param):
+        yield request.param

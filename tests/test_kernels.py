@@ -1,0 +1,75 @@
+"""Every kernel x backend x instruction set x element type x case against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import all_cases, build
+from compare import assert_same_bits, assert_within
+from conftest import SIMULATED, running, variants
+
+from hotloops import _dispatch
+from hotloops.kernels import spec
+
+CASES = all_cases()
+SIMULATOR_LIMIT = 3000  # elements of a case: the simulator runs some 100,000 element steps a second
+
+
+def implemented(name: str, variant: str) -> bool:
+    adapter = _dispatch.adapter(variant.partition("-")[0])
+    return adapter.prepare(spec.find(name), np.dtype(np.float32)) is not None
+
+
+def parameters():
+    for name, cases in CASES.items():
+        for variant in variants():
+            if not implemented(name, variant):
+                continue
+            for case in cases:
+                for dtype in ("float32", "float64"):
+                    yield pytest.param(name, variant, case, dtype, id=f"{name}-{variant}-{dtype}-{case.id}")
+
+
+def call(record, variant, arrays, sizes, scalars, dtype):
+    with running(variant):
+        _dispatch.adapter(variant.partition("-")[0]).prepare(record, np.dtype(dtype))(tuple(arrays), sizes, scalars)
+
+
+@pytest.mark.parametrize(("name", "variant", "case", "dtype"), parameters())
+@pytest.mark.parametrize("fill", ["normal", "integers"])
+def test_kernel(name, variant, case, dtype, fill):
+    record = spec.find(name)
+    arrays, sizes, scalars = build(record, case, dtype, fill)
+    if variant == "cuda" and SIMULATED and sum(a.size for a in arrays if a is not None) > SIMULATOR_LIMIT:
+        pytest.skip("too large for the simulator")
+    inputs = [None if a is None else a.copy() for a in arrays]
+    truth = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in inputs]
+    truth = [None if a is None else a.copy() for a in truth]
+    record.reference(*truth, **scalars)
+    call(record, variant, arrays, sizes, scalars, dtype)
+    exact = fill == "integers" and record.error.startswith("reduce")
+    for spec_, before, actual, expected in zip(record.arrays, inputs, arrays, truth, strict=True):
+        if actual is None:
+            continue
+        what = f"{name}, {spec_.name}"
+        if spec_.role == "in":
+            assert_same_bits(actual, before, f"{what} (an input)")
+        else:
+            assert_within(actual, expected, "exact" if exact else record.error, {**sizes, **scalars}, what)
+
+
+def test_every_kernel_has_cases():
+    assert sorted(CASES) == sorted(spec.all_kernels())
+
+
+@pytest.mark.parametrize("name", sorted(spec.all_kernels()))
+def test_reference_fills_its_outputs(name):
+    """The reference leaves no output unwritten and no input changed."""
+    record = spec.find(name)
+    for case in CASES[name]:
+        arrays, _, scalars = build(record, case, "float64", "integers")
+        before = [None if a is None else a.copy() for a in arrays]
+        record.reference(*arrays, **scalars)
+        for s, a, b in zip(record.arrays, arrays, before, strict=True):
+            if a is not None and s.role == "in":
+                assert_same_bits(a, b, f"{name}, {s.name}, case {case.id}")
