@@ -201,6 +201,12 @@ class _Cuda:
 
 cuda: Any = _Cuda()
 
+
+def block(threads: int) -> int:
+    """The threads of a block: `threads` (a power of two), but 4 in Numba's simulator, where each is a Python thread."""
+    return 4 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else threads
+
+
 gpu_kernels: list[GpuKernel] = []
 _GPU_ARGUMENT = re.compile(r"(real|i64|u8|i32)(\[[:,\s]*\])?")
 

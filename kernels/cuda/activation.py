@@ -2,9 +2,9 @@
 
 import math
 
-from ..compile import cuda, gpu, real
+from ..compile import block, cuda, gpu, real
 
-THREADS = 128  # a block a row: four warps hide the latency of the loads of a row of a few hundred values
+THREADS = block(128)  # a block a row: four warps hide the latency of the loads of a row of a few hundred values
 
 
 # Parallel over rows (m, i), one block each. Neighbouring threads read neighbouring k: coalesced when I = 1.
