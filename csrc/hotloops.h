@@ -23,6 +23,12 @@ int hl_isa_select(const char *name);  /* NULL: the best; HL_INVALID when this CP
 int hl_num_threads(int n);            /* sets the threads of the pool when n > 0; returns the number in force */
 const char *hl_algorithm(void);       /* what the last kernel on this thread picked, then forgets it; "" when nothing */
 
+/* 64-byte aligned memory from a cache of blocks, for scratch and for large results: a call that repeats does not pay for
+ * fresh pages. NULL when there is none. From any thread; hl_give(NULL) does nothing. */
+void *hl_take(size_t bytes);
+void hl_give(void *block);
+void hl_keep(size_t bytes);           /* how much the cache may hold while nobody uses it; 0 empties it */
+
 /* ---- activation ---- */
 
 /* y = exp(x - max) / sum(exp(x - max)) over the middle axis. */

@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -170,7 +171,8 @@ int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context)
 /* ---- scratch blocks: a header of 64 bytes holds the size; the cache keeps the few that were used last ---- */
 
 enum { KEPT = 32, HEADER = 64 };
-#define KEPT_BYTES ((size_t)256 << 20)
+static size_t keep_bytes = (size_t)256 << 20;
+#define HUGE_PAGE ((size_t)2 << 20)
 static pthread_mutex_t block_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct block {
     size_t bytes;
@@ -194,8 +196,12 @@ void *hl_take(size_t bytes)
     }
     pthread_mutex_unlock(&block_lock);
     if (!found) {
-        size_t size = (bytes + 4095) & ~(size_t)4095;
-        found = aligned_alloc(64, size + HEADER);
+        size_t size = (bytes + 63) & ~(size_t)63; /* no more: a sanitizer then sees a write past the end */
+        if (size >= 2 * HUGE_PAGE) { /* huge pages: a fifth of the page faults' time of a fresh result */
+            size_t whole = (size + HEADER + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
+            found = aligned_alloc(HUGE_PAGE, whole);
+            if (found) madvise(found, whole, MADV_HUGEPAGE);
+        } else found = aligned_alloc(64, size + HEADER);
         if (!found) return NULL;
         found->bytes = size;
     }
@@ -210,13 +216,26 @@ void hl_give(void *memory)
     int slot = -1;
     for (int i = 0; i < KEPT && slot < 0; i++)
         if (!kept[i]) slot = i;
-    int keep = slot >= 0 && kept_bytes + block->bytes <= KEPT_BYTES;
+    int keep = slot >= 0 && kept_bytes + block->bytes <= keep_bytes;
     if (keep) {
         kept[slot] = block;
         kept_bytes += block->bytes;
     }
     pthread_mutex_unlock(&block_lock);
     if (!keep) free(block);
+}
+
+void hl_keep(size_t bytes)
+{
+    pthread_mutex_lock(&block_lock);
+    keep_bytes = bytes;
+    for (int i = 0; i < KEPT && kept_bytes > bytes; i++)
+        if (kept[i]) {
+            kept_bytes -= kept[i]->bytes;
+            free(kept[i]);
+            kept[i] = NULL;
+        }
+    pthread_mutex_unlock(&block_lock);
 }
 
 static _Thread_local const char *note = "";

@@ -20,11 +20,6 @@ static inline int64_t hl_grain(double work_per_item)
     return g < 1.0 ? 1 : (int64_t)g;
 }
 
-/* Scratch: 64-byte aligned memory from a cache of blocks, so that a repeated call does not pay for fresh pages.
- * NULL when there is none. Callable from a chunk. */
-void *hl_take(size_t bytes);
-void hl_give(void *block);
-
 /* What the kernel picked ("winograd 4x4"), for hl.explain; kept by the calling thread, a literal. */
 void hl_note(const char *algorithm);
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import _dispatch
+from . import _dispatch, _memory
 
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 MAX_BYTES = 2**62
@@ -288,7 +288,7 @@ class Call:
         shape = size(self.op, "an array of the call", shape, dtype.itemsize)
         if self.space == "cuda":
             return _dispatch.adapter("cuda").empty(shape, dtype)
-        return np.empty(shape, dtype)
+        return _memory.empty(shape, dtype)
 
     def run(self, kernel: str, *arrays: Any, **scalars: Any) -> None:
         """Runs one kernel; arrays in the order of its record (None for an absent one), scalars by name."""

@@ -66,14 +66,15 @@ def backend(name: str) -> Iterator[None]:
         _choice.reset(token)
 
 
+@functools.cache
+def _from_environment() -> str | None:
+    name = os.environ.get("HOTLOOPS_BACKEND")
+    return _known(name, "HOTLOOPS_BACKEND") if name else None
+
+
 def chosen() -> str | None:
     """The backend asked for: by `with backend(...)`, else by HOTLOOPS_BACKEND; None: the policy decides."""
-    name = _choice.get()
-    if name is None:
-        name = os.environ.get("HOTLOOPS_BACKEND") or None
-        if name is not None:
-            _known(name, "HOTLOOPS_BACKEND")
-    return name
+    return _choice.get() or _from_environment()
 
 
 @dataclass(frozen=True)

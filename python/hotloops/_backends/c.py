@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _threads
+from .. import _memory, _threads
 
 NAME = "c"
 SPACE = "host"
@@ -29,6 +29,7 @@ def _load() -> tuple[Any, Any, str, str]:
     except Exception as error:  # present but broken: its own error is shown where backends are listed
         return None, None, f"the C extension does not load: {error}", traceback.format_exc()
     _threads.on_change(lib.hl_num_threads)
+    lib.hl_keep(_memory.KEEP_BYTES)
     return ffi, lib, "", ""
 
 
