@@ -10,16 +10,15 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from . import _dispatch, _memory
+from . import _dispatch, _memory, _plan
 
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 MAX_BYTES = 2**62
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def shown(value: Any) -> str:
@@ -159,6 +158,10 @@ class Call:
         self.dtype = self.compute = np.dtype(np.float64)
         self._inputs: list[Any] = []
         self._example: Any = None
+        self.runs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        log = getattr(_plan.recording, "log", None)
+        if log is not None:
+            log.append(self)
 
     # -- what comes in
 
@@ -292,6 +295,7 @@ class Call:
 
     def run(self, kernel: str, *arrays: Any, **scalars: Any) -> None:
         """Runs one kernel; arrays in the order of its record (None for an absent one), scalars by name."""
+        self.runs.append((kernel, arrays, scalars))
         _dispatch.run(kernel, arrays, scalars, self.space)
 
     def finish(self, result: Any) -> Any:
@@ -321,15 +325,39 @@ class Call:
 # --------------------------------------------------------------------------------------------------------------- ops
 
 
-def op(function: _F) -> _F:
-    """Marks a public op: where an argument is an `autograd.Variable`, the call is recorded in its graph."""
+def op(function: Any = None, *, repeats: bool = False) -> Any:
+    """Marks a public op: where an argument is an `autograd.Variable`, the call is recorded in its graph.
+
+    `repeats` promises that how the op runs depends on its arrays through shapes and element types alone (no look at their
+    values, nothing random): calls that repeat then take a short way (see `_plan`).
+    """
+    if function is None:
+        return functools.partial(op, repeats=repeats)
+    plans: dict[Any, Any] = {}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        autograd = sys.modules.get("hotloops.autograd")
-        if autograd is not None and autograd.any_variable(args, kwargs):
+        if repeats:
+            key = _plan.key(args, kwargs)
+            if key is not None:
+                plan = plans.get(key)
+                if plan is None:
+                    if len(plans) >= _plan.MAX_PLANS:
+                        plans.clear()
+                    result, plans[key] = _plan.make(function, args, kwargs)
+                    return result
+                if plan is not _plan.NO_PLAN:
+                    try:
+                        return plan((*args, *kwargs.values()) if kwargs else args)
+                    except ValueError:  # an array that is not contiguous: it needs its copy
+                        pass
+                return function(*args, **kwargs)
+        if autograd.any_variable(args, kwargs):
             return autograd.record(call, args, kwargs)
         return function(*args, **kwargs)
 
     call.signature = inspect.signature(function)  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    return call
+
+
+from . import autograd  # noqa: E402 - the two need each other: ops record graphs, the graph holds ops

@@ -121,12 +121,14 @@ def select(name: str, dtype: np.dtype, space: str) -> tuple[Any, str, list[str]]
     raise BackendUnavailableError(f"{name}: no backend can run this call ({reasons})")
 
 
+def _real_type(record: Any, arrays: tuple[Any, ...]) -> np.dtype:
+    return next(np.dtype(a.dtype) for s, a in zip(record.arrays, arrays, strict=True) if s.dtype == "real" and a is not None)
+
+
 def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str) -> None:
     """Runs one kernel on contiguous, native, checked arrays of one float type."""
     record = spec.find(name)
-    dtype = next(
-        np.dtype(array.dtype) for s, array in zip(record.arrays, arrays, strict=True) if s.dtype == "real" and array is not None
-    )
+    dtype = _real_type(record, arrays)
     sizes = record.bind(arrays)
     written = [a for s, a in zip(record.arrays, arrays, strict=True) if s.role != "in" and a is not None]
     call, backend_name, passed = select(name, dtype, space)
@@ -137,6 +139,22 @@ def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str)
         algorithm = getattr(adapter(backend_name), "algorithm", str)()
         refused = tuple((p, _reason(name, dtype, p)) for p in passed)
         trace.append(Choice(name, str(dtype), backend_name, refused, chosen() is not None, algorithm))
+
+
+def context() -> Any:
+    """What besides its arguments decides how a call runs; part of the key of its plan."""
+    return _choice.get(), _trace.get() is None
+
+
+def prepared_plan(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What a repeated call of this kernel needs, where the C backend runs it: see `_backends.c.kernel`."""
+    record = spec.find(name)
+    dtype = _real_type(record, arrays)
+    if _trace.get() is not None or select(name, dtype, "host")[1] != "c":
+        return None
+    target = adapter("c")
+    function, plan_type, *rest = target.kernel(record, dtype)
+    return function, target.plan(record, plan_type, record.bind(arrays), scalars), *rest
 
 
 # ------------------------------------------------------------------------------------------------------- explanation

@@ -16,7 +16,7 @@ def _rows(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
-@op
+@op(repeats=True)
 def softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
     """Exponentials that sum to 1 along an axis: exp(x - max) / sum(exp(x - max)).
 

@@ -73,7 +73,13 @@ def algorithm() -> str:
     return ffi.string(lib.hl_algorithm()).decode()
 
 
-def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
+def from_buffer() -> Callable[..., Any]:
+    """cffi's way from a contiguous array to a pointer; ValueError for any other array."""
+    return _load()[0].from_buffer
+
+
+def kernel(record: Any, dtype: np.dtype) -> tuple[Any, Any, list[tuple[Any, bool]], Any, Callable[[int], None]] | None:
+    """(function, type of its plan, (pointer type, is it written) per array, the null pointer, what raises a status), or None."""
     ffi, lib, reason, _ = _load()
     if reason or dtype not in _SUFFIX:
         return None
@@ -81,23 +87,37 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
     function = getattr(lib, f"hl_{record.name}_{suffix}", None)
     if function is None:
         return None
-    plan_type = ffi.typeof(f"hl_{record.name}_plan *")
-    scalar_names = [s.name for s in record.scalars]
-    arguments = [(ffi.typeof(_ELEMENTS.get(a.dtype, element)), a.role != "in") for a in record.arrays]
-    new, from_buffer, null, ok = ffi.new, ffi.from_buffer, ffi.NULL, lib.HL_OK
+
+    def fail(status: int) -> None:
+        if status == lib.HL_NOMEM:
+            raise MemoryError(f"{record.name}: no memory for the scratch space of the C kernel")
+        if status == lib.HL_INTERRUPTED:
+            raise KeyboardInterrupt
+        raise RuntimeError(f"{record.name}: the C kernel returned the unknown status {status}")
+
+    pointers = [(ffi.typeof(_ELEMENTS.get(a.dtype, element)), a.role != "in") for a in record.arrays]
+    return function, ffi.typeof(f"hl_{record.name}_plan *"), pointers, ffi.NULL, fail
+
+
+def plan(record: Any, plan_type: Any, sizes: dict[str, int], scalars: dict[str, Any]) -> Any:
+    """The plan struct of a call: its sizes, then its scalars."""
+    return _load()[0].new(plan_type, [*sizes.values(), *[scalars[s.name] for s in record.scalars]])
+
+
+def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
+    found = kernel(record, dtype)
+    if found is None:
+        return None
+    function, plan_type, arguments, null, fail = found
+    buffer = from_buffer()
 
     def call(arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> None:
-        plan = new(plan_type, [*sizes.values(), *[scalars[name] for name in scalar_names]])
         pointers = [
-            null if array is None else from_buffer(pointer, array, writable)
+            null if array is None else buffer(pointer, array, writable)
             for array, (pointer, writable) in zip(arrays, arguments, strict=True)
         ]
-        status = function(plan, *pointers)
-        if status != ok:
-            if status == lib.HL_NOMEM:
-                raise MemoryError(f"{record.name}: no memory for the scratch space of the C kernel")
-            if status == lib.HL_INTERRUPTED:
-                raise KeyboardInterrupt
-            raise RuntimeError(f"{record.name}: the C kernel returned the unknown status {status}")
+        status = function(plan(record, plan_type, sizes, scalars), *pointers)
+        if status:
+            fail(status)
 
     return call
