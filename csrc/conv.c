@@ -1,1 +1,925 @@
-#include "simd.h"
+/* Convolutions over three spatial dimensions and their gradients; 1-D and 2-D come with sizes of 1.
+ *
+ * One idea carries all of them: the rows of the input that a box of outputs needs are copied into planes, padded with
+ * zeros and, along W, split into the `stride` phases. In the planes the inputs of neighbouring outputs are neighbours, so
+ * input(output, tap) = base(output) + offset(tap) with no test and no division, and every load is a whole vector. */
+#include "gemm.h"
+
+/* One spatial dimension: input = output * stride - pad + tap * dilation, zero outside [0, inputs). */
+typedef struct {
+    int64_t outputs, inputs, taps, stride, pad, dilation;
+} axis;
+
+/* A convolution: y[image, filter, output] = bias[filter] + sum over channels, taps of w * x[image, channel, input]. The
+ * gradient of the input is such convolutions too, with other strides through w and y. */
+typedef struct {
+    int64_t images, groups, channels, filters; /* channels and filters of one group */
+    axis axes[3];                              /* D, H, W */
+    const real *x;                             /* [images, groups, channels, inputs...] */
+    const real *w;
+    int64_t w_group, w_filter, w_channel, w_tap[3]; /* element strides of w, of any sign */
+    const real *bias;                               /* [groups * filters] or NULL */
+    real *y;
+    int64_t y_channel, y_step[3]; /* elements from a channel, an output to the next */
+} conv_job;
+
+static int64_t outputs_of(const conv_job *j) { return j->axes[0].outputs * j->axes[1].outputs * j->axes[2].outputs; }
+static int64_t inputs_of(const conv_job *j) { return j->axes[0].inputs * j->axes[1].inputs * j->axes[2].inputs; }
+static int64_t taps_of(const conv_job *j) { return j->axes[0].taps * j->axes[1].taps * j->axes[2].taps; }
+
+/* ---- boxes of outputs ---- */
+
+/* Some whole images, or a range of one dimension of one image with all of the dimensions inside it. */
+typedef struct {
+    int64_t image, images, first[3], size[3];
+} box;
+
+typedef struct {
+    int split;           /* the dimension cut into ranges; -1: the images */
+    int64_t per, ranges; /* its outputs in a range, the ranges */
+    int64_t boxes;
+} grid;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Boxes of about `positions` outputs, as even as can be. */
+static grid make_grid(const conv_job *j, int64_t positions)
+{
+    int64_t inside = outputs_of(j), outside = 1, extent = j->images;
+    grid g = {.split = -1};
+    while (inside > positions && g.split < 2) {
+        outside *= extent;
+        extent = j->axes[++g.split].outputs;
+        inside /= extent;
+    }
+    g.ranges = ceil_div(extent, max64(positions / max64(inside, 1), 1));
+    g.per = ceil_div(extent, g.ranges);
+    g.ranges = ceil_div(extent, g.per);
+    g.boxes = outside * g.ranges;
+    return g;
+}
+
+static box box_at(const conv_job *j, const grid *g, int64_t i)
+{
+    box b = {.images = 1};
+    for (int a = 0; a < 3; a++) b.size[a] = a < g->split ? 1 : j->axes[a].outputs;
+    int64_t range = i % g->ranges * g->per;
+    i /= g->ranges;
+    if (g->split < 0) {
+        b.image = range;
+        b.images = min64(g->per, j->images - range);
+        return b;
+    }
+    b.first[g->split] = range;
+    b.size[g->split] = min64(g->per, j->axes[g->split].outputs - range);
+    for (int a = g->split - 1; a >= 0; a--) {
+        b.first[a] = i % j->axes[a].outputs;
+        i /= j->axes[a].outputs;
+    }
+    b.image = i;
+    return b;
+}
+static int64_t positions_of(const box *b) { return b->images * b->size[0] * b->size[1] * b->size[2]; }
+
+/* ---- planes ---- */
+
+/* Along D and H a plane holds either every row between the first and the last that is needed (taps share rows) or, where
+ * stride or dilation leave gaps, the rows of each tap apart; along W likewise, a phase being one residue of the stride or
+ * one tap. Whichever is less. */
+typedef struct {
+    int64_t rows[2], output_step[2], tap_step[2]; /* D, H */
+    int apart[3];
+    int64_t phases, pitch, row; /* of one row: phases of `pitch` columns */
+    int64_t channel, image;     /* elements */
+} planes;
+
+static planes make_planes(const conv_job *j, const box *b, int64_t channels)
+{
+    planes p = {0};
+    for (int a = 0; a < 2; a++) {
+        const axis *x = &j->axes[a];
+        int64_t shared = (b->size[a] - 1) * x->stride + (x->taps - 1) * x->dilation + 1, apart = b->size[a] * x->taps;
+        p.apart[a] = apart < shared;
+        p.rows[a] = min64(apart, shared);
+        p.output_step[a] = p.apart[a] ? 1 : x->stride;
+        p.tap_step[a] = p.apart[a] ? b->size[a] : x->dilation;
+    }
+    const axis *x = &j->axes[2];
+    int64_t reach = (x->taps - 1) * x->dilation;
+    p.phases = min64(x->stride, reach + 1);
+    p.pitch = b->size[2] + reach / x->stride;
+    p.apart[2] = b->size[2] * x->taps < p.phases * p.pitch;
+    if (p.apart[2]) {
+        p.phases = x->taps;
+        p.pitch = b->size[2];
+    }
+    p.row = p.phases * p.pitch;
+    p.channel = p.rows[0] * p.rows[1] * p.row;
+    p.image = p.channel * channels;
+    return p;
+}
+
+/* The input row (or plane of depth) that row r holds. */
+static int64_t input_of(const conv_job *j, const box *b, const planes *p, int a, int64_t r)
+{
+    const axis *x = &j->axes[a];
+    int64_t start = b->first[a] * x->stride - x->pad;
+    return p->apart[a] ? start + r % b->size[a] * x->stride + r / b->size[a] * x->dilation : start + r;
+}
+
+static void fill_row(const axis *x, int64_t first, const planes *p, const real *from, real *to)
+{
+    for (int64_t q = 0; q < p->phases; q++, to += p->pitch) {
+        int64_t start = first * x->stride - x->pad + q * (p->apart[2] ? x->dilation : 1), stride = x->stride;
+        int64_t low = start < 0 ? min64(ceil_div(-start, stride), p->pitch) : 0;
+        int64_t high = start < x->inputs ? min64((x->inputs - 1 - start) / stride + 1, p->pitch) : 0;
+        high = max64(high, low);
+        for (int64_t i = 0; i < low; i++) to[i] = 0;
+        const real *f = from + start;
+        if (stride == 1) memcpy(to + low, f + low, (size_t)(high - low) * sizeof(real));
+        else if (stride == 2)
+            for (int64_t i = low; i < high; i++) to[i] = f[2 * i];
+        else
+            for (int64_t i = low; i < high; i++) to[i] = f[stride * i];
+        for (int64_t i = high; i < p->pitch; i++) to[i] = 0;
+    }
+}
+
+static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_t group, int64_t first, int64_t channels,
+                        real *to)
+{
+    int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, x_channel = inputs_of(j);
+    for (int64_t n = 0; n < b->images; n++)
+        for (int64_t c = 0; c < channels; c++) {
+            const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + first + c) * x_channel;
+            real *row = to + n * p->image + c * p->channel;
+            for (int64_t rd = 0; rd < p->rows[0]; rd++) {
+                int64_t d = input_of(j, b, p, 0, rd);
+                for (int64_t rh = 0; rh < p->rows[1]; rh++, row += p->row) {
+                    int64_t h = input_of(j, b, p, 1, rh);
+                    if (d < 0 || d >= j->axes[0].inputs || h < 0 || h >= H) memset(row, 0, (size_t)p->row * sizeof(real));
+                    else fill_row(&j->axes[2], b->first[2], p, x + (d * H + h) * W, row);
+                }
+            }
+        }
+}
+
+/* offset(tap) in the planes for k in [begin, end) of the order channel, kd, kh, kw; channel `first` lies at 0. */
+static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int64_t end, int64_t first, int64_t *offsets)
+{
+    const axis *x = j->axes;
+    int64_t kw = begin % x[2].taps, kh = begin / x[2].taps % x[1].taps, kd = begin / x[2].taps / x[1].taps % x[0].taps;
+    int64_t c = begin / taps_of(j) - first;
+    for (int64_t k = begin; k < end; k++) {
+        int64_t t = kw * x[2].dilation;
+        int64_t column = p->apart[2] ? kw * p->pitch : t % x[2].stride * p->pitch + t / x[2].stride;
+        *offsets++ = c * p->channel + (kd * p->tap_step[0] * p->rows[1] + kh * p->tap_step[1]) * p->row + column;
+        if (++kw < x[2].taps) continue;
+        kw = 0;
+        if (++kh < x[1].taps) continue;
+        kh = 0;
+        if (++kd < x[0].taps) continue;
+        kd = 0;
+        c++;
+    }
+}
+
+/* base(output) of the first column of row r (rows of outputs counted through the whole box). */
+static int64_t row_base(const box *b, const planes *p, int64_t r)
+{
+    int64_t h = r % b->size[1], d = r / b->size[1] % b->size[0], n = r / b->size[1] / b->size[0];
+    return n * p->image + (d * p->output_step[0] * p->rows[1] + h * p->output_step[1]) * p->row;
+}
+
+/* Where row r of the box begins in channel 0 of y. */
+static int64_t row_target(const conv_job *j, const box *b, int64_t r)
+{
+    int64_t h = r % b->size[1] + b->first[1], d = r / b->size[1] % b->size[0] + b->first[0];
+    int64_t n = r / b->size[1] / b->size[0] + b->image;
+    return n * j->groups * j->filters * j->y_channel + d * j->y_step[0] + h * j->y_step[1] + b->first[2] * j->y_step[2];
+}
+
+/* Whether the outputs of a box of one image lie one after the other in y. */
+static int is_dense(const conv_job *j)
+{
+    return j->y_step[2] == 1 && j->y_step[1] == j->axes[2].outputs && j->y_step[0] == j->axes[1].outputs * j->y_step[1];
+}
+
+/* One tap on each input: the image is one long row, and x is its own plane. */
+static int is_pointwise(const conv_job *j)
+{
+    for (int a = 0; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        if (x->taps != 1 || x->stride != 1 || x->pad || x->inputs != x->outputs) return 0;
+    }
+    return 1;
+}
+static int is_flat(const conv_job *j) { return is_pointwise(j) && j->axes[0].outputs == 1 && j->axes[1].outputs == 1; }
+static void flatten(conv_job *j)
+{
+    if (!is_dense(j) || !is_pointwise(j)) return;
+    int64_t S = outputs_of(j);
+    j->axes[0] = j->axes[1] = (axis){1, 1, 1, 1, 0, 1};
+    j->axes[2] = (axis){S, S, 1, 1, 0, 1};
+    j->y_step[0] = j->y_step[1] = S;
+}
+
+/* From [filters, positions of the box] into y. */
+static void scatter(const conv_job *j, const box *b, int64_t group, int64_t first, int64_t filters, const real *from,
+                    int64_t from_row)
+{
+    int64_t rows = b->images * b->size[0] * b->size[1], columns = b->size[2];
+    for (int64_t r = 0; r < rows; r++) {
+        real *to = j->y + row_target(j, b, r) + (group * j->filters + first) * j->y_channel;
+        for (int64_t f = 0; f < filters; f++, to += j->y_channel) {
+            const real *row = from + f * from_row + r * columns;
+            for (int64_t i = 0; i < columns; i++) to[i * j->y_step[2]] = row[i];
+        }
+    }
+}
+
+/* ---- implicit matrix product ---- */
+
+typedef struct {
+    const conv_job *j;
+    grid grid;
+    int64_t filter_blocks, depth, tasks;
+    int flat;     /* one tap on each input: x is its own plane */
+    real *packed; /* w: [group][part of K][row panels] */
+} product;
+
+/* K = channels * taps is cut where a channel ends if a part of GEMM_DEPTH holds one, else anywhere. */
+static int64_t part_depth(int64_t channels, int64_t taps)
+{
+    if (taps > GEMM_DEPTH) return gemm_depth(channels * taps);
+    return ceil_div(channels, ceil_div(max64(channels, 1), GEMM_DEPTH / taps)) * taps;
+}
+
+/* Parallel over (group, part of K). w is read once, across its memory order where the gradient transposes it. */
+static int pack_weights(int64_t begin, int64_t end, void *context)
+{
+    const product *t = context;
+    const conv_job *j = t->j;
+    int64_t taps = taps_of(j), K = j->channels * taps, parts = ceil_div(K, t->depth);
+    int64_t in_order = j->w_tap[2] == 1 && j->w_tap[1] == j->axes[2].taps &&
+                       j->w_tap[0] == j->axes[1].taps * j->w_tap[1] && j->w_channel == taps;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / parts, k0 = i % parts * t->depth, depth = min64(t->depth, K - k0);
+        for (int64_t f = 0, rows; f < j->filters; f += rows) {
+            rows = gemm_rows(j->filters - f);
+            real *panel = t->packed + (group * K + k0) * j->filters + f * depth;
+            const real *w = j->w + group * j->w_group + f * j->w_filter;
+            if (in_order) {
+                gemm_pack_panel(rows, rows, depth, w + k0, j->w_filter, 1, panel);
+                continue;
+            }
+            for (int64_t k = k0; k < k0 + depth; k++, panel += rows) {
+                int64_t kw = k % j->axes[2].taps, kh = k / j->axes[2].taps % j->axes[1].taps;
+                int64_t kd = k / j->axes[2].taps / j->axes[1].taps % j->axes[0].taps;
+                const real *wk = w + k / taps * j->w_channel + kd * j->w_tap[0] + kh * j->w_tap[1] + kw * j->w_tap[2];
+                for (int64_t r = 0; r < rows; r++) panel[r] = wk[r * j->w_filter];
+            }
+        }
+    }
+    return HL_OK;
+}
+
+/* The vectors to copy from the planes for `width` positions from s on. The last of a row copies beyond it; what follows
+ * in the panel is written later. */
+typedef struct {
+    int64_t from, to;
+} copy;
+static int64_t list_copies(const box *b, const planes *p, int64_t s, int64_t width, copy *copies)
+{
+    int64_t n = 0, done = 0, row = s / b->size[2], column = s % b->size[2];
+    while (done < width) {
+        int64_t run = min64(b->size[2] - column, width - done), base = row_base(b, p, row) + column;
+        for (int64_t i = 0; i < run; i += LANES) copies[n++] = (copy){base + i, done + i};
+        done += run;
+        row++;
+        column = 0;
+    }
+    return n;
+}
+static void pack_patches(int64_t depth, const int64_t *offsets, const copy *copies, int64_t n, const real *from,
+                         int64_t step, real *panel)
+{
+    for (int64_t k = 0; k < depth; k++, panel += step) {
+        const real *source = from + offsets[k];
+        for (int64_t i = 0; i < n; i++) store(panel + copies[i].to, load(source + copies[i].from));
+    }
+}
+
+static int64_t filter_cut(const product *t, int64_t i)
+{
+    int64_t F = t->j->filters;
+    return i == t->filter_blocks ? F : F / t->filter_blocks * i / GEMM_ROWS * GEMM_ROWS;
+}
+
+static int product_tasks(int64_t begin, int64_t end, void *context)
+{
+    const product *t = context;
+    const conv_job *j = t->j;
+    int64_t taps = taps_of(j), K = j->channels * taps, S = inputs_of(j);
+    box largest = box_at(j, &t->grid, 0);
+    int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
+    planes p = make_planes(j, &largest, channels_max);
+    int dense = is_dense(j) && t->grid.split >= 0, flat = t->flat && t->grid.split >= 0;
+    int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
+    size_t planes_size = flat ? 0 : (size_t)round_up(largest.images * p.image + LANES, LANES);
+    size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
+    size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
+    real *scratch = hl_take((planes_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
+    if (!scratch) return HL_NOMEM;
+    real *panel = scratch + planes_size, *result = panel + panel_size;
+    int64_t *offsets = (int64_t *)(result + result_size);
+    copy copies[GEMM_COLUMNS + GEMM_VECTORS];
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / t->filter_blocks % j->groups, f0 = filter_cut(t, i % t->filter_blocks);
+        int64_t filters = filter_cut(t, i % t->filter_blocks + 1) - f0;
+        box b = box_at(j, &t->grid, i / t->filter_blocks / j->groups);
+        positions = positions_of(&b);
+        real *y = dense ? j->y + row_target(j, &b, 0) + (group * j->filters + f0) * j->y_channel : result;
+        int64_t y_row = dense ? j->y_channel : positions;
+        const real *bias = j->bias ? j->bias + group * j->filters + f0 : NULL;
+        int64_t k = 0;
+        do { /* once for K = 0 */
+            int64_t depth = min64(t->depth, K - k), c0 = k / taps, channels = ceil_div(k + depth, taps) - c0;
+            const real *a = t->packed + (group * K + k) * j->filters + f0 * depth;
+            const real *x = j->x + ((b.image * j->groups + group) * j->channels + c0) * S + b.first[2];
+            if (!flat) {
+                p = make_planes(j, &b, channels);
+                fill_planes(j, &b, &p, group, c0, channels, scratch);
+                fill_offsets(j, &p, k, k + depth, c0, offsets);
+            }
+            for (int64_t s = 0, step; s < positions; s += step) {
+                step = gemm_columns(positions - s);
+                int64_t width = min64(step, positions - s);
+                if (flat) gemm_pack_panel(width, step, depth, x + s, 1, S, panel);
+                else pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), scratch, step, panel);
+                gemm_out out = {.c = y + s, .c_row = y_row};
+                if (k) {
+                    out.add = out.c;
+                    out.add_row = y_row;
+                } else out.row_bias = bias;
+                gemm_block(filters, width, depth, a, panel, &out);
+            }
+            k += depth;
+        } while (k < K);
+        if (!dense) scatter(j, &b, group, f0, filters, result, y_row);
+    }
+    hl_give(scratch);
+    return HL_OK;
+}
+
+/* Parallel over (box of outputs, group, block of filters); y = w[filters, K] patches[K, positions].
+ * A part of K at a time: the planes of its channels, then panels of patches out of them, each multiplied with all filters
+ * while it is in cache. The whole column matrix never exists.
+ * x is read once per box that needs it, w once per panel (from cache), y is written once per part of K.
+ * Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning (2014), section 3. */
+static int conv_product(const conv_job *j)
+{
+    int64_t taps = taps_of(j), K = j->channels * taps;
+    /* 8 full panels to a box: rows at its rim are copied twice, so not fewer; enough boxes to share out, so not more. */
+    product t = {.j = j, .filter_blocks = 1, .grid = make_grid(j, 8 * GEMM_COLUMNS), .depth = part_depth(j->channels, taps)};
+    t.flat = is_flat(j);
+    hl_note(t.flat ? "matrix product" : "implicit gemm");
+    t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
+    if (!t.packed) return HL_NOMEM;
+    int64_t parts = K ? ceil_div(K, t.depth) : 0;
+    int status = hl_parallel_for(j->groups * parts, hl_grain((double)(t.depth * j->filters)), pack_weights, &t);
+    if (status == HL_OK) {
+        double work = (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
+        t.tasks = t.grid.boxes * j->groups;
+        /* Fewer than 16 tasks: cut the filters too, in blocks of at least four tiles, each above four million products. */
+        while (t.tasks < 16 && j->filters / t.filter_blocks >= 8 * GEMM_ROWS && work / (double)t.tasks > 8e6) {
+            t.filter_blocks *= 2;
+            t.tasks *= 2;
+        }
+        /* 16 products cost what hl_grain counts as one operation. */
+        status = hl_parallel_for(t.tasks, hl_grain(work / (double)t.tasks / 16), product_tasks, &t);
+    }
+    hl_give(t.packed);
+    return status;
+}
+
+/* ---- direct: few filters to a group ---- */
+
+typedef struct {
+    const conv_job *j;
+    grid grid;
+} direct;
+
+/* `rows` x `vectors` of outputs of one filter: sums of taps, straight from the planes. */
+static inline __attribute__((always_inline)) void direct_tile(const int rows, const int vectors, int64_t K,
+                                                              const int64_t *offsets, const real *w, real bias,
+                                                              const real *from, int64_t from_row, vreal *sums)
+{
+    vreal sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * vectors; i++) sum[i] = splat(bias);
+    for (int64_t k = 0; k < K; k++) {
+        vreal wk = splat(w[k]);
+        const real *f = from + offsets[k];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum[r * vectors + v] += wk * load(f + r * from_row + v * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * vectors; i++) sums[i] = sum[i];
+}
+
+/* All rows of one box for one filter. Vectors go from the right to the left and rows down: what a vector writes beyond
+ * its row is written again by the rows below; only at the end of the box is part of a vector stored. */
+static void direct_rows(const box *b, const planes *p, int64_t K, const int64_t *offsets, const real *w, real bias,
+                        const real *from, real *y)
+{
+    int64_t W = b->size[2], rows = b->images * b->size[0] * b->size[1];
+    for (int64_t r = 0, height; r < rows; r += height) {
+        height = b->size[1] - r % b->size[1] >= 4 ? 4 : 1; /* rows of a tile are neighbours in one plane */
+        const real *base = from + row_base(b, p, r);
+        int64_t from_row = p->output_step[1] * p->row;
+        for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
+            take = vectors % 2 ? 1 : 2;
+            int64_t column = (vectors - take) * LANES;
+            vreal sums[8];
+            if (height == 4 && take == 2) direct_tile(4, 2, K, offsets, w, bias, base + column, from_row, sums);
+            else if (height == 4) direct_tile(4, 1, K, offsets, w, bias, base + column, from_row, sums);
+            else if (take == 2) direct_tile(1, 2, K, offsets, w, bias, base + column, from_row, sums);
+            else direct_tile(1, 1, K, offsets, w, bias, base + column, from_row, sums);
+            for (int64_t i = 0; i < height; i++)
+                for (int64_t v = 0; v < take; v++) {
+                    int64_t at = column + v * LANES;
+                    real *to = y + (r + i) * W + at;
+                    if ((r + i) * W + at + LANES <= rows * W) store(to, sums[i * take + v]);
+                    else store_part(to, W - at, sums[i * take + v]);
+                }
+        }
+    }
+}
+
+static int direct_tasks(int64_t begin, int64_t end, void *context)
+{
+    const direct *t = context;
+    const conv_job *j = t->j;
+    int64_t taps = taps_of(j), K = j->channels * taps;
+    box largest = box_at(j, &t->grid, 0);
+    planes p = make_planes(j, &largest, j->channels);
+    int dense = is_dense(j);
+    int64_t positions = positions_of(&largest);
+    size_t planes_size = (size_t)round_up(largest.images * p.image + 2 * LANES, LANES), w_size = (size_t)round_up(K, LANES);
+    size_t result_size = dense ? 0 : (size_t)round_up(positions, LANES);
+    real *scratch = hl_take((planes_size + w_size + result_size) * sizeof(real) + (size_t)K * sizeof(int64_t));
+    if (!scratch) return HL_NOMEM;
+    real *weights = scratch + planes_size, *result = weights + w_size;
+    int64_t *offsets = (int64_t *)(result + result_size);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i % j->groups;
+        box b = box_at(j, &t->grid, i / j->groups);
+        p = make_planes(j, &b, j->channels);
+        fill_planes(j, &b, &p, group, 0, j->channels, scratch);
+        fill_offsets(j, &p, 0, K, 0, offsets);
+        for (int64_t f = 0; f < j->filters; f++) {
+            const real *w = j->w + group * j->w_group + f * j->w_filter;
+            for (int64_t c = 0, k = 0; c < j->channels; c++)
+                for (int64_t kd = 0; kd < j->axes[0].taps; kd++)
+                    for (int64_t kh = 0; kh < j->axes[1].taps; kh++)
+                        for (int64_t kw = 0; kw < j->axes[2].taps; kw++, k++)
+                            weights[k] = w[c * j->w_channel + kd * j->w_tap[0] + kh * j->w_tap[1] + kw * j->w_tap[2]];
+            int64_t filter = group * j->filters + f;
+            real *y = dense ? j->y + row_target(j, &b, 0) + filter * j->y_channel : result;
+            direct_rows(&b, &p, K, offsets, weights, j->bias ? j->bias[filter] : 0, scratch, y);
+            if (!dense) scatter(j, &b, group, f, 1, result, positions_of(&b));
+        }
+    }
+    hl_give(scratch);
+    return HL_OK;
+}
+
+/* Parallel over (box of one image, group). Four rows of two vectors of outputs at a time, so that eight sums are under way.
+ * x is copied to planes once per box and read from the first cache once per tap; y is written once.
+ * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3, without its registers for w. */
+static int conv_direct(const conv_job *j)
+{
+    hl_note(j->channels == 1 ? "depthwise" : "direct");
+    direct t = {.j = j, .grid = make_grid(j, 4096)}; /* planes of 16 KiB in float32: half of a first-level cache */
+    if (t.grid.split < 0) { /* one image a box: its outputs are dense in y */
+        t.grid.per = 1;
+        t.grid.ranges = t.grid.boxes = j->images;
+    }
+    double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
+           (double)(j->channels * taps_of(j) + 4) / LANES;
+    return hl_parallel_for(t.grid.boxes * j->groups, hl_grain(work), direct_tasks, &t);
+}
+
+/* ---- kernels ---- */
+
+static int run(conv_job *j)
+{
+    if (j->images <= 0 || j->groups <= 0 || j->filters <= 0 || outputs_of(j) <= 0) return HL_OK;
+    if (taps_of(j) <= 0 || inputs_of(j) <= 0) j->channels = 0;
+    if (!j->channels)
+        for (int a = 0; a < 3; a++) j->axes[a].taps = 1;
+    flatten(j);
+    /* A tile of the product has GEMM_ROWS filters: with one or two it would idle. */
+    if (j->filters <= 2 && j->channels * taps_of(j) <= 1024) return conv_direct(j);
+    return conv_product(j);
+}
+
+int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b, real *y)
+{
+    int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
+    conv_job j = {
+        .images = p->N, .groups = groups, .channels = p->CG, .filters = p->F / groups,
+        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
+                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .x = x, .w = w, .w_group = p->F / groups * p->CG * taps, .w_filter = p->CG * taps, .w_channel = taps,
+        .w_tap = {p->KH * p->KW, p->KW, 1}, .bias = b,
+        .y = y, .y_channel = p->OD * p->OH * p->OW, .y_step = {p->OH * p->OW, p->OW, 1},
+    };
+    return run(&j);
+}
+
+static int64_t gcd64(int64_t a, int64_t b)
+{
+    while (b) {
+        int64_t r = a % b;
+        a = b;
+        b = r;
+    }
+    return a;
+}
+
+/* The inputs i, i + stride, ... of one dimension take the same taps of w: a convolution of gy with stride 1.
+ * input = output * stride - pad + tap * dilation, solved for output. */
+typedef struct {
+    axis axis;
+    int64_t first_tap, tap_step; /* of w, for tap 0 of the axis and on */
+} residue;
+static residue residue_of(int64_t i, int64_t inputs, int64_t outputs, int64_t taps, int64_t stride, int64_t pad,
+                          int64_t dilation)
+{
+    int64_t g = gcd64(dilation, stride), every = stride / g, tap = 0, at = i + pad;
+    while (tap < min64(every, taps) && (at - tap * dilation) % stride) tap++;
+    int64_t count = tap < min64(every, taps) ? (taps - 1 - tap) / every + 1 : 0;
+    int64_t last = tap + (count - 1) * every; /* taps are taken from the last down: so outputs go up */
+    residue r = {{.outputs = (inputs - 1 - i) / stride + 1, .inputs = outputs, .taps = count, .stride = 1,
+                  .dilation = dilation / g, .pad = count ? -((at - last * dilation) / stride) : 0},
+                 last, -every};
+    return r;
+}
+
+/* One convolution of gy for each residue of the strides; all of them write apart from each other. */
+int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const real *w, const real *b, real *gx)
+{
+    int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
+    if (p->D <= 0 || p->H <= 0 || p->W <= 0) return HL_OK;
+    for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
+        for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)
+            for (int64_t v = 0; v < min64(p->stride_w, p->W); v++) {
+                residue r[3] = {residue_of(d, p->D, p->OD, p->KD, p->stride_d, p->pad_d, p->dilation_d),
+                                residue_of(h, p->H, p->OH, p->KH, p->stride_h, p->pad_h, p->dilation_h),
+                                residue_of(v, p->W, p->OW, p->KW, p->stride_w, p->pad_w, p->dilation_w)};
+                conv_job j = {
+                    .images = p->N, .groups = groups, .channels = p->F / groups, .filters = p->CG,
+                    .axes = {r[0].axis, r[1].axis, r[2].axis},
+                    .x = gy, .w = w + (r[0].first_tap * p->KH + r[1].first_tap) * p->KW + r[2].first_tap,
+                    .w_group = p->F / groups * p->CG * taps, .w_filter = taps, .w_channel = p->CG * taps,
+                    .w_tap = {r[0].tap_step * p->KH * p->KW, r[1].tap_step * p->KW, r[2].tap_step}, .bias = b,
+                    .y = gx + (d * p->H + h) * p->W + v, .y_channel = p->D * p->H * p->W,
+                    .y_step = {p->stride_d * p->H * p->W, p->stride_h * p->W, p->stride_w},
+                };
+                int status = run(&j);
+                if (status != HL_OK) return status;
+            }
+    return HL_OK;
+}
+/* ---- gradient of the weights ---- */
+
+typedef struct {
+    const conv_job *j; /* y is not used */
+    const real *gy;
+    real *gw;
+    grid grid;
+    int64_t first_box, boxes; /* of this pass */
+    int64_t row_blocks, rows, filter_blocks, padded; /* of K; filters, and filters rounded up to LANES */
+    int64_t box_size;                                /* elements of one packed box of one group */
+    int flat;
+    real *packed;
+} weight_job;
+
+/* gy of each (box, group) as panels [filters][positions], positions outermost. */
+static int pack_gy(int64_t begin, int64_t end, void *context)
+{
+    const weight_job *t = context;
+    const conv_job *j = t->j;
+    int64_t S = outputs_of(j);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i % j->groups;
+        box b = box_at(j, &t->grid, t->first_box + i / j->groups);
+        int64_t positions = positions_of(&b), each = positions / b.images;
+        int64_t first = (b.first[0] * j->axes[1].outputs + b.first[1]) * j->axes[2].outputs + b.first[2];
+        for (int64_t f = 0, step; f < j->filters; f += step) {
+            step = gemm_columns(j->filters - f);
+            real *panel = t->packed + i * t->box_size + f * positions;
+            for (int64_t n = 0; n < b.images; n++, panel += each * step)
+                gemm_pack_panel(min64(step, j->filters - f), step, each,
+                                t->gy + (((b.image + n) * j->groups + group) * j->filters + f) * S + first, S, 1, panel);
+        }
+    }
+    return HL_OK;
+}
+
+/* sums[rows][vectors] += patches^T gy over all runs of `length` positions: the patches are read where they lie in the
+ * planes, one broadcast each, gy from its panel. */
+static inline __attribute__((always_inline)) void weight_tile(const int rows, const int vectors, const real *from,
+                                                              const int64_t *offsets, const int64_t *runs, int64_t n,
+                                                              int64_t length, const real *gy, real *sums, int64_t sums_row)
+{
+    vreal sum[GEMM_ROWS][GEMM_VECTORS];
+    const real *a[GEMM_ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        a[i] = from + offsets[i];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[i][v] = load(sums + i * sums_row + v * LANES);
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t s = runs[r]; s < runs[r] + length; s++, gy += vectors * LANES) {
+            vreal g[GEMM_VECTORS];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) g[v] = load(gy + v * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i][s]) * g[v];
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
+}
+
+static void weight_rows(int64_t rows, int64_t vectors, const real *from, const int64_t *offsets, const int64_t *runs,
+                        int64_t n, int64_t length, const real *gy, real *sums, int64_t sums_row)
+{
+    int64_t r = 0;
+#define WEIGHT_TILE(h, v) weight_tile(h, v, from, offsets + r, runs, n, length, gy, sums + r * sums_row, sums_row)
+    for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) {
+        if (vectors == 1) WEIGHT_TILE(GEMM_ROWS, 1);
+        else if (vectors == 2) WEIGHT_TILE(GEMM_ROWS, 2);
+#if HL_REGISTERS == 32
+        else WEIGHT_TILE(GEMM_ROWS, 3);
+#endif
+    }
+    for (; r < rows; r++) {
+        if (vectors == 1) WEIGHT_TILE(1, 1);
+        else if (vectors == 2) WEIGHT_TILE(1, 2);
+#if HL_REGISTERS == 32
+        else WEIGHT_TILE(1, 3);
+#endif
+    }
+}
+
+static int64_t weight_filter_cut(const weight_job *t, int64_t i)
+{
+    int64_t F = t->j->filters;
+    return i == t->filter_blocks ? F : F / t->filter_blocks * i / GEMM_COLUMNS * GEMM_COLUMNS;
+}
+
+/* One block of rows (channel, tap) of one group against one block of filters, over all boxes of this pass. */
+static int weight_tasks(int64_t begin, int64_t end, void *context)
+{
+    const weight_job *t = context;
+    const conv_job *j = t->j;
+    int64_t taps = taps_of(j), K = j->channels * taps, S = inputs_of(j);
+    box largest = box_at(j, &t->grid, 0);
+    planes p = make_planes(j, &largest, t->rows / taps + 2);
+    int flat = t->flat && t->grid.split >= 0;
+    int64_t runs_max = largest.images * largest.size[0] * largest.size[1];
+    size_t planes_size = flat ? 0 : (size_t)round_up(largest.images * p.image, LANES);
+    size_t sums_size = (size_t)(t->rows * t->padded);
+    real *scratch = hl_take((planes_size + sums_size) * sizeof(real) + (size_t)(t->rows + runs_max) * sizeof(int64_t));
+    if (!scratch) return HL_NOMEM;
+    real *sums = scratch + planes_size;
+    int64_t *offsets = (int64_t *)(sums + sums_size), *runs = offsets + t->rows;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / t->filter_blocks / t->row_blocks, r0 = i / t->filter_blocks % t->row_blocks * t->rows;
+        int64_t rows = min64(t->rows, K - r0), c0 = r0 / taps, channels = ceil_div(r0 + rows, taps) - c0;
+        int64_t f0 = weight_filter_cut(t, i % t->filter_blocks), f1 = weight_filter_cut(t, i % t->filter_blocks + 1);
+        memset(sums, 0, sums_size * sizeof(real));
+        for (int64_t n = 0; n < t->boxes; n++) {
+            box b = box_at(j, &t->grid, t->first_box + n);
+            int64_t positions = positions_of(&b), count = b.images * b.size[0] * b.size[1];
+            const real *from = scratch;
+            if (flat) {
+                from = j->x + ((b.image * j->groups + group) * j->channels + c0) * S + b.first[2];
+                for (int64_t r = 0; r < rows; r++) offsets[r] = r * S;
+                runs[0] = 0;
+            } else {
+                p = make_planes(j, &b, channels);
+                fill_planes(j, &b, &p, group, c0, channels, scratch);
+                fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
+                for (int64_t r = 0; r < count; r++) runs[r] = row_base(&b, &p, r);
+            }
+            for (int64_t f = f0, step; f < f1; f += step) {
+                step = gemm_columns(f1 - f);
+                weight_rows(rows, step / LANES, from, offsets, runs, count, b.size[2],
+                            t->packed + (n * j->groups + group) * t->box_size + f * positions, sums + (f - f0), t->padded);
+            }
+        }
+        for (int64_t f = f0; f < f1; f++) {
+            real *to = t->gw + (group * j->filters + f) * K + r0;
+            const real *from = sums + (f - f0);
+            if (t->first_box)
+                for (int64_t r = 0; r < rows; r++) to[r] += from[r * t->padded];
+            else
+                for (int64_t r = 0; r < rows; r++) to[r] = from[r * t->padded];
+        }
+    }
+    hl_give(scratch);
+    return HL_OK;
+}
+
+/* Parallel over (group, block of rows of K, block of filters); gw^T[K, filters] = patches^T[K, positions] gy^T[positions,
+ * filters]. gy is transposed into panels first, as many boxes at a time as fit 32 MiB; then each task goes through all
+ * boxes in order, so that a sum never depends on the threads.
+ * gy is read twice and again (from panels) by each block of rows, x once per block of filters, gw is written once a pass.
+ * Source: the transposed product of conv_product. */
+static int weight_product(weight_job *t)
+{
+    const conv_job *j = t->j;
+    int64_t K = j->channels * taps_of(j);
+    t->flat = is_flat(j);
+    hl_note(t->flat ? "matrix product" : "implicit gemm");
+    /* At least 48 rows to a block, so that gy is not read from memory for too little work; 32 blocks are enough. */
+    t->row_blocks = ceil_div(K, max64(48, ceil_div(K, 32)));
+    t->rows = round_up(ceil_div(K, t->row_blocks), GEMM_ROWS);
+    t->row_blocks = ceil_div(K, t->rows);
+    t->filter_blocks = 1;
+    while (j->groups * t->row_blocks * t->filter_blocks < 8 && j->filters / t->filter_blocks >= 4 * GEMM_COLUMNS)
+        t->filter_blocks *= 2;
+    t->padded = round_up(ceil_div(j->filters, t->filter_blocks), LANES) + 2 * GEMM_COLUMNS;
+    box largest = box_at(j, &t->grid, 0);
+    t->box_size = positions_of(&largest) * round_up(j->filters, LANES);
+    int64_t pass = min64(t->grid.boxes, max64((32 << 20) / (int64_t)sizeof(real) / (j->groups * t->box_size), 1));
+    t->packed = hl_take((size_t)(pass * j->groups * t->box_size) * sizeof(real));
+    if (!t->packed) return HL_NOMEM;
+    int status = HL_OK;
+    for (; t->first_box < t->grid.boxes && status == HL_OK; t->first_box += pass) {
+        t->boxes = min64(pass, t->grid.boxes - t->first_box);
+        status = hl_parallel_for(t->boxes * j->groups, hl_grain((double)t->box_size), pack_gy, t);
+        if (status != HL_OK) break;
+        double work = (double)t->rows * (double)t->padded * (double)positions_of(&largest) * (double)t->boxes / 16;
+        status = hl_parallel_for(j->groups * t->row_blocks * t->filter_blocks, hl_grain(work), weight_tasks, t);
+    }
+    hl_give(t->packed);
+    return status;
+}
+
+/* sums[k] += gy * patches over one row of W outputs, up to eight k; gy is zero beyond the row, what the planes hold there
+ * is masked away (it may be infinite). */
+static inline __attribute__((always_inline)) void dot_row(const int count, int64_t W, const real *gy, const real *from,
+                                                          const int64_t *offsets, vreal *sums)
+{
+    int64_t s = 0;
+    for (; s + LANES <= W; s += LANES) {
+        vreal g = load(gy + s);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) sums[i] += g * load(from + offsets[i] + s);
+    }
+    if (s == W) return;
+    vint inside;
+    for (int i = 0; i < LANES; i++) inside[i] = s + i < W ? -1 : 0;
+    vreal g = load(gy + s);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) sums[i] += g * blend(inside, load(from + offsets[i] + s), splat((real)0));
+}
+
+/* One group and block of rows, over all boxes. */
+static int weight_dots(int64_t begin, int64_t end, void *context)
+{
+    const weight_job *t = context;
+    const conv_job *j = t->j;
+    int64_t taps = taps_of(j), K = j->channels * taps, S = outputs_of(j);
+    box largest = box_at(j, &t->grid, 0);
+    planes p = make_planes(j, &largest, t->rows / taps + 2);
+    int64_t lines = largest.images * largest.size[0] * largest.size[1], pitch = round_up(largest.size[2], LANES);
+    size_t planes_size = (size_t)round_up(largest.images * p.image + LANES, LANES), gy_size = (size_t)(lines * pitch);
+    size_t sums_size = (size_t)(t->rows * j->filters * LANES);
+    real *scratch = hl_take((planes_size + gy_size + sums_size) * sizeof(real) + (size_t)t->rows * sizeof(int64_t));
+    if (!scratch) return HL_NOMEM;
+    real *gy = scratch + planes_size;
+    vreal *sums = (vreal *)(gy + gy_size);
+    int64_t *offsets = (int64_t *)(gy + gy_size + sums_size);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / t->row_blocks, r0 = i % t->row_blocks * t->rows, rows = min64(t->rows, K - r0);
+        int64_t c0 = r0 / taps, channels = ceil_div(r0 + rows, taps) - c0;
+        memset(sums, 0, sums_size * sizeof(real));
+        for (int64_t n = 0; n < t->grid.boxes; n++) {
+            box b = box_at(j, &t->grid, n);
+            int64_t W = b.size[2];
+            lines = b.images * b.size[0] * b.size[1];
+            p = make_planes(j, &b, channels);
+            fill_planes(j, &b, &p, group, c0, channels, scratch);
+            fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
+            for (int64_t f = 0; f < j->filters; f++) {
+                vreal *sum = sums + f * t->rows;
+                for (int64_t r = 0; r < lines; r++) {
+                    int64_t h = r % b.size[1] + b.first[1], d = r / b.size[1] % b.size[0] + b.first[0];
+                    int64_t image = r / b.size[1] / b.size[0] + b.image;
+                    real *to = gy + r * pitch;
+                    memcpy(to, t->gy + ((image * j->groups + group) * j->filters + f) * S +
+                           (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2], (size_t)W * sizeof(real));
+                    for (int64_t w = W; w < pitch; w++) to[w] = 0;
+                }
+                for (int64_t k = 0, count; k < rows; k += count) {
+                    count = min64(rows - k, 8);
+                    vreal part[8];
+                    memcpy(part, sum + k, (size_t)count * sizeof(vreal));
+                    for (int64_t r = 0; r < lines; r++) {
+                        const real *base = scratch + row_base(&b, &p, r);
+                        if (count == 8) dot_row(8, W, gy + r * pitch, base, offsets + k, part);
+                        else
+                            for (int64_t q = 0; q < count; q++) dot_row(1, W, gy + r * pitch, base, offsets + k + q, part + q);
+                    }
+                    memcpy(sum + k, part, (size_t)count * sizeof(vreal));
+                }
+            }
+        }
+        for (int64_t f = 0; f < j->filters; f++)
+            for (int64_t k = 0; k < rows; k++)
+                t->gw[(group * j->filters + f) * K + r0 + k] = sum_lanes(sums[f * t->rows + k]);
+    }
+    hl_give(scratch);
+    return HL_OK;
+}
+
+/* Parallel over (group, block of rows of K): dot products along W, for groups with too few filters to fill a vector.
+ * x goes through planes once; gy is read once per block of rows.
+ * Source: as conv_direct. */
+static int weight_direct(weight_job *t)
+{
+    const conv_job *j = t->j;
+    int64_t K = j->channels * taps_of(j);
+    hl_note(j->channels == 1 ? "depthwise" : "direct");
+    t->rows = min64(K, max64(64, ceil_div(K, 32)));
+    t->row_blocks = ceil_div(K, t->rows);
+    double work = (double)t->rows * (double)j->filters * (double)outputs_of(j) * (double)j->images / LANES;
+    return hl_parallel_for(j->groups * t->row_blocks, hl_grain(work), weight_dots, t);
+}
+
+int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, const real *x, real *gw)
+{
+    int64_t groups = max64(p->groups, 1);
+    conv_job j = {
+        .images = p->N, .groups = groups, .channels = p->CG, .filters = p->F / groups,
+        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
+                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .x = x, .y_channel = p->OD * p->OH * p->OW, .y_step = {p->OH * p->OW, p->OW, 1},
+    };
+    if (p->F <= 0 || j.channels <= 0 || taps_of(&j) <= 0) return HL_OK;
+    if (j.images <= 0 || outputs_of(&j) <= 0 || inputs_of(&j) <= 0) {
+        memset(gw, 0, (size_t)(p->F * p->CG * taps_of(&j)) * sizeof(real));
+        return HL_OK;
+    }
+    flatten(&j);
+    weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
+    return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);
+}
+
+typedef struct {
+    const hl_conv_grad_bias_plan *p;
+    const real *gy;
+    real *gb;
+} bias_job;
+static int bias_filters(int64_t begin, int64_t end, void *context)
+{
+    const bias_job *t = context;
+    int64_t S = t->p->S;
+    for (int64_t f = begin; f < end; f++) {
+        vreal sum[4] = {0}; /* four additions under way */
+        real tail = 0;
+        for (int64_t n = 0; n < t->p->N; n++) {
+            const real *g = t->gy + (n * t->p->F + f) * S;
+            int64_t s = 0;
+            for (; s + 4 * LANES <= S; s += 4 * LANES)
+                for (int v = 0; v < 4; v++) sum[v] += load(g + s + v * LANES);
+            for (; s + LANES <= S; s += LANES) sum[0] += load(g + s);
+            for (; s < S; s++) tail += g[s];
+        }
+        t->gb[f] = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+    }
+    return HL_OK;
+}
+
+/* Parallel over filters. gy is read once in memory order, gb written once.
+ * Source: the derivative of a sum. */
+int HL(conv_grad_bias)(const hl_conv_grad_bias_plan *p, const real *gy, real *gb)
+{
+    bias_job job = {p, gy, gb};
+    return hl_parallel_for(p->F, hl_grain((double)p->N * (double)p->S / LANES), bias_filters, &job);
+}

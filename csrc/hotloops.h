@@ -42,6 +42,37 @@ int hl_softmax_f64(const hl_softmax_plan *plan, const double *x, double *y);
 
 /* ---- conv ---- */
 
+/* y[N,F,OD,OH,OW] = convolution (cross-correlation) of x[N,C,D,H,W] with w[F,CG,KD,KH,KW], + b[F]; b may be NULL. Pads are
+ * those in front; the sizes of y say where it ends. exact = 0 allows Winograd in float32: a few more roundings, and an
+ * infinity or NaN in x reaches up to three neighbours farther. */
+typedef struct {
+    int64_t N, C, D, H, W, F, CG, KD, KH, KW, OD, OH, OW;
+    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;
+} hl_conv_plan;
+int hl_conv_f32(const hl_conv_plan *plan, const float *x, const float *w, const float *b, float *y);
+int hl_conv_f64(const hl_conv_plan *plan, const double *x, const double *w, const double *b, double *y);
+
+/* gx[N,C,D,H,W] of conv, + b[C] (then it is the transposed convolution); b may be NULL. */
+typedef struct {
+    int64_t N, F, OD, OH, OW, CG, KD, KH, KW, C, D, H, W;
+    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;
+} hl_conv_grad_input_plan;
+int hl_conv_grad_input_f32(const hl_conv_grad_input_plan *plan, const float *gy, const float *w, const float *b, float *gx);
+int hl_conv_grad_input_f64(const hl_conv_grad_input_plan *plan, const double *gy, const double *w, const double *b, double *gx);
+
+/* gw[F,CG,KD,KH,KW] of conv. */
+typedef struct {
+    int64_t N, F, OD, OH, OW, C, D, H, W, CG, KD, KH, KW;
+    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w;
+} hl_conv_grad_weight_plan;
+int hl_conv_grad_weight_f32(const hl_conv_grad_weight_plan *plan, const float *gy, const float *x, float *gw);
+int hl_conv_grad_weight_f64(const hl_conv_grad_weight_plan *plan, const double *gy, const double *x, double *gw);
+
+/* gb[F] = sum of gy[N,F,S] over N and S. */
+typedef struct { int64_t N, F, S; } hl_conv_grad_bias_plan;
+int hl_conv_grad_bias_f32(const hl_conv_grad_bias_plan *plan, const float *gy, float *gb);
+int hl_conv_grad_bias_f64(const hl_conv_grad_bias_plan *plan, const double *gy, double *gb);
+
 /* ---- linear ---- */
 
 /* y[M,N] = x[M,K] w[N,K]^T + b[N]; b may be NULL. */
