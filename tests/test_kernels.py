@@ -35,7 +35,7 @@ def call(record, variant, arrays, sizes, scalars, dtype):
         _dispatch.adapter(variant.partition("-")[0]).prepare(record, np.dtype(dtype))(tuple(arrays), sizes, scalars)
 
 
-@pytest.mark.parametrize(("name", "variant", "case", "dtype"), parameters())
+@pytest.mark.parametrize(("name", "variant", "case", "dtype"), list(parameters()))
 @pytest.mark.parametrize("fill", ["normal", "integers"])
 def test_kernel(name, variant, case, dtype, fill):
     record = spec.find(name)
