@@ -95,6 +95,20 @@ typedef struct { int64_t B, M, K, N; } hl_matmul_plan;
 int hl_matmul_f32(const hl_matmul_plan *plan, const float *a, const float *b, float *y);
 int hl_matmul_f64(const hl_matmul_plan *plan, const double *a, const double *b, double *y);
 
+/* ---- peak: the roofs of this machine, for benchmarks; no kernels of the specification ---- */
+
+/* `chunks` times `count` multiply-adds (a multiple of 384) in registers; sums[chunks]. */
+int hl_peak_fma_f32(int64_t chunks, int64_t count, float *sums);
+int hl_peak_fma_f64(int64_t chunks, int64_t count, double *sums);
+
+/* Reads x[16384 * blocks]; sums[blocks]. */
+int hl_peak_read_f32(int64_t blocks, const float *x, float *sums);
+int hl_peak_read_f64(int64_t blocks, const double *x, double *sums);
+
+/* y[16384 * blocks] = x; written past the cache when past_cache is 1 and y is aligned to 64 bytes. */
+int hl_peak_copy_f32(int64_t blocks, int64_t past_cache, const float *x, float *y);
+int hl_peak_copy_f64(int64_t blocks, int64_t past_cache, const double *x, double *y);
+
 /* ---- pool ---- */
 
 /* ---- rnn ---- */

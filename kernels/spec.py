@@ -114,6 +114,20 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     return eval(expression, {"__builtins__": {}, "min": min, "max": max}, dict(names))
 
 
+def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[str, float]:
+    """What the rule `error` of a record allows in a float type of that epsilon: ("value" or "largest", factor), the factor
+    times the magnitude of each value, or times the largest magnitude of the result.
+    """
+    kind, _, amount = error.partition(":")
+    if kind == "exact":
+        return "value", 0.0
+    if kind == "ulp":
+        return "value", float(amount) * eps
+    if kind == "reduce":
+        return "largest", eps * (2 * math.sqrt(float(evaluate(amount, names))) + 8)
+    raise ValueError(f"unknown error rule {error!r}")
+
+
 def _arrays(text: str, role: str) -> list[Array]:
     arrays, at = [], 0
     while at < len(text.rstrip()):

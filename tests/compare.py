@@ -1,4 +1,5 @@
-"""The one rule for how far a result may be from the truth; every tolerance of the suite is made here.
+"""The one rule for how far a result may be from the truth; every tolerance of the suite is made here (and the amounts in
+`spec.relative_error`, which the benchmarks share).
 
 The truth is the reference computed in float64 on the same inputs. `exact`: the same values (a NaN equals a NaN).
 `ulp:n`: n units in the last place of the float type, relative to each value. `reduce:K`: a sum of K products in any order
@@ -7,7 +8,6 @@ and grouping: proportional to the type's epsilon, to 2 sqrt(K) + 8, and to the l
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,9 @@ def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], wh
         rounded = truth.astype(actual.dtype)
     finite = np.isfinite(rounded)
     np.testing.assert_array_equal(np.where(finite, 0, actual), np.where(finite, 0, rounded), err_msg=f"{what}: NaN or infinity")
-    kind, _, amount = error.partition(":")
-    eps = float(np.finfo(actual.dtype).eps)
-    if kind == "ulp":
-        allowed = float(amount) * eps * np.abs(truth) + TINY[actual.dtype]
-    elif kind == "reduce":
-        terms = float(spec.evaluate(amount, names))
-        scale = float(np.max(np.abs(truth), where=finite, initial=0.0))
-        allowed = np.full(truth.shape, eps * (2 * math.sqrt(terms) + 8) * scale + TINY[actual.dtype])
-    else:
-        raise ValueError(f"unknown error rule {error!r}")
+    against, factor = spec.relative_error(error, float(np.finfo(actual.dtype).eps), names)
+    largest = float(np.max(np.abs(truth), where=finite, initial=0.0))
+    allowed = factor * (np.abs(truth) if against == "value" else np.full(truth.shape, largest)) + TINY[actual.dtype]
     with np.errstate(invalid="ignore"):
         distance = np.where(finite, np.abs(actual.astype(np.float64) - truth), 0.0)
         worst = np.unravel_index(np.argmax(distance - np.where(finite, allowed, np.inf)), distance.shape)

@@ -79,7 +79,11 @@ def chosen() -> str | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """One kernel's backend and why: `refused` names each backend that came first and its reason."""
+    """One kernel's backend and why: `refused` names each backend that came first and its reason.
+
+    `flops`, `bytes` and `error` are what its record says of this call: operations, compulsory traffic, and the distance from
+    the reference that is allowed, relative to the largest magnitude of a result.
+    """
 
     kernel: str
     dtype: str
@@ -87,6 +91,9 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
     asked: bool
     algorithm: str = ""
+    flops: float = 0.0
+    bytes: int = 0
+    error: float = 0.0
 
 
 @functools.lru_cache(4096)
@@ -138,7 +145,9 @@ def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str)
     if trace is not None:
         algorithm = getattr(adapter(backend_name), "algorithm", str)()
         refused = tuple((p, _reason(name, dtype, p)) for p in passed)
-        trace.append(Choice(name, str(dtype), backend_name, refused, chosen() is not None, algorithm))
+        flops, moved = record.count_flops(sizes, scalars), record.count_bytes(arrays)
+        error = spec.relative_error(record.error, float(np.finfo(dtype).eps), {**sizes, **scalars})[1]
+        trace.append(Choice(name, str(dtype), backend_name, refused, chosen() is not None, algorithm, flops, moved, error))
 
 
 def context() -> Any:
