@@ -45,9 +45,10 @@ def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], wh
     against, factor = spec.relative_error(error, float(np.finfo(actual.dtype).eps), names)
     largest = float(np.max(np.abs(truth), where=finite, initial=0.0))
     allowed = factor * (np.abs(truth) if against == "value" else np.full(truth.shape, largest)) + TINY[actual.dtype]
+    allowed = np.where(finite, allowed, np.inf)
     with np.errstate(invalid="ignore"):
         distance = np.where(finite, np.abs(actual.astype(np.float64) - truth), 0.0)
-        worst = np.unravel_index(np.argmax(distance - np.where(finite, allowed, np.inf)), distance.shape)
+        worst = np.unravel_index(np.argmax(distance - allowed), distance.shape)
     assert distance[worst] <= allowed[worst], (
         f"{what}: at {tuple(int(i) for i in worst)} {actual[worst]!r}, expected {truth[worst]!r} +- {allowed[worst]:.3g}"
     )
