@@ -26,7 +26,7 @@ _counter = itertools.count()
 class _Node:
     """One operation: what it read, and how a gradient of its results becomes gradients of what it read."""
 
-    __slots__ = ("id", "locals", "name", "outputs", "parents", "pull")
+    __slots__ = ("id", "name", "outputs", "parents", "pull")
 
     def __init__(
         self, name: str, parents: tuple[Variable, ...], pull: Callable[[list[Any]], Sequence[Any]] | None, outputs: int = 1
@@ -52,7 +52,6 @@ class Variable:
     """
 
     __slots__ = ("_index", "_node", "value")
-    __array_ufunc__ = None  # NumPy arrays leave the operator to us
     __hash__ = object.__hash__
 
     def __init__(self, value: Any, *, name: str = "input"):
@@ -109,6 +108,18 @@ class Variable:
     def __reduce__(self) -> Any:
         raise TypeError("a Variable belongs to a graph and cannot be pickled; pickle its value")
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """np.exp(variable), array + variable and the like."""
+        function = _UFUNCS.get(ufunc)
+        if function is None or method != "__call__" or kwargs:
+            return NotImplemented
+        return function(*inputs)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """np.sum(variable), np.concatenate([...]) and the like."""
+        function = _FUNCTIONS.get(func)
+        return NotImplemented if function is None else function(*args, **kwargs)
+
     # -- operators
 
     def __add__(self, other: Any) -> Any:
@@ -148,7 +159,7 @@ class Variable:
         return matmul(other, self)
 
     def __neg__(self) -> Any:
-        return _elementwise("negative", self, -self.value, lambda g: -g)
+        return negative(self)
 
     def __abs__(self) -> Any:
         return absolute(self)
@@ -169,9 +180,14 @@ class Variable:
         key = _value(key) if isinstance(key, Variable) else key
         x = self.value
 
+        basic = all(k is None or k is Ellipsis or isinstance(k, slice | int) for k in (key if isinstance(key, tuple) else (key,)))
+
         def pull(g: Any) -> Any:
             full = np.zeros_like(x)
-            np.add.at(full, key, g)
+            if basic:  # no element is taken twice
+                full[key] = g
+            else:
+                np.add.at(full, key, g)
             return full
 
         return _elementwise("getitem", self, x[key], pull)
@@ -211,12 +227,22 @@ class Variable:
 
     # -- looking at the graph
 
-    def paths(self) -> list[Path]:
-        """Every path from an input of the graph to this value, with the name of each operation on it.
+    def paths(self, input: Variable | None = None) -> list[Path]:
+        """Every path from an input of the graph (or from one input) to this value, with the local derivative of each step.
 
-        The gradient of an input is the sum, over its paths, of the products of their local derivatives.
+        The gradient of an input is the sum, over its paths, of the products of their local derivatives. The number of
+        paths grows exponentially in a deep graph with branches: this is for graphs that a person reads.
+
+        Examples
+        --------
+        >>> import hotloops as hl
+        >>> x = hl.Variable(3.0, name="x")
+        >>> for path in (x * x).paths():
+        ...     print(path, "=", path.product)
+        x -> multiply (3) = 3.0
+        x -> multiply (3) = 3.0
         """
-        return _paths(self)
+        return _paths(self, input)
 
     def to_dot(self) -> str:
         """The graph as DOT text, for Graphviz."""
@@ -445,12 +471,14 @@ def _unary(name: str, f: Callable[[Any], Any], derivative: Callable[[Any, Any, A
     return function
 
 
+negative = _unary("negative", np.negative, lambda g, x, y: -g, "-x.")
 exp = _unary("exp", np.exp, lambda g, x, y: g * y, "e to the power of x.")
 log = _unary("log", np.log, lambda g, x, y: g / x, "The natural logarithm of x.")
 sqrt = _unary("sqrt", np.sqrt, lambda g, x, y: g / (y + y), "The square root of x.")
 absolute = _unary("absolute", np.abs, lambda g, x, y: g * np.sign(x), "The absolute value of x; its derivative at 0 is 0.")
 sin = _unary("sin", np.sin, lambda g, x, y: g * np.cos(x), "The sine of x in radians.")
 cos = _unary("cos", np.cos, lambda g, x, y: -g * np.sin(x), "The cosine of x in radians.")
+tanh = _unary("tanh", np.tanh, lambda g, x, y: g * (1 - y * y), "The hyperbolic tangent of x.")
 
 
 def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -528,6 +556,44 @@ def _expand(x: Any, axis: int) -> Any:
     return x.reshape(shape) if isinstance(x, Variable) else np.expand_dims(x, axis)
 
 
+_UFUNCS: dict[Any, Callable[..., Any]] = {
+    np.add: add,
+    np.subtract: subtract,
+    np.multiply: multiply,
+    np.divide: divide,
+    np.power: power,
+    np.matmul: matmul,
+    np.maximum: maximum,
+    np.minimum: minimum,
+    np.negative: negative,
+    np.absolute: absolute,
+    np.exp: exp,
+    np.log: log,
+    np.sqrt: sqrt,
+    np.sin: sin,
+    np.cos: cos,
+    np.tanh: tanh,
+    np.less: lambda a, b: _value(a) < _value(b),
+    np.less_equal: lambda a, b: _value(a) <= _value(b),
+    np.greater: lambda a, b: _value(a) > _value(b),
+    np.greater_equal: lambda a, b: _value(a) >= _value(b),
+}
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    np.sum: sum,
+    np.mean: mean,
+    np.max: max,
+    np.concatenate: concatenate,
+    np.stack: stack,
+    np.where: where,
+    np.reshape: lambda x, *shape: x.reshape(*shape),
+    np.transpose: lambda x, axes=None: x.transpose(axes),
+    np.swapaxes: lambda x, a, b: x.swapaxes(a, b),
+    np.ravel: lambda x: x.ravel(),
+    np.shape: lambda x: x.shape,
+    np.ndim: lambda x: x.ndim,
+    np.size: lambda x: x.size,
+}
+
 # ------------------------------------------------------------------------------------------------- walking the graph
 
 
@@ -559,9 +625,15 @@ def _backward(outputs: list[tuple[Variable, Any]], inputs: Sequence[Variable]) -
                 if g is not None:
                     give(parent, g)
     result = []
+    given = {id(g) for _, g in outputs}  # no gradient that is returned shares memory with another one, or with dy
     for v in inputs:
         g = kept.get(v._node.id, [None])[v._index]
-        result.append(_zeros_like(v.value) if g is None else _as_type(g, v.value))
+        if g is None:
+            g = _zeros_like(v.value)
+        elif isinstance(v.value, np.ndarray):
+            g = np.array(g, dtype=v.value.dtype, copy=None if id(g) not in given and np.asarray(g).base is None else True)
+        given.add(id(g))
+        result.append(g)
     return result
 
 
@@ -570,12 +642,6 @@ def _zeros_like(value: Any) -> Any:
         return np.zeros(value.shape, value.dtype)
     cuda = _check._dispatch.adapter("cuda")
     return cuda.as_kind_of(cuda._cuda().to_device(np.zeros(value.shape, value.dtype)), value)
-
-
-def _as_type(g: Any, value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return g
-    return np.asarray(g, dtype=value.dtype) if np.asarray(g).base is None else np.array(g, dtype=value.dtype)
 
 
 def vjp(f: Callable[..., Any], *arrays: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
@@ -723,7 +789,7 @@ def gradcheck(f: Callable[..., Any], *arrays: Any, eps: float = 1e-6, atol: floa
     analytic = pullback(_rebuild(y, iter(weights)) if isinstance(y, tuple | list) else weights[0])
 
     def weighted() -> float:
-        return float(np.sum([np.sum(w * np.asarray(_value(v))) for w, v in zip(weights, _leaves(f(*points)), strict=True)]))
+        return float(np.sum([np.sum(w * np.asarray(v)) for w, v in zip(weights, _leaves(vjp(f, *points)[0]), strict=True)]))
 
     for k, point in enumerate(points):
         for index in np.ndindex(point.shape):
@@ -741,22 +807,47 @@ def gradcheck(f: Callable[..., Any], *arrays: Any, eps: float = 1e-6, atol: floa
     return True
 
 
-class Path(list[str]):
-    """The operations from an input to a result, in order; prints as a chain."""
+class Path:
+    """One way from an input to a result: `steps` holds the operations in order, each with its local derivative.
+
+    The local derivative of a step is the gradient of what it reads when that of its result is all ones: for scalars the
+    derivative itself. `product` multiplies them: the path's share of the input's gradient, for scalars.
+    """
+
+    def __init__(self, input: str, steps: Sequence[tuple[str, Any]]):
+        self.input, self.steps = input, tuple(steps)
+
+    @property
+    def product(self) -> Any:
+        total: Any = 1.0
+        for _, local in self.steps:
+            total = total * local
+        return np.asarray(total)[()]
 
     def __str__(self) -> str:
-        return " -> ".join(self)
+        return " -> ".join([self.input, *(f"{name} ({_short(local)})" for name, local in self.steps)])
+
+    __repr__ = __str__
 
 
-def _paths(variable: Variable) -> list[Path]:
+def _short(local: Any) -> str:
+    local = np.asarray(local)
+    return f"{local.item():.6g}" if local.size == 1 else f"array of shape {local.shape}"
+
+
+def _paths(result: Variable, wanted: Variable | None) -> list[Path]:
     found: list[Path] = []
-    stack: list[tuple[_Node, tuple[str, ...]]] = [(variable._node, ())]
+    stack: list[tuple[Variable, tuple[tuple[str, Any], ...]]] = [(result, ())]
     while stack:
-        node, tail = stack.pop()
-        here = (node.name, *tail)
-        if not node.parents:
-            found.append(Path(here))
-        stack += [(p._node, here) for p in reversed(node.parents)]
+        variable, tail = stack.pop()
+        node = variable._node
+        if node.pull is None:
+            if wanted is None or wanted._node is node:
+                found.append(Path(node.name, tail))
+            continue
+        ones = [np.ones(variable.shape, variable.dtype) if i == variable._index else None for i in range(node.outputs)]
+        steps = zip(node.parents, node.pull(ones), strict=True)
+        stack += [(parent, ((node.name, local), *tail)) for parent, local in reversed(list(steps))]
     return found
 
 
@@ -767,7 +858,8 @@ def _dot(variable: Variable) -> str:
         if node.id in seen:
             continue
         seen.add(node.id)
-        lines.append(f'  n{node.id} [label="{node.name}", shape={"box" if node.parents else "ellipse"}];')
+        label = node.name.replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'  n{node.id} [label="{label}", shape={"box" if node.parents else "ellipse"}];')
         for parent in node.parents:
             lines.append(f"  n{parent._node.id} -> n{node.id};")
             stack.append(parent._node)
