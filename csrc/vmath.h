@@ -1,4 +1,5 @@
-/* Elementary functions on vectors, at most 2 units in the last place: exp (here for both widths). */
+/* Elementary functions on vectors: exp, log, tanh, the logistic sigmoid, erf. At most 2 units in the last place over the
+ * whole range, results below the smallest normal number included; NaN stays NaN. */
 #ifndef HL_VMATH_H
 #define HL_VMATH_H
 #include "simd.h"
@@ -48,5 +49,119 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
     vreal y = e * scale1 * scale2;
     y = blend(high, splat((real)INFINITY), y);
     return blend(low, splat((real)0), y);
+}
+
+/* c[0] x^(n-1) + ... + c[n-1]. */
+static inline __attribute__((always_inline)) vreal polynomial(vreal x, const real *c, const int n)
+{
+    vreal p = splat(c[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < n; i++) p = p * x + splat(c[i]);
+    return p;
+}
+#define POLYNOMIAL(x, c) polynomial(x, c, (int)(sizeof(c) / sizeof(c[0])))
+
+static inline __attribute__((always_inline)) vreal vabs(vreal x)
+{
+    return (vreal)((vint)x & ~(vint)splat((real)-0.0));
+}
+/* The magnitude of x with the sign of y. */
+static inline __attribute__((always_inline)) vreal vcopysign(vreal x, vreal y)
+{
+    const vint sign = (vint)splat((real)-0.0);
+    return (vreal)(((vint)x & ~sign) | ((vint)y & sign));
+}
+
+/* log(x): x = 2^k m with sqrt(1/2) < m < sqrt(2), then log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + R(s^2)), s = f / (2 + f).
+ * log(0) = -inf, log of a negative number is NaN. Source: fdlibm, e_log.c (Sun Microsystems, 1993). */
+static inline __attribute__((always_inline)) vreal vlog(vreal x)
+{
+#if HL_F32
+    enum { SHIFT = 23, BIAS = 127 };
+    const vreal tiny = splat(1.17549435e-38f), up = splat(8388608.0f), ln2_hi = splat(6.9313812256e-01f),
+                ln2_lo = splat(9.0580006145e-06f);
+    static const real c[] = {0.24279078841f, 0.28498786688f, 0.40000972152f, 0.66666662693f};
+    const vint half_root = (vint)splat(0.707106781f);
+#else
+    enum { SHIFT = 52, BIAS = 1023 };
+    const vreal tiny = splat(2.2250738585072014e-308), up = splat(4503599627370496.0),
+                ln2_hi = splat(6.93147180369123816490e-01), ln2_lo = splat(1.90821492927058770002e-10);
+    static const real c[] = {1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
+                             2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
+                             6.666666666666735130e-01};
+    const vint half_root = (vint)splat(0.7071067811865476);
+#endif
+    const vint one = (vint)splat((real)1);
+    vint small = x < tiny;
+    vreal scaled = blend(small, x * up, x);
+    vint bits = (vint)scaled - half_root;
+    vint k = (bits >> SHIFT) - (small & SHIFT);
+    vreal m = (vreal)(bits - ((bits >> SHIFT) << SHIFT) + half_root);
+    vreal f = m - (vreal)one, kr = __builtin_convertvector(k, vreal);
+    vreal s = f / (f + splat((real)2)), z = s * s, half = f * f * splat((real)0.5);
+    vreal r = z * POLYNOMIAL(z, c);
+    vreal y = kr * ln2_hi - ((half - (s * (half + r) + kr * ln2_lo)) - f);
+    const vreal inf = splat((real)INFINITY), zero = splat((real)0);
+    y = blend(x == zero, -inf, blend(x == inf, inf, y));
+    return blend((vint)(x >= zero), y, blend(x < zero, splat((real)NAN), blend((vint)(x == x), y, x)));
+}
+
+/* tanh(x): x + x^3 P(x^2) up to 0.625, beyond it 1 - 2 / (exp(2 |x|) + 1), which reaches 1 without overflow.
+ * Source: Cephes, tanhf.c and tanh.c (Moshier, 1989). */
+static inline __attribute__((always_inline)) vreal vtanh(vreal x)
+{
+    vreal a = vabs(x), z = x * x, one = splat((real)1);
+#if HL_F32
+    static const real c[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                             -3.33332819422e-1f};
+    vreal r = POLYNOMIAL(z, c);
+#else
+    static const real p[] = {-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3};
+    static const real q[] = {1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3};
+    vreal r = POLYNOMIAL(z, p) / POLYNOMIAL(z, q);
+#endif
+    vreal small = x + x * z * r;
+    vreal large = vcopysign(one - splat((real)2) / (vexp(a + a) + one), x);
+    return blend(a < splat((real)0.625), small, blend((vint)(x == x), large, x));
+}
+
+/* 1 / (1 + exp(-x)), from e = exp(-|x|) so that nothing overflows and small results keep their digits; one correction of
+ * the quotient takes out the rounding of 1 + e and of the division (1 - e / 2 stands for 1 / (1 + e) there). */
+static inline __attribute__((always_inline)) vreal vsigmoid(vreal x)
+{
+    const vreal one = splat((real)1);
+    vreal e = vexp(-vabs(x)), sum = one + e, lost = e - (sum - one);
+    vreal top = blend((vint)(x < splat((real)0)), e, one), q = top / sum;
+    return q + ((top - q * sum) - q * lost) * (one - e * splat((real)0.5));
+}
+
+/* erf(x): x + x P(x^2) up to about 1, beyond it 1 - erfc, which reaches 1.
+ * Source: the float32 polynomials are N. Juffa's; the float64 ones interpolate erf(x) / x - 1 in x^2, and
+ * exp(x^2) erfc(x) / u in u = 2 / (2 + x) on [1, 6], at Chebyshev points. */
+static inline __attribute__((always_inline)) vreal verf(vreal x)
+{
+    vreal a = vabs(x), z = x * x, one = splat((real)1);
+#if HL_F32
+    static const real p[] = {-5.96761703e-4f, 4.99119423e-3f, -2.67681349e-2f,
+                             1.12819925e-1f, -3.76125336e-1f, 1.28379166e-1f};
+    static const real q[] = {-1.72853470e-5f, 3.83197126e-4f, -3.88396438e-3f, 2.42546219e-2f,
+                             -1.06777877e-1f, -6.34846687e-1f, -1.28717512e-1f};
+    const vreal edge = splat(0.927734375f), top = splat(4.0f);
+    vreal t = vmin(a, top), rest = vexp(POLYNOMIAL(t, q) * t - t);
+#else
+    static const real p[] = {5.957176147748911e-11, -1.1372848856791674e-09, 1.4659775274047436e-08, -1.6350312701054695e-07,
+                           1.6461000484121368e-06, -1.4925595266831182e-05, 0.0001205533111164271, -0.000854832698083379,
+                           0.0052239776248180145, -0.026866170645076792, 0.11283791670954879, -0.3761263890318375,
+                           0.1283791670955126};
+    static const real q[] = {0.04559895852433957, -0.24931574028485695, 0.5342175123273363, -0.45406137533255087,
+                           -0.18288075743107893, 0.7465088052131192, -0.6615164960837367, 0.3295731308560355,
+                           -0.21178563709466616, 0.04085718634605833, 0.0741772786059143, 0.1777448065629659,
+                           0.24668761289801153, 0.2821037120358275, 0.28209454072850343};
+    const vreal edge = one, top = splat(6.0);
+    vreal t = vmin(a, top), u = splat(2.0) / (t + splat(2.0)), rest = vexp(-t * t) * u * POLYNOMIAL(u, q);
+#endif
+    vreal small = x + x * POLYNOMIAL(z, p);
+    vreal large = vcopysign(one - rest, x);
+    return blend(a < edge, small, blend((vint)(x == x), large, x));
 }
 #endif
