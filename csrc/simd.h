@@ -63,9 +63,53 @@ static inline __attribute__((always_inline)) vreal blend(vint mask, vreal a, vre
 {
     return (vreal)((mask & (vint)a) | (~mask & (vint)b));
 }
-/* b where a < b, else a: a NaN in a stays, a NaN in b is dropped. */
-static inline __attribute__((always_inline)) vreal vmax(vreal a, vreal b) { return blend(a < b, b, a); }
-static inline __attribute__((always_inline)) vreal vmin(vreal a, vreal b) { return blend(b < a, b, a); }
+/* b where a < b, else a: a NaN in a stays, a NaN in b is dropped. x86 has just this as one instruction, operands reversed. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__) && HL_F32
+#define HL_MAX(a, b) __builtin_ia32_maxps512_mask(b, a, a, (short)-1, 4)
+#define HL_MIN(a, b) __builtin_ia32_minps512_mask(b, a, a, (short)-1, 4)
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+#define HL_MAX(a, b) __builtin_ia32_maxpd512_mask(b, a, a, (char)-1, 4)
+#define HL_MIN(a, b) __builtin_ia32_minpd512_mask(b, a, a, (char)-1, 4)
+#elif defined(__AVX2__) && !defined(__AVX512F__) && HL_F32
+#define HL_MAX(a, b) __builtin_ia32_maxps256(b, a)
+#define HL_MIN(a, b) __builtin_ia32_minps256(b, a)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define HL_MAX(a, b) __builtin_ia32_maxpd256(b, a)
+#define HL_MIN(a, b) __builtin_ia32_minpd256(b, a)
+#elif defined(__SSE2__) && !defined(__AVX2__) && HL_F32
+#define HL_MAX(a, b) __builtin_ia32_maxps(b, a)
+#define HL_MIN(a, b) __builtin_ia32_minps(b, a)
+#elif defined(__SSE2__) && !defined(__AVX2__)
+#define HL_MAX(a, b) __builtin_ia32_maxpd(b, a)
+#define HL_MIN(a, b) __builtin_ia32_minpd(b, a)
+#else
+#define HL_MAX(a, b) blend((a) < (b), b, a)
+#define HL_MIN(a, b) blend((b) < (a), b, a)
+#endif
+static inline __attribute__((always_inline)) vreal vmax(vreal a, vreal b) { return HL_MAX(a, b); }
+static inline __attribute__((always_inline)) vreal vmin(vreal a, vreal b) { return HL_MIN(a, b); }
+
+/* One bit per lane of a mask. */
+static inline __attribute__((always_inline)) unsigned lane_bits(vint mask)
+{
+#if defined(__AVX512F__) && HL_F32
+    return (unsigned short)__builtin_ia32_cvtd2mask512((__attribute__((vector_size(64))) int)mask);
+#elif defined(__AVX512F__)
+    return (unsigned char)__builtin_ia32_cvtq2mask512((__attribute__((vector_size(64))) long long)mask);
+#elif defined(__AVX2__) && HL_F32
+    return (unsigned)__builtin_ia32_movmskps256((vreal)mask);
+#elif defined(__AVX2__)
+    return (unsigned)__builtin_ia32_movmskpd256((vreal)mask);
+#elif defined(__SSE2__) && HL_F32
+    return (unsigned)__builtin_ia32_movmskps((vreal)mask);
+#elif defined(__SSE2__)
+    return (unsigned)__builtin_ia32_movmskpd((vreal)mask);
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (unsigned)(mask[i] != 0) << i;
+    return bits;
+#endif
+}
 
 /* Sums the lanes in a fixed tree, so that every call adds in the same order. */
 static inline real sum_lanes(vreal v)

@@ -35,28 +35,29 @@ def real(value: Any) -> Any:
 class Inline:
     """A scalar function that kernels call."""
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
+    def __init__(self, function: Callable[..., Any], exact: bool = False):
+        self.function, self.exact = function, exact
         self._bound: dict[tuple[str, Any], Any] = {}
 
     def bound(self, dtype: Any, target: str) -> Any:
         if (target, dtype) not in self._bound:
             function = _bind(self.function, dtype, target)
-            self._bound[target, dtype] = _cpu_inline(function) if target == "cpu" else cuda.jit(device=True)(function)
+            self._bound[target, dtype] = _cpu_inline(function, self.exact) if target == "cpu" else cuda.jit(device=True)(function)
         return self._bound[target, dtype]
 
     def __call__(self, *args: Any) -> Any:
         raise RuntimeError(f"{self.function.__name__} has a meaning only inside a kernel")
 
 
-def inline(function: Callable[..., Any]) -> Inline:
-    return Inline(function)
+def inline(function: Any = None, *, exact: bool = False) -> Any:
+    """Marks a scalar function; `exact` as for `cpu`."""
+    return Inline(function, exact) if function is not None else lambda f: Inline(f, exact)
 
 
-def _cpu_inline(function: Callable[..., Any]) -> Any:
+def _cpu_inline(function: Callable[..., Any], exact: bool) -> Any:
     import numba
 
-    return numba.njit(fastmath=FASTMATH, nogil=True)(function)
+    return numba.njit(fastmath=set() if exact else FASTMATH, nogil=True)(function)
 
 
 def _bind(function: Callable[..., Any], dtype: Any, target: str) -> Callable[..., Any]:
@@ -87,8 +88,8 @@ def _names(code: types.CodeType) -> set[str]:
 class CpuKernel:
     """A kernel over a range [begin, end) of its outermost loop, of which there are `over` (an expression of sizes)."""
 
-    def __init__(self, function: Callable[..., None], over: str):
-        self.function, self.over = function, over
+    def __init__(self, function: Callable[..., None], over: str, exact: bool):
+        self.function, self.over, self.exact = function, over, exact
         self.__name__, self.__doc__ = function.__name__, function.__doc__
         self._compiled: dict[Any, Any] = {}
 
@@ -96,7 +97,9 @@ class CpuKernel:
         """The machine code for float32 or float64, compiled on first use and kept on disk where that is possible."""
         with _lock:
             if dtype not in self._compiled:
-                self._compiled[dtype] = _compile_cpu(_bind(self.function, dtype.type, "cpu"), self._signature(dtype))
+                self._compiled[dtype] = _compile_cpu(
+                    _bind(self.function, dtype.type, "cpu"), self._signature(dtype), set() if self.exact else FASTMATH
+                )
             return self._compiled[dtype]
 
     def _signature(self, dtype: np.dtype) -> Any:
@@ -111,16 +114,19 @@ class CpuKernel:
         return nt.void(*arguments)
 
 
-def cpu(*, over: str) -> Callable[[Callable[..., None]], CpuKernel]:
-    """Marks a kernel for the CPU: `begin`, `end`, then the parameters of its reference."""
-    return lambda function: CpuKernel(function, over)
+def cpu(*, over: str, exact: bool = False) -> Callable[[Callable[..., None]], CpuKernel]:
+    """Marks a kernel for the CPU: `begin`, `end`, then the parameters of its reference.
+
+    `exact`: every operation rounds as it is written (nothing reassociated, no multiply-add formed).
+    """
+    return lambda function: CpuKernel(function, over, exact)
 
 
-def _compile_cpu(function: Callable[..., None], signature: Any) -> Any:
+def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[str]) -> Any:
     import numba
 
     def build(cached: bool) -> Any:
-        dispatcher = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
+        dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
         if cached:
             folder, before = cache_folder(), numba.config.CACHE_DIR
             try:

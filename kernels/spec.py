@@ -6,8 +6,8 @@
 Left of the arrow is read, right is written, `+w[F]` is both. `b[F]?` may be absent (None). `:i64`, `:u8` mark another
 element type than the float type of the call. A size is a name, a number or an expression of names (`4*H`); every name
 stands alone somewhere. Scalars follow the arrays; their annotation (int or float) is their type. `error` says how far a
-fast version may be from this function: `exact`, `ulp:n` (n units in the last place of a result) or `reduce:K` (a sum of
-K products in any order).
+fast version may be from this function: `exact`, `ulp:n` (n units in the last place of a result), `near:n` (n units in
+the last place of the largest result) or `reduce:K` (a sum of K products in any order).
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[st
         return "value", 0.0
     if kind == "ulp":
         return "value", float(amount) * eps
+    if kind == "near":
+        return "largest", float(evaluate(amount, names)) * eps
     if kind == "reduce":
         return "largest", eps * (2 * math.sqrt(float(evaluate(amount, names))) + 8)
     raise ValueError(f"unknown error rule {error!r}")

@@ -2,7 +2,8 @@
 `spec.relative_error`, which the benchmarks share).
 
 The truth is the reference computed in float64 on the same inputs. `exact`: the same values (a NaN equals a NaN).
-`ulp:n`: n units in the last place of the float type, relative to each value. `reduce:K`: a sum of K products in any order
+`ulp:n`: n units in the last place of the float type, relative to each value. `near:n`: n units in the last
+place, relative to the largest magnitude of the result. `reduce:K`: a sum of K products in any order
 and grouping: proportional to the type's epsilon, to 2 sqrt(K) + 8, and to the largest magnitude of the result.
 """
 
