@@ -1,0 +1,245 @@
+"""Who runs: order, what is asked for, what is missing, what is broken; calls that repeat; memory for results."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+from conftest import SIMULATED, host_backends
+
+import hotloops as hl
+from hotloops import _dispatch, _memory
+from hotloops._errors import BackendUnavailableError
+
+X = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+HAVE_C = "c" in host_backends()
+needs_c = pytest.mark.skipif(not HAVE_C, reason="no C kernels here")
+
+
+def python(code, **environment):
+    """Runs code in a fresh process; returns what it printed."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HOTLOOPS_")} | environment
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_order():
+    assert hl.explain(hl.softmax, X).backend == host_backends()[-1 if host_backends() == ["reference"] else 1]
+
+
+@pytest.mark.parametrize("name", host_backends())
+def test_asked_for(name):
+    with hl.backend(name):
+        explanation = hl.explain(hl.softmax, X)
+        assert explanation.backend == name
+        assert "asked for" in str(explanation)
+        with hl.backend("reference"):
+            assert hl.explain(hl.softmax, X).backend == "reference"
+        assert hl.explain(hl.softmax, X).backend == name
+
+
+def test_choice_belongs_to_the_context():
+    seen = {}
+
+    def work():
+        seen["backend"] = hl.explain(hl.softmax, X).backend
+
+    with hl.backend("reference"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen["backend"] == hl.explain(hl.softmax, X).backend
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"no backend 'torch'; there are c, numba, reference, cuda"), hl.backend("torch"):
+        pass
+
+
+@pytest.mark.skipif(not _dispatch.adapter("cuda").status(), reason="there is a GPU or the simulator")
+def test_impossible_backend():
+    with pytest.raises(BackendUnavailableError, match="cannot run here: "), hl.backend("cuda"):
+        pass
+
+
+def test_no_kernel_for_this_type():
+    record = _dispatch.spec.find("softmax")
+    with hl.backend("reference"):
+        pass
+    if HAVE_C:
+        assert _dispatch.adapter("c").prepare(record, np.dtype(np.int64)) is None
+        with hl.backend("c"), pytest.raises(BackendUnavailableError, match="no kernel softmax for int64"):
+            _dispatch.select("softmax", np.dtype(np.int64), "host")
+    assert _dispatch.select("softmax", np.dtype(np.int64), "host")[1] == "reference"
+
+
+def test_environment():
+    code = "import numpy as np, hotloops as hl; print(hl.explain(hl.softmax, np.zeros(3)).backend)"
+    assert python(code, HOTLOOPS_BACKEND="reference") == "reference"
+    failing = """
+    import numpy as np, hotloops as hl
+    try:
+        hl.softmax(np.zeros(3))
+    except ValueError as error:
+        print(error)
+    """
+    assert "HOTLOOPS_BACKEND: there is no backend 'fortran'" in python(failing, HOTLOOPS_BACKEND="fortran")
+
+
+@needs_c
+def test_instruction_set_from_the_environment():
+    code = "from hotloops import _dispatch; c = _dispatch.adapter('c'); print(c.isa(), *c.isas())"
+    best, *all_sets = python(code).split()
+    assert best == all_sets[-1]
+    for name in all_sets:
+        assert python(code, HOTLOOPS_ISA=name).split()[0] == name
+    assert python(code, HOTLOOPS_ISA="no-such-set").split()[0] == best
+
+
+def test_missing_is_silent_and_broken_is_shown():
+    missing = """
+    import sys, warnings
+    warnings.simplefilter("error")
+    sys.modules["hotloops._ckernels"] = None
+    import hotloops as hl, numpy as np
+    assert hl.explain(hl.softmax, np.zeros(3)).backend != "c"
+    print(hl.backends()["c"])
+    """
+    assert "unavailable" in python(missing)
+    broken = """
+    import sys, types
+    class Loader:
+        def find_spec(self, name, path, target=None):
+            if name == "hotloops._ckernels":
+                raise ImportError("undefined symbol: hl_planted")
+    sys.meta_path.insert(0, Loader())
+    import hotloops as hl, numpy as np
+    from hotloops import _dispatch
+    assert abs(hl.softmax(np.zeros(4)).sum() - 1) < 1e-12
+    print(hl.backends()["c"])
+    print(hl.explain(hl.softmax, np.zeros(3)))
+    print(_dispatch.adapter("c").broken())
+    """
+    text = python(broken)
+    assert text.count("undefined symbol: hl_planted") >= 3
+    assert "Traceback" in text
+
+
+def test_explain_says_why_not():
+    text = str(hl.explain(hl.softmax, X))
+    assert "softmax" in text
+    assert "float32" in text
+    assert str(hl.explain(hl.softmax, np.zeros((0, 3)))).startswith("softmax")
+
+
+# ------------------------------------------------------------------------------------------------- calls that repeat
+
+
+@needs_c
+def test_plan_gives_what_the_long_way_gives():
+    strided = np.asfortranarray(X)
+    first = hl.softmax(X)
+    for _ in range(3):
+        np.testing.assert_array_equal(hl.softmax(X), first)
+        np.testing.assert_array_equal(hl.softmax(strided), first)
+        np.testing.assert_array_equal(hl.softmax(X.astype(X.dtype.newbyteorder())), first)
+        np.testing.assert_array_equal(hl.softmax(X, axis=-1), first)
+        assert hl.softmax(X.astype(np.float64)).dtype == np.float64
+        assert hl.softmax(X.astype(np.float16)).dtype == np.float16
+        with pytest.raises(np.exceptions.AxisError):
+            hl.softmax(X, 2)
+        with pytest.raises(TypeError):
+            hl.softmax(X, True)
+        with pytest.raises(TypeError):
+            hl.softmax(np.ma.masked_array(X))
+        with hl.backend("reference"):
+            assert hl.explain(hl.softmax, X).backend == "reference"
+        assert hl.explain(hl.softmax, X).backend == "c"
+
+
+@needs_c
+def test_plans_are_used_and_bounded():
+    from hotloops import _plan
+
+    calls = []
+
+    def counted(input, axis=-1):
+        calls.append(1)
+        return hl.softmax.__wrapped__(input, axis)
+
+    counted.__name__ = "counted"
+    op = hl._check.op(counted, repeats=True)
+    for _ in range(5):
+        op(X)
+    assert len(calls) == 1
+    for n in range(1, _plan.MAX_PLANS + 5):
+        op(np.zeros((1, n), np.float32))
+    op(X)
+    assert len(calls) == 1 + _plan.MAX_PLANS + 4 + 1
+
+
+@needs_c
+def test_same_array_twice_does_not_become_a_plan_for_two():
+    """The first call reads one array through both arguments; later ones read two."""
+    if not hasattr(hl, "box_iou"):
+        pytest.skip("no op with two arrays of one shape")
+    a = np.array([[0, 0, 2, 2], [1, 1, 3, 3]], np.float32)
+    b = a + 10
+    hl.box_iou(a, a)
+    assert not hl.box_iou(a, b).any()
+    assert not hl.box_iou(b, a).any()
+
+
+# ------------------------------------------------------------------------------------------------ memory for results
+
+
+@needs_c
+def test_large_results_are_arrays_like_any_other():
+    shape = (1 << 10, 300)
+    a = _memory.empty(shape, np.dtype(np.float32))
+    assert a.shape == shape
+    assert a.flags.writeable
+    assert a.flags.c_contiguous
+    assert a.flags.aligned
+    a[...] = 1
+    view, address = a[5:7], a.__array_interface__["data"][0]
+    del a
+    gc.collect()
+    b = _memory.empty(shape, np.dtype(np.float32))
+    b[...] = 2
+    assert (view == 1).all(), "a block went back to the cache while a view of it was alive"
+    del view, b
+    again = {_memory.empty(shape, np.dtype(np.float32)).__array_interface__["data"][0] for _ in range(3)}
+    assert len(again) == 1 or address in again
+
+
+@needs_c
+def test_no_room():
+    with pytest.raises(MemoryError):
+        _memory.empty((1 << 50,), np.dtype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------------- GPU arrays
+
+
+@pytest.mark.skipif(not SIMULATED, reason="runs in the CUDA simulator (NUMBA_ENABLE_CUDASIM=1) or on a GPU")
+def test_device_arrays():
+    """What comes from the GPU stays there, and comes back as the same kind."""
+    from numba import cuda
+
+    device = cuda.to_device(X)
+    result = hl.softmax(device, 1)
+    assert type(result) is type(device)
+    np.testing.assert_allclose(result.copy_to_host().sum(axis=1), 1, rtol=1e-6)
+    assert hl.explain(hl.softmax, device).backend == "cuda"
+    with hl.backend("reference"), pytest.raises(BackendUnavailableError, match="on a GPU"):
+        hl.softmax(device)
+    with hl.backend("cuda"):
+        assert type(hl.softmax(X)) is np.ndarray
