@@ -515,13 +515,22 @@ static int conv_direct(const conv_job *j)
 
 /* ---- kernels ---- */
 
-static int run(conv_job *j)
+#if HL_F32
+#include "winograd.h"
+#endif
+
+static int run(conv_job *j, int exact)
 {
     if (j->images <= 0 || j->groups <= 0 || j->filters <= 0 || outputs_of(j) <= 0) return HL_OK;
     if (taps_of(j) <= 0 || inputs_of(j) <= 0) j->channels = 0;
     if (!j->channels)
         for (int a = 0; a < 3; a++) j->axes[a].taps = 1;
     flatten(j);
+#if HL_F32
+    if (!exact && is_winograd(j)) return conv_winograd(j);
+#else
+    (void)exact;
+#endif
     /* A tile of the product has GEMM_ROWS filters: with one or two it would idle. */
     if (j->filters <= 2 && j->channels * taps_of(j) <= 1024) return conv_direct(j);
     return conv_product(j);
@@ -539,7 +548,7 @@ int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b,
         .w_tap = {p->KH * p->KW, p->KW, 1}, .bias = b,
         .y = y, .y_channel = p->OD * p->OH * p->OW, .y_step = {p->OH * p->OW, p->OW, 1},
     };
-    return run(&j);
+    return run(&j, p->exact != 0);
 }
 
 static int64_t gcd64(int64_t a, int64_t b)
@@ -591,7 +600,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
                     .y = gx + (d * p->H + h) * p->W + v, .y_channel = p->D * p->H * p->W,
                     .y_step = {p->stride_d * p->H * p->W, p->stride_h * p->W, p->stride_w},
                 };
-                int status = run(&j);
+                int status = run(&j, p->exact != 0);
                 if (status != HL_OK) return status;
             }
     return HL_OK;

@@ -35,6 +35,7 @@ typedef struct {
 #define gemm_pack_b HL(gemm_pack_b)
 #define gemm_pack_panel HL(gemm_pack_panel)
 #define gemm_block HL(gemm_block)
+#define gemm_transpose HL(gemm_transpose)
 
 /* On the calling thread: also inside a chunk of hl_parallel_for. */
 int gemm(const gemm_call *call);
@@ -73,6 +74,9 @@ static inline int64_t gemm_columns(int64_t left)
 /* panel[k * step + i] = source[i * stride + k * k_stride] for i < width, 0 for width <= i < step. */
 void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *source, int64_t stride, int64_t k_stride,
                      real *panel);
+
+/* to[k * step + i] = from[i * stride + k] for i < width, k < depth. */
+void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step);
 
 /* What is added to the products, and where they go. */
 typedef struct {

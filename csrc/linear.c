@@ -35,27 +35,36 @@ static inline void transpose_quad(const real *from, int64_t stride, real *to, in
 #endif
 }
 
+void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
+{
+    int64_t wide = width / QUAD * QUAD, deep = depth / QUAD * QUAD;
+    for (int64_t k = 0; k < deep; k += QUAD) {
+        for (int64_t i = 0; i < wide; i += QUAD) transpose_quad(from + i * stride + k, stride, to + k * step + i, step);
+        for (int64_t i = wide; i < width; i++)
+            for (int64_t q = k; q < k + QUAD; q++) to[q * step + i] = from[i * stride + q];
+    }
+    for (int64_t k = deep; k < depth; k++)
+        for (int64_t i = 0; i < width; i++) to[k * step + i] = from[i * stride + k];
+}
+
 void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *source, int64_t stride, int64_t k_stride,
                      real *panel)
 {
     if (stride == 1) { /* a row of the panel lies in a row of the source */
-        int64_t body = width / LANES * LANES, tail = width - body;
+        int64_t body = width / LANES * LANES;
         for (int64_t k = 0; k < depth; k++, source += k_stride, panel += step) {
             for (int64_t i = 0; i < body; i += LANES) store(panel + i, load(source + i));
-            for (int64_t i = body; i < body + tail; i++) panel[i] = source[i];
+            for (int64_t i = body; i < width; i++) panel[i] = source[i];
             for (int64_t i = width; i < step; i++) panel[i] = 0;
         }
         return;
     }
-    int64_t squares = k_stride == 1 ? depth / QUAD * QUAD : 0, i = 0;
-    for (; i + QUAD <= width; i += QUAD)
-        for (int64_t k = 0; k < squares; k += QUAD)
-            transpose_quad(source + i * stride + k, stride, panel + k * step + i, step);
-    int64_t done = squares ? i : 0; /* panel columns [0, done) hold their first `squares` rows */
-    for (int64_t k = 0; k < depth; k++) {
-        for (i = k < squares ? done : 0; i < width; i++) panel[k * step + i] = source[i * stride + k * k_stride];
-        for (i = width; i < step; i++) panel[k * step + i] = 0;
-    }
+    if (k_stride == 1) gemm_transpose(width, depth, source, stride, panel, step);
+    else
+        for (int64_t k = 0; k < depth; k++)
+            for (int64_t i = 0; i < width; i++) panel[k * step + i] = source[i * stride + k * k_stride];
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t i = width; i < step; i++) panel[k * step + i] = 0;
 }
 
 static void pack_rows(int64_t rows, int64_t depth, const real *a, int64_t a_row, int64_t a_col, real *packed)
