@@ -155,7 +155,8 @@ class Call:
     def __init__(self, op: str, out: Any = None):
         self.op, self.out = op, out
         self.space = "host"
-        self.dtype = self.compute = np.dtype(np.float64)
+        self.dtype: np.dtype[Any] = np.dtype(np.float64)
+        self.compute = self.dtype
         self._inputs: list[Any] = []
         self._example: Any = None
         self.runs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []

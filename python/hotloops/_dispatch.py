@@ -112,7 +112,8 @@ def select(name: str, dtype: np.dtype, space: str) -> tuple[Any, str, list[str]]
         target = adapter(asked)
         if space == "cuda" and target.SPACE != "cuda":
             raise BackendUnavailableError(
-                f"{name}: backend {asked!r} works on arrays in host memory, the arrays are on a GPU; copy them to the host or use backend 'cuda'"
+                f"{name}: backend {asked!r} works on arrays in host memory, the arrays are on a GPU; "
+                "copy them to the host or use backend 'cuda'"
             )
         call = None if target.status() else _prepared(name, dtype, asked)
         if call is None:

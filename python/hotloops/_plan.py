@@ -50,7 +50,8 @@ def key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(the result of the call, its plan or NO_PLAN)."""
     before = getattr(recording, "log", None)
-    recording.log = log = []
+    log: list[Any] = []
+    recording.log = log
     try:
         result = function(*args, **kwargs)
     finally:

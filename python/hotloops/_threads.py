@@ -7,7 +7,10 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor  # imported on first use: it brings logging, 10 ms
 
 MAX_THREADS = 256
 _wanted = 0
@@ -121,6 +124,8 @@ def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None
         return
     with _lock:
         if _pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
             _pool = ThreadPoolExecutor(get_num_threads() - 1, thread_name_prefix="hotloops")
         pool = _pool
     bounds = [n * i // threads for i in range(threads + 1)]
