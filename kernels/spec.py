@@ -7,7 +7,8 @@ Left of the arrow is read, right is written, `+w[F]` is both. `b[F]?` may be abs
 element type than the float type of the call. A size is a name, a number or an expression of names (`4*H`); every name
 stands alone somewhere. Scalars follow the arrays; their annotation (int or float) is their type. `error` says how far a
 fast version may be from this function: `exact`, `ulp:n` (n units in the last place of a result), `near:n` (n units in
-the last place of the largest result) or `reduce:K` (a sum of K products in any order).
+the last place of the largest result), `reduce:K` (a sum of K products in any order) or `winograd:K` (as `reduce:K` where
+the scalar `exact` is 1 or the type float64, else wider).
 """
 
 from __future__ import annotations
@@ -127,7 +128,15 @@ def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[st
         return "largest", float(evaluate(amount, names)) * eps
     if kind == "reduce":
         return "largest", eps * (2 * math.sqrt(float(evaluate(amount, names))) + 8)
+    if kind == "winograd":
+        width = 2 * math.sqrt(float(evaluate(amount, names))) + 8
+        return "largest", eps * (width if is_direct(names, eps) else max(4 * width, 50))
     raise ValueError(f"unknown error rule {error!r}")
+
+
+def is_direct(names: Mapping[str, Any], eps: float) -> bool:
+    """True where a `winograd` kernel sums its products as they are: the call says so, or is in float64."""
+    return names["exact"] == 1 or eps < 1e-10
 
 
 def _arrays(text: str, role: str) -> list[Array]:

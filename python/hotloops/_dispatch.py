@@ -20,6 +20,7 @@ from .kernels import spec
 
 _MODULES = {"c": "c", "numba": "numba_cpu", "reference": "reference", "cuda": "numba_cuda"}
 _choice: ContextVar[str | None] = ContextVar("hotloops_backend", default=None)
+_exact: ContextVar[bool] = ContextVar("hotloops_exact", default=os.environ.get("HOTLOOPS_EXACT") == "1")
 _trace: ContextVar[list[Any] | None] = ContextVar("hotloops_trace", default=None)
 
 
@@ -70,6 +71,49 @@ def backend(name: str) -> Iterator[None]:
 def _from_environment() -> str | None:
     name = os.environ.get("HOTLOOPS_BACKEND")
     return _known(name, "HOTLOOPS_BACKEND") if name else None
+
+
+@contextlib.contextmanager
+def exact_convolution(exact: bool = True) -> Iterator[None]:
+    """Context manager: convolutions inside sum products directly, with no algorithm of larger rounding error.
+
+    By default a float32 convolution with 3x3 filters may run as Winograd's algorithm, which is about twice as fast and
+    errs by about 1e-5 of the result's largest value instead of 1e-6. The environment variable HOTLOOPS_EXACT=1 sets the
+    same for a whole process. float64 is always exact.
+
+    Parameters
+    ----------
+    exact : bool
+        False allows the faster algorithm again inside an outer `exact_convolution()`.
+
+    Raises
+    ------
+    TypeError
+        `exact` is no boolean.
+
+    Notes
+    -----
+    Source: Lavin and Gray, Fast algorithms for convolutional neural networks, arXiv 1509.09308.
+
+    Examples
+    --------
+    >>> import numpy as np, hotloops as hl
+    >>> with hl.exact_convolution():
+    ...     hl.conv1d(np.ones((1, 1, 3)), np.ones((1, 1, 2)))
+    array([[[2., 2.]]])
+    """
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact_convolution: exact must be True or False, {type(exact).__name__} came")
+    token = _exact.set(exact)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def exact() -> int:
+    """1 where convolutions must sum their products as they are."""
+    return int(_exact.get())
 
 
 def chosen() -> str | None:
@@ -153,7 +197,7 @@ def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str)
 
 def context() -> Any:
     """What besides its arguments decides how a call runs; part of the key of its plan."""
-    return _choice.get(), _trace.get() is None
+    return _choice.get(), _exact.get(), _trace.get() is None
 
 
 def prepared_plan(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> tuple[Any, ...] | None:

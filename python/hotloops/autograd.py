@@ -868,13 +868,21 @@ def _dot(variable: Variable) -> str:
 
 # ---------------------------------------------------------------------------------- one line per op: op, inputs, gradient
 
-from . import activation  # noqa: E402 - the table needs the functions above
+from . import activation, conv  # noqa: E402 - the table needs the functions above
 
 # activation
 tie(activation.softmax, "input", activation._softmax_gradient)
 # attention
 # boxes
 # conv
+for _op in (conv.conv1d, conv.conv2d, conv.conv3d):
+    tie(_op, ("input", "weight", "bias"), conv._conv_gradient)
+for _op in (conv.conv_transpose1d, conv.conv_transpose2d, conv.conv_transpose3d):
+    tie(_op, ("input", "weight", "bias"), conv._conv_transpose_gradient)
+tie(conv.unfold, "input", conv._unfold_gradient)
+tie(conv.fold, "input", conv._fold_gradient)
+tie(conv.im2col, "input", conv._im2col_gradient)
+tie(conv.col2im, "cols", conv._col2im_gradient)
 # linear
 # pool
 # rnn

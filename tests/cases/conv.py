@@ -1,0 +1,129 @@
+"""Convolution, its gradients and its patches."""
+
+import numpy as np
+
+from . import case
+
+
+def geometry(c, size, f, kernel, *, n=1, groups=1, stride=1, pad=0, end=None, dilation=1):
+    """The sizes and scalars of a convolution over 1 to 3 axes (lifted to 3); `end` is the padding at the end."""
+    axes = len(size)
+    spread = [v if isinstance(v, tuple) else (v,) * axes for v in (stride, pad, pad if end is None else end, dilation)]
+    out = [
+        (d + p + e - r * (k - 1) - 1) // s + 1 for d, k, s, p, e, r in zip(size, kernel, *spread, strict=True)
+    ]  # stride, front, end, dilation
+    ones, zeros = [1] * (3 - axes), [0] * (3 - axes)
+    values = {"N": n, "C": c, "F": f, "CG": c // groups, "groups": groups}
+    for names, lifted in (
+        (("D", "H", "W"), ones + list(size)),
+        (("KD", "KH", "KW"), ones + list(kernel)),
+        (("OD", "OH", "OW"), ones + out),
+        (("stride_d", "stride_h", "stride_w"), ones + list(spread[0])),
+        (("pad_d", "pad_h", "pad_w"), zeros + list(spread[1])),
+        (("dilation_d", "dilation_h", "dilation_w"), ones + list(spread[3])),
+    ):
+        values |= dict(zip(names, lifted, strict=True))
+    return values
+
+
+SHAPES = {
+    "one": geometry(1, (1, 1), 1, (1, 1)),
+    "line": geometry(2, (9,), 3, (3,), n=2, stride=2, pad=1),
+    "sheet": geometry(1, (4, 4), 1, (3, 3), stride=2, pad=1),
+    "square": geometry(3, (7, 9), 4, (3, 3), n=2, pad=1),
+    "same_even": geometry(2, (5, 6), 3, (2, 4), pad=(0, 1), end=(1, 2)),
+    "valid_5x5": geometry(2, (9, 8), 2, (5, 5)),
+    "stride": geometry(3, (11, 10), 2, (3, 2), n=2, stride=(3, 2), pad=(1, 0)),
+    "dilation": geometry(2, (9, 11), 3, (3, 2), pad=2, dilation=(2, 3)),
+    "gaps": geometry(2, (8, 9), 3, (1, 2), stride=(3, 4)),
+    "wide_padding": geometry(1, (2, 3), 2, (2, 2), pad=(3, 4)),
+    "far_padding": geometry(1, (2, 2), 1, (1, 1), stride=2**40, pad=2**40),
+    "long_window": geometry(1, (3, 4), 2, (2, 3), pad=(9, 8), dilation=(10, 9)),
+    "groups": geometry(6, (6, 5), 9, (3, 3), n=2, groups=3, pad=1),
+    "depthwise": geometry(5, (8, 7), 5, (3, 3), n=2, groups=5, pad=1),
+    "depthwise_stride": geometry(4, (9, 9), 8, (3, 3), groups=4, stride=2, pad=1),
+    "volume": geometry(2, (3, 4, 5), 3, (2, 3, 2), n=2, pad=(1, 0, 1), stride=(1, 2, 1), dilation=(2, 1, 1)),
+    "tall_filters": geometry(1, (2, 2), 13, (2, 2)),
+    "no_images": geometry(2, (4, 4), 3, (3, 3), n=0),
+    "no_channels": geometry(0, (4, 4), 3, (3, 3)),
+}
+LARGE = {
+    "large_3x3": geometry(19, (30, 37), 35, (3, 3), n=2, pad=1),
+    "large_3x3_narrow": geometry(40, (7, 7), 50, (3, 3), n=5, pad=1),
+    "large_1x1": geometry(67, (13, 17), 45, (1, 1), n=3),
+    "large_1x1_stride": geometry(33, (20, 21), 34, (1, 1), n=2, stride=2),
+    "large_7x7": geometry(3, (40, 41), 20, (7, 7), n=2, stride=2, pad=3),
+    "large_deep": geometry(300, (5, 6), 20, (3, 3), pad=1),
+    "large_depthwise": geometry(34, (40, 35), 34, (3, 3), n=2, groups=34, pad=1),
+    "large_depthwise_5x5": geometry(20, (41, 36), 20, (5, 5), n=2, groups=20, pad=2, stride=2),
+    "large_groups": geometry(24, (30, 31), 40, (3, 3), n=2, groups=4, pad=1),
+    "large_line": geometry(16, (700,), 24, (9,), n=2, pad=4),
+    "large_volume": geometry(5, (9, 12, 13), 12, (3, 3, 3), n=2, pad=1),
+}
+
+
+def convolutions(**extra):
+    return [case(name, **values, **extra) for name, values in {**SHAPES, **LARGE}.items()]
+
+
+def fast():
+    """What Winograd's algorithm may take, among others."""
+    names = ("square", "groups", "large_3x3", "large_3x3_narrow", "large_deep", "large_groups")
+    return [case(f"{name}_fast", **{**SHAPES, **LARGE}[name], exact=0) for name in names]
+
+
+def specials(rng, shape, dtype):
+    """Small integers with a NaN and infinities among them."""
+    x = rng.integers(-3, 4, shape).astype(dtype)
+    x.flat[[0, x.size // 3, x.size - 1]] = np.nan, np.inf, -np.inf
+    return x
+
+
+SPECIAL = geometry(2, (6, 7), 3, (3, 3), pad=1)
+
+
+def patches(values):
+    dropped = ("F", "CG", "D", "KD", "OD", "groups", "stride_d", "pad_d", "dilation_d")
+    return {k: v for k, v in values.items() if k not in dropped}
+
+
+PATCHES = [case(name, **patches(values)) for name, values in {**SHAPES, **LARGE}.items() if values["KD"] == values["D"] == 1]
+PATCHES += [
+    case("wide_rows", **patches(geometry(3, (20, 300), 1, (3, 3), n=2, pad=1))),
+    case("many_channels", **patches(geometry(300, (6, 5), 1, (2, 3), n=3))),
+    case("whole_image", **patches(geometry(3, (12, 13), 1, (12, 13), n=2))),
+    case("beyond_the_cache", **patches(geometry(33, (90, 91), 1, (3, 3), n=2, pad=1))),
+    case("beyond_the_cache_stride", **patches(geometry(20, (180, 150), 1, (4, 4), n=2, stride=2, pad=1))),
+    case("nan", **patches(SPECIAL), x=specials),
+]
+ADJOINTS = [c for c in PATCHES if c.id != "nan"]
+
+CASES = {
+    "conv": [
+        *convolutions(exact=1),
+        *fast(),
+        case("no_bias", **SHAPES["square"], exact=1, b=None),
+        case("no_bias_large", **LARGE["large_1x1"], exact=1, b=None),
+        case("nan", **SPECIAL, exact=1, x=specials),
+    ],
+    "conv_grad_input": [
+        *convolutions(exact=1),
+        *fast(),
+        case("no_bias", **SHAPES["stride"], exact=1, b=None),
+        case("no_bias_large", **LARGE["large_3x3"], exact=1, b=None),
+        case("no_filters", **geometry(2, (4, 4), 0, (3, 3)), exact=1),
+    ],
+    "conv_grad_weight": convolutions(),
+    "conv_grad_bias": [
+        case("one", N=1, F=1, S=1),
+        case("odd", N=3, F=5, S=7),
+        case("tail", N=2, F=3, S=67),
+        case("many", N=5, F=37, S=1501),
+        case("long", N=1, F=2, S=300_001),
+        case("nothing", N=0, F=3, S=4),
+    ],
+    "unfold": PATCHES,
+    "im2col": PATCHES,
+    "fold": ADJOINTS,
+    "col2im": ADJOINTS,
+}
