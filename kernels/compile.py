@@ -60,11 +60,24 @@ def _cpu_inline(function: Callable[..., Any], exact: bool) -> Any:
     return numba.njit(fastmath=set() if exact else FASTMATH, nogil=True)(function)
 
 
+def _max(a: Any, b: Any) -> Any:
+    return b if b > a else a
+
+
+def _min(a: Any, b: Any) -> Any:
+    return b if b < a else a
+
+
+# On a GPU, too, max and min of two numbers are Python's: the first where a NaN is among them. Numba's own drop the NaN there,
+# or do not compile.
+_CUDA_BUILTINS = {"max": Inline(_max), "min": Inline(_min)}
+
+
 def _bind(function: Callable[..., Any], dtype: Any, target: str) -> Callable[..., Any]:
     """A copy of the function in which `real` is dtype and every inline function is compiled for it."""
     names = dict(function.__globals__)
     for name in _names(function.__code__):
-        value = names.get(name)
+        value = names.get(name, _CUDA_BUILTINS.get(name) if target == "cuda" else None)
         if value is real:
             names[name] = dtype
         elif isinstance(value, Inline):

@@ -156,7 +156,7 @@ class Call:
         self.op, self.out = op, out
         self.space = "host"
         self.dtype: np.dtype[Any] = np.dtype(np.float64)
-        self.compute = self.dtype
+        self.compute: np.dtype[Any] = self.dtype
         self._inputs: list[Any] = []
         self._example: Any = None
         self.runs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
