@@ -11,10 +11,12 @@ magnitude (Winograd's F(4x4, 3x3) errs by 1.3e-5 at K = 2304, a direct sum by 3e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from hotloops.bench import runner
 from hotloops.kernels import spec
 
 TINY = {np.dtype(np.float32): 1e-37, np.dtype(np.float64): 1e-300, np.dtype(np.float16): 6e-8}
@@ -61,6 +63,12 @@ def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], wh
     assert distance[worst] <= allowed[worst], (
         f"{what}: at {tuple(int(i) for i in worst)} {actual[worst]!r}, expected {truth[worst]!r} +- {allowed[worst]:.3g}"
     )
+
+
+def assert_agrees(actual: Any, expected: Any, choices: Iterable[Any], what: str) -> None:
+    """One call on two backends: each as far from the truth as the records of the kernels that ran (`choices`) allow."""
+    error, allowed = runner.difference(runner.arrays(actual), runner.arrays(expected)), runner.allowed_error(choices)
+    assert error <= allowed, f"{what}: differs by {error:.3g} of the largest value, {allowed:.3g} is allowed"
 
 
 def assert_oracle(actual: Any, expected: Any, *, terms: float = 1.0, what: str = "") -> None:

@@ -19,3 +19,20 @@ from .conv import conv_transpose1d, conv_transpose2d, conv_transpose3d, fold, im
 # pool
 # rnn
 __version__ = "0.1.0"
+
+_LAZY = {"show_config": "_config", "warmup": "_config", "bench": "bench"}  # imported when first asked for
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hotloops' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    value = module if _LAZY[name] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,7 @@
+"""`python -m hotloops` is the command `hotloops`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,211 @@
+"""What hotloops found on this machine, and compiling the Numba kernels ahead of their first call."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from . import _dispatch, _threads
+from .kernels import spec
+
+ENVIRONMENT = ("HOTLOOPS_BACKEND", "HOTLOOPS_ISA", "HOTLOOPS_NUM_THREADS", "OMP_NUM_THREADS", "HOTLOOPS_CACHE_DIR")
+
+
+def version(package: str) -> str:
+    """The version of an installed package, "" when there is none; imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":", 1) for line in open("/proc/cpuinfo") if ":" in line)
+        for key in ("model name", "Model", "Hardware"):
+            for field, value in fields.items():
+                if field.strip() == key:
+                    return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def caches() -> dict[str, int]:
+    """Bytes of each cache that the first processor sees: {"L1d": ..., "L2": ..., "L3": ...}; empty where unknown."""
+    sizes: dict[str, int] = {}
+    for folder in sorted(pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError, ValueError):
+            kind = (folder / "type").read_text().strip()
+            text = (folder / "size").read_text().strip()
+            if kind != "Instruction":
+                size = int(text.rstrip("KMG")) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1)
+                sizes[f"L{(folder / 'level').read_text().strip()}{'d' if kind == 'Data' else ''}"] = size
+    return sizes
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its caches and the system."""
+    return {
+        "cpu": cpu_name(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "caches": caches(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    from . import __version__
+
+    found = {"hotloops": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return found | {name: version(name) for name in ("cffi", "numba", "numba-cuda") if version(name)}
+
+
+def _thread_source() -> str:
+    if _threads._wanted:
+        return "set_num_threads"
+    for name in ("HOTLOOPS_NUM_THREADS", "OMP_NUM_THREADS"):
+        if os.environ.get(name, "").split(",")[0].strip().isdecimal():
+            return name
+    return "processors of this process"
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    found = {}
+    for name, state in _dispatch.backends().items():
+        word, _, detail = state.partition(": ")
+        found[name] = {"state": word, "detail": detail, "error": _dispatch.adapter(name).broken()}
+    return found
+
+
+def config() -> dict[str, Any]:
+    """The whole configuration as plain dictionaries."""
+    from .kernels.compile import cache_folder
+
+    c = _dispatch.adapter("c")
+    there = not c.status()
+    return {
+        "Versions": versions(),
+        "Installed in": str(pathlib.Path(__file__).parent),
+        "Machine": machine(),
+        "Backends": _backends(),
+        "C kernels": {"instruction set": c.isa() if there else "", "this CPU can run": c.isas()},
+        "Threads": {"in use": _threads.get_num_threads(), "from": _thread_source()},
+        "Numba cache": cache_folder() or "none: no folder that this user alone may write to",
+        "Environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _bytes(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+
+
+def config_text(found: dict[str, Any]) -> str:
+    """`config()` for people."""
+    hardware, c, threads = found["Machine"], found["C kernels"], found["Threads"]
+    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in hardware["caches"].items())
+    packages = [f"{name} {number}" for name, number in found["Versions"].items() if name != "hotloops"]
+    lines = [
+        f"hotloops {found['Versions']['hotloops']} in {found['Installed in']}",
+        f"  versions         {', '.join(packages)}",
+        f"  machine          {hardware['cpu']}, {hardware['processors']} processors{', ' + sizes if sizes else ''}",
+        f"  system           {hardware['system']}",
+        f"  threads          {threads['in use']} (from: {threads['from']})",
+    ]
+    if c["this CPU can run"]:
+        lines.append(f"  instruction set  {c['instruction set']} (this CPU can run {', '.join(c['this CPU can run'])})")
+    lines.append(f"  numba cache      {found['Numba cache']}")
+    if found["Environment"]:
+        lines.append(f"  environment      {', '.join(f'{k}={v}' for k, v in found['Environment'].items())}")
+    lines.append("backends, in the order in which they are tried")
+    for name, state in found["Backends"].items():
+        lines.append(f"  {name:<16} {state['state']}: {state['detail']}")
+        lines += [f"    {line}" for line in state["error"].splitlines()]
+    return "\n".join(lines)
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Shows which backends, instruction set, threads and versions are in use here.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print a text, or return nested dictionaries.
+
+    Returns
+    -------
+    dict or None
+        None when it prints.
+
+    Raises
+    ------
+    ValueError
+        Another mode.
+
+    Examples
+    --------
+    >>> import hotloops as hl
+    >>> hl.show_config("dicts")["Backends"]["reference"]["state"]
+    'available'
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"show_config: mode must be one of 'stdout', 'dicts'; {mode!r} came")
+    found = config()
+    if mode == "dicts":
+        return found
+    print(config_text(found))
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ warm-up
+
+
+def families() -> list[str]:
+    """The families of kernels."""
+    return sorted({record.family for record in spec.all_kernels().values()})
+
+
+def warmup(families: str | Iterable[str] | None = None, *, progress: Callable[[str, int, int], object] | None = None) -> int:
+    """Compiles the Numba kernels for the CPU ahead of their first call, and gives their number.
+
+    What was compiled before is taken from the cache folder, so a second run takes a moment.
+
+    Parameters
+    ----------
+    families : str or list of str, optional
+        Families of kernels, such as "conv" or ["conv", "pool"]; all of them when left out.
+    progress : callable, optional
+        Called before each kernel as `progress(name, done, total)`.
+
+    Returns
+    -------
+    int
+        How many kernels are compiled now, float32 and float64 counted one by one.
+
+    Raises
+    ------
+    ValueError
+        There is no such family.
+    BackendUnavailableError
+        Numba cannot run here; the text says why.
+    """
+    known = globals()["families"]()
+    wanted = known if families is None else [families] if isinstance(families, str) else list(families)
+    for family in wanted:
+        if family not in known:
+            raise ValueError(f"warmup: there is no family {family!r}; there are {', '.join(known)}")
+    numba = _dispatch.adapter("numba")
+    if numba.status():
+        raise _dispatch.BackendUnavailableError(f"warmup: {numba.status()}")
+    kernels = [record for record in spec.all_kernels().values() if record.family in wanted and numba.find(record) is not None]
+    jobs = [(record, np.dtype(dtype)) for record in kernels for dtype in (np.float32, np.float64)]
+    for done, (record, dtype) in enumerate(jobs):
+        if progress is not None:
+            progress(f"{record.name}, {dtype}", done, len(jobs))
+        numba.prepare(record, dtype)
+    return len(jobs)
