@@ -11,6 +11,25 @@ from .activation import softmax
 
 # attention
 # boxes
+from .boxes import (
+    batched_nms,
+    box_area,
+    box_convert,
+    box_iou,
+    clip_boxes_to_image,
+    complete_box_iou,
+    distance_box_iou,
+    generalized_box_iou,
+    mask_iou,
+    masks_to_boxes,
+    nms,
+    remove_small_boxes,
+    roi_align,
+    roi_pool,
+    soft_nms,
+    sparse_box_iou,
+)
+
 # conv
 from .conv import col2im, conv1d, conv2d, conv2d_backward, conv2d_trace, conv3d, conv_output_size, conv_parameters
 from .conv import conv_transpose1d, conv_transpose2d, conv_transpose3d, fold, im2col, same_padding, unfold

@@ -868,12 +868,21 @@ def _dot(variable: Variable) -> str:
 
 # ---------------------------------------------------------------------------------- one line per op: op, inputs, gradient
 
-from . import activation, conv  # noqa: E402 - the table needs the functions above
+from . import activation, boxes, conv  # noqa: E402 - the table needs the functions above
 
 # activation
 tie(activation.softmax, "input", activation._softmax_gradient)
 # attention
 # boxes
+tie(boxes.box_area, "boxes", boxes._box_area_gradient)
+tie(boxes.box_convert, "boxes", boxes._box_convert_gradient)
+tie(boxes.clip_boxes_to_image, "boxes", boxes._clip_boxes_gradient)
+tie(boxes.box_iou, ("boxes1", "boxes2"), boxes._overlap_gradient(boxes._IOU))
+tie(boxes.generalized_box_iou, ("boxes1", "boxes2"), boxes._overlap_gradient(boxes._GIOU))
+tie(boxes.distance_box_iou, ("boxes1", "boxes2"), boxes._overlap_gradient(boxes._DIOU))
+tie(boxes.complete_box_iou, ("boxes1", "boxes2"), boxes._overlap_gradient(boxes._CIOU))
+tie(boxes.roi_align, "input", boxes._roi_align_gradient)
+tie(boxes.roi_pool, "input", boxes._roi_pool_gradient)
 # conv
 for _op in (conv.conv1d, conv.conv2d, conv.conv3d):
     tie(_op, ("input", "weight", "bias"), conv._conv_gradient)
