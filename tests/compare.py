@@ -7,6 +7,7 @@ place, relative to the largest magnitude of the result. `reduce:K`: a sum of K p
 and grouping: proportional to the type's epsilon, to 2 sqrt(K) + 8, and to the largest magnitude of the result.
 `winograd:K`: the same where the call says exact=1 or is in float64; else four times as much, at least 6e-6 of the largest
 magnitude (Winograd's F(4x4, 3x3) errs by 1.3e-5 at K = 2304, a direct sum by 3e-7).
+`recurrent:T`: a state carried over T steps, each of which adds the error of a sum.
 """
 
 from __future__ import annotations

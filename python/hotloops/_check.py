@@ -205,6 +205,14 @@ class Call:
             for n, v in named.items()
         ]
 
+    def more_floats(self, **named: Any) -> list[Any]:
+        """Further arrays of a call (gradients that come later), in the float type it has; None stays None."""
+        if self.space == "cuda":
+            cuda = _dispatch.adapter("cuda")
+            arrays = [None if v is None else cuda.as_device(v) for v in named.values()]
+            return [a if a is None or a.dtype == self.compute else cuda.cast(a, self.compute) for a in arrays]
+        return [None if v is None else _contiguous(host_array(self.op, n, v), self.compute) for n, v in named.items()]
+
     def indices(self, name: str, value: Any) -> Any:
         """An integer array as contiguous int64; a float, a boolean or a value beyond int64 is a TypeError or ValueError."""
         if self.space == "cuda" and is_device(value):
@@ -293,6 +301,26 @@ class Call:
         if self.space == "cuda":
             return _dispatch.adapter("cuda").empty(shape, dtype)
         return _memory.empty(shape, dtype)
+
+    def zeros(self, shape: Sequence[int]) -> Any:
+        """A fresh array of zeros in the call's memory and float type."""
+        return self.put(np.zeros(size(self.op, "an array of the call", shape, self.compute.itemsize), self.compute))
+
+    def transposed(self, array: Any, axes: tuple[int, ...]) -> Any:
+        """A contiguous copy with its axes in another order."""
+        return self.put(np.ascontiguousarray(self.get(array).transpose(axes)))
+
+    def joined(self, arrays: Sequence[Any]) -> Any:
+        """The arrays side by side along their last axis."""
+        return self.put(np.concatenate([self.get(a) for a in arrays], axis=-1))
+
+    def part(self, array: Any, begin: int, end: int) -> Any:
+        """A contiguous copy of [..., begin:end]."""
+        return self.put(np.ascontiguousarray(self.get(array)[..., begin:end]))
+
+    def added(self, a: Any, b: Any) -> Any:
+        """a + b of two arrays of the call."""
+        return self.put(self.get(a) + self.get(b))
 
     def run(self, kernel: str, *arrays: Any, **scalars: Any) -> None:
         """Runs one kernel; arrays in the order of its record (None for an absent one), scalars by name."""

@@ -1,0 +1,84 @@
+"""Recurrent layers over a sequence."""
+
+import numpy as np
+
+from . import case
+
+
+def scaled(factor):
+    return lambda rng, shape, dtype: factor * rng.standard_normal(shape)
+
+
+def gate_values(rng, shape, dtype):
+    """What gates and tanh give: numbers between -1 and 1."""
+    return rng.uniform(-0.9, 0.9, shape)
+
+
+def some_lengths(rng, shape, dtype):
+    """Lengths of 0, of 1 and of the whole sequence of 6 among them."""
+    return np.resize([3, 0, 6, 1, 5], shape)
+
+
+SHAPES = [
+    ("one", dict(T=1, N=1, H=1, reverse=0)),
+    ("small", dict(T=3, N=2, H=5, reverse=0)),
+    ("reverse", dict(T=3, N=2, H=5, reverse=1)),
+    ("lengths", dict(T=6, N=5, H=3, reverse=0, lengths=some_lengths)),
+    ("lengths_reverse", dict(T=6, N=5, H=3, reverse=1, lengths=some_lengths)),
+    ("vectors_and_tail", dict(T=4, N=3, H=37, reverse=0)),
+    ("one_sequence", dict(T=7, N=1, H=64, reverse=0)),
+    ("many", dict(T=5, N=33, H=64, reverse=1)),
+    ("no_steps", dict(T=0, N=2, H=3, reverse=0)),
+]
+
+
+def walks(*, absent=(), **extra):
+    """The shapes with all optional arrays, and three of them without `absent`; lengths only where a shape gives them."""
+    weights = dict(w_hh=scaled(0.3), **extra)
+    cases = []
+    for name, values in SHAPES:
+        values = {"lengths": None, **weights, **values}
+        cases.append(case(name, **values))
+        if name in ("small", "lengths_reverse", "vectors_and_tail"):
+            cases.append(case(f"{name}_plain", **values, **dict.fromkeys(absent)))
+    return cases
+
+
+def with_values(cases, suffix, **values):
+    return [case(f"{c.id}_{suffix}", **{**c.values, **values}) for c in cases]
+
+
+LSTM = walks(absent=("b_hh", "cells", "previous"), clip=0.0, peephole=None)
+LSTM_BACK = walks(absent=("gy",), clip=0.0, peephole=None, gates=gate_values, cells=gate_values)
+GRU = walks(absent=("b_hh", "hidden", "previous"), reset_after=1)
+GRU_BACK = walks(absent=("gy",), reset_after=1, gates=gate_values, hidden=gate_values, previous=gate_values)
+RNN = walks(absent=("b_hh", "previous"), relu=0)
+RNN_BACK = walks(absent=("gy",), relu=0, gates=gate_values)
+SATURATED = dict(T=4, N=2, H=3, reverse=0, lengths=None, w_hh=scaled(0.3), peephole=None, clip=0.0)
+
+CASES = {
+    "lstm_sequence": LSTM
+    + with_values(LSTM[1:7:2], "peephole", peephole=scaled(0.5))
+    + with_values(LSTM[2:5:2], "clip", clip=0.5)
+    + [
+        case("saturated", **SATURATED, gates=lambda rng, shape, dtype: np.resize(np.repeat([-200, 200, 0, 200], 3), shape)),
+        case(
+            "nan", **SATURATED, gates=lambda rng, shape, dtype: np.where(np.arange(np.prod(shape)) == 5, np.nan, 1).reshape(shape)
+        ),
+    ],
+    "lstm_sequence_backward": LSTM_BACK
+    + with_values(LSTM_BACK[1:7:2], "peephole", peephole=scaled(0.5))
+    + with_values(LSTM_BACK[1:2], "last_state_only", gy=None, gcn=None)
+    + with_values(LSTM_BACK[2:3], "no_last_state", ghn=None, gcn=None),
+    "lstm_peephole_grad": [
+        case(c.id, **{k: v for k, v in c.values.items() if k not in ("gates", "clip", "cells")}) for c in LSTM_BACK
+    ],
+    "gru_sequence": GRU + with_values(GRU, "before", reset_after=0),
+    "gru_sequence_backward": GRU_BACK
+    + with_values(GRU_BACK, "before", reset_after=0)
+    + with_values(GRU_BACK[1:2], "no_last_state", ghn=None),
+    "rnn_sequence": RNN + with_values(RNN, "relu", relu=1),
+    "rnn_sequence_backward": RNN_BACK
+    + with_values(RNN_BACK, "relu", relu=1)
+    + with_values(RNN_BACK[1:2], "no_last_state", ghn=None),
+}
