@@ -73,6 +73,34 @@ typedef struct { int64_t N, F, S; } hl_conv_grad_bias_plan;
 int hl_conv_grad_bias_f32(const hl_conv_grad_bias_plan *plan, const float *gy, float *gb);
 int hl_conv_grad_bias_f64(const hl_conv_grad_bias_plan *plan, const double *gy, double *gb);
 
+/* cols[N,C,KH,KW,OH,OW]: the patch under each window of x[N,C,H,W], 0 in the padding. */
+typedef struct {
+    int64_t N, C, H, W, KH, KW, OH, OW, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_unfold_plan;
+int hl_unfold_f32(const hl_unfold_plan *plan, const float *x, float *cols);
+int hl_unfold_f64(const hl_unfold_plan *plan, const double *x, double *cols);
+
+/* x[N,C,H,W] = the sum of what the windows of cols[N,C,KH,KW,OH,OW] hold of it: the adjoint of unfold. */
+typedef struct {
+    int64_t N, C, KH, KW, OH, OW, H, W, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_fold_plan;
+int hl_fold_f32(const hl_fold_plan *plan, const float *cols, float *x);
+int hl_fold_f64(const hl_fold_plan *plan, const double *cols, double *x);
+
+/* cols[N,OH,OW,C,KH,KW]: the patch under each window of x[N,C,H,W], 0 in the padding. */
+typedef struct {
+    int64_t N, C, H, W, OH, OW, KH, KW, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_im2col_plan;
+int hl_im2col_f32(const hl_im2col_plan *plan, const float *x, float *cols);
+int hl_im2col_f64(const hl_im2col_plan *plan, const double *x, double *cols);
+
+/* x[N,C,H,W] = the sum of what the windows of cols[N,OH,OW,C,KH,KW] hold of it: the adjoint of im2col. */
+typedef struct {
+    int64_t N, OH, OW, C, KH, KW, H, W, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_col2im_plan;
+int hl_col2im_f32(const hl_col2im_plan *plan, const float *cols, float *x);
+int hl_col2im_f64(const hl_col2im_plan *plan, const double *cols, double *x);
+
 /* ---- linear ---- */
 
 /* y[M,N] = x[M,K] w[N,K]^T + b[N]; b may be NULL. */

@@ -1,0 +1,292 @@
+/* Patches under a sliding window and their adjoints: unfold and fold ([N, C, KH, KW, OH, OW]), im2col and col2im
+ * ([N, OH, OW, C, KH, KW]). Output o and tap k of an axis meet the input at o * stride - pad + k * dilation. */
+#include "simd.h"
+
+typedef struct { int64_t outputs, inputs, taps, stride, pad, dilation; } axis;
+
+/* The smallest output whose input under the tap is at least `at`; `outputs` when there is none. */
+static int64_t first_output(const axis *a, int64_t tap, int64_t at)
+{
+    int64_t gap = at + a->pad - tap * a->dilation;
+    return gap <= 0 ? 0 : min64((gap - 1) / a->stride + 1, a->outputs);
+}
+static int64_t input_at(const axis *a, int64_t output, int64_t tap)
+{
+    return output * a->stride - a->pad + tap * a->dilation;
+}
+
+/* Results beyond this many bytes leave the cache before they are read again: they are written past it. */
+enum { CACHE_BYTES = 8 << 20, BUFFER = 4096 };
+
+static inline __attribute__((always_inline)) void copy(real *to, const real *from, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    if (i == n) return;
+    if (n >= LANES) store(to + n - LANES, load(from + n - LANES));
+    else
+        for (; i < n; i++) to[i] = from[i];
+}
+static inline __attribute__((always_inline)) void zero(real *to, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) to[i] = 0;
+}
+/* Copies past the cache, but for the ends that are no whole aligned vector. */
+static void copy_past_cache(real *to, const real *from, int64_t n)
+{
+    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), n), i = head;
+    for (int64_t k = 0; k < head; k++) to[k] = from[k];
+    for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
+    for (; i < n; i++) to[i] = from[i];
+}
+
+typedef struct {
+    axis h, w;
+    int64_t channels, bands, band_rows;
+    const real *from;
+    real *to;
+    int past_cache;
+} job;
+
+/* ---- unfold ---- */
+
+/* One row of a column plane: the inputs that tap kw meets, from the input row `from` (NULL: a row of padding). */
+static inline void unfold_row(const axis *w, int64_t kw, int64_t lo, int64_t hi, const real *from, real *to)
+{
+    if (!from) {
+        zero(to, w->outputs);
+        return;
+    }
+    zero(to, lo);
+    if (w->stride == 1) copy(to + lo, from + input_at(w, lo, kw), hi - lo);
+    else if (w->stride == 2)
+        for (int64_t o = lo; o < hi; o++) to[o] = from[2 * o - w->pad + kw * w->dilation];
+    else
+        for (int64_t o = lo; o < hi; o++) to[o] = from[input_at(w, o, kw)];
+    zero(to + hi, w->outputs - hi);
+}
+
+static int unfold_planes(int64_t begin, int64_t end, void *context)
+{
+    const job *j = context;
+    const axis *h = &j->h, *w = &j->w;
+    /* Rows gather in a buffer in the first cache until they are worth a write past the caches. */
+    int64_t rows = w->outputs < BUFFER ? BUFFER / w->outputs : 1;
+    real *buffer = j->past_cache ? hl_take((size_t)(rows * w->outputs) * sizeof(real)) : NULL;
+    if (j->past_cache && !buffer) return HL_NOMEM;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t kw = i % w->taps, kh = i / w->taps % h->taps;
+        const real *image = j->from + i / w->taps / h->taps * h->inputs * w->inputs;
+        real *to = j->to + i * h->outputs * w->outputs;
+        int64_t lo = first_output(w, kw, 0), hi = max64(first_output(w, kw, w->inputs), lo);
+        for (int64_t o = 0; o < h->outputs; o += rows) {
+            int64_t n = min64(rows, h->outputs - o);
+            real *row = buffer ? buffer : to + o * w->outputs;
+            for (int64_t r = 0; r < n; r++) {
+                int64_t at = input_at(h, o + r, kh);
+                const real *from = at >= 0 && at < h->inputs ? image + at * w->inputs : NULL;
+                unfold_row(w, kw, lo, hi, from, row + r * w->outputs);
+            }
+            if (buffer) copy_past_cache(to + o * w->outputs, buffer, n * w->outputs);
+        }
+    }
+    if (buffer) stream_end();
+    hl_give(buffer);
+    return HL_OK;
+}
+
+/* Parallel over planes (image, channel, tap), which are contiguous.
+ * Row by row of a plane: reads and writes run along W; the taps of a channel find its image in the cache.
+ * An output is written once, an input read KH*KW times from cache.
+ * Source: Chellapilla et al., High performance convolutional neural networks for document processing (2006). */
+int HL(unfold)(const hl_unfold_plan *p, const real *x, real *cols)
+{
+    int64_t planes = p->N * p->C * p->KH * p->KW, size = p->OH * p->OW;
+    job j = {.h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+             .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w},
+             .from = x,
+             .to = cols,
+             .past_cache = planes * size > CACHE_BYTES / (int64_t)sizeof(real)};
+    return hl_parallel_for(planes, hl_grain((double)size), unfold_planes, &j);
+}
+
+/* ---- fold ---- */
+
+/* to[o * stride] += from[o] for the outputs of a row. */
+static inline void add_row(const real *from, real *to, int64_t n, int64_t stride)
+{
+    if (stride == 1) {
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) store(to + i, load(to + i) + load(from + i));
+        for (; i < n; i++) to[i] += from[i];
+    } else if (stride == 2)
+        for (int64_t i = 0; i < n; i++) to[2 * i] += from[i];
+    else
+        for (int64_t i = 0; i < n; i++) to[i * stride] += from[i];
+}
+
+static int fold_bands(int64_t begin, int64_t end, void *context)
+{
+    const job *j = context;
+    const axis *h = &j->h, *w = &j->w;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t plane = i / j->bands, top = i % j->bands * j->band_rows, bottom = min64(top + j->band_rows, h->inputs);
+        real *image = j->to + plane * h->inputs * w->inputs;
+        zero(image + top * w->inputs, (bottom - top) * w->inputs);
+        for (int64_t kh = 0; kh < h->taps; kh++) {
+            int64_t first = first_output(h, kh, top), last = first_output(h, kh, bottom);
+            for (int64_t kw = 0; kw < w->taps; kw++) {
+                const real *from = j->from + ((plane * h->taps + kh) * w->taps + kw) * h->outputs * w->outputs;
+                int64_t lo = first_output(w, kw, 0), hi = first_output(w, kw, w->inputs);
+                if (lo >= hi) continue;
+                real *to = image + input_at(w, lo, kw);
+                for (int64_t o = first; o < last; o++)
+                    add_row(from + o * w->outputs + lo, to + input_at(h, o, kh) * w->inputs, hi - lo, w->stride);
+            }
+        }
+    }
+    return HL_OK;
+}
+
+/* The rows of an image that stay in the second cache while all taps add to them. */
+static void cut_bands(job *j)
+{
+    int64_t rows = max64(32768 / max64(j->w.inputs, 1), 1);
+    j->bands = max64((j->h.inputs + rows - 1) / rows, 1);
+    j->band_rows = (j->h.inputs + j->bands - 1) / j->bands;
+}
+
+/* Parallel over bands of rows of each channel's image.
+ * Tap by tap: the columns stream through once along W, the band stays in cache.
+ * A column element is read once, an output read and written KH*KW times in cache, in the order of the taps.
+ * Source: as unfold, whose adjoint it is. */
+int HL(fold)(const hl_fold_plan *p, const real *cols, real *x)
+{
+    job j = {.h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+             .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w},
+             .from = cols,
+             .to = x};
+    cut_bands(&j);
+    int64_t n = p->N * p->C * j.bands;
+    double work = (double)(p->KH * p->KW) * (double)(p->OH * p->OW) / (double)j.bands;
+    return hl_parallel_for(n, hl_grain(work), fold_bands, &j);
+}
+
+/* ---- im2col ---- */
+
+/* The patch of one window, by channel, row and column. */
+static inline __attribute__((always_inline)) void patch(const job *j, const real *image, int64_t top, int64_t left,
+                                                        const int64_t taps, real *to)
+{
+    const axis *h = &j->h, *w = &j->w;
+    int inside = left >= 0 && left + (taps - 1) * w->dilation < w->inputs;
+    for (int64_t c = 0; c < j->channels; c++, image += h->inputs * w->inputs)
+        for (int64_t kh = 0; kh < h->taps; kh++, to += taps) {
+            int64_t row = top + kh * h->dilation;
+            if (row < 0 || row >= h->inputs) zero(to, taps);
+            else if (inside) {
+                const real *from = image + row * w->inputs + left;
+                for (int64_t kw = 0; kw < taps; kw++) to[kw] = from[kw * w->dilation];
+            } else
+                for (int64_t kw = 0; kw < taps; kw++) {
+                    int64_t column = left + kw * w->dilation;
+                    to[kw] = column >= 0 && column < w->inputs ? image[row * w->inputs + column] : 0;
+                }
+        }
+}
+
+static int im2col_rows(int64_t begin, int64_t end, void *context)
+{
+    const job *j = context;
+    const axis *h = &j->h, *w = &j->w;
+    int64_t size = j->channels * h->taps * w->taps;
+    real *buffer = j->past_cache ? hl_take((size_t)size * sizeof(real)) : NULL;
+    if (j->past_cache && !buffer) return HL_NOMEM;
+    for (int64_t i = begin; i < end; i++) {
+        const real *image = j->from + i / h->outputs * j->channels * h->inputs * w->inputs;
+        int64_t top = input_at(h, i % h->outputs, 0);
+        for (int64_t o = 0; o < w->outputs; o++) {
+            real *to = j->to + (i * w->outputs + o) * size;
+            int64_t left = input_at(w, o, 0);
+            switch (w->taps) { /* known to the compiler, the usual ones need no loop */
+            case 1: patch(j, image, top, left, 1, buffer ? buffer : to); break;
+            case 3: patch(j, image, top, left, 3, buffer ? buffer : to); break;
+            case 5: patch(j, image, top, left, 5, buffer ? buffer : to); break;
+            default: patch(j, image, top, left, w->taps, buffer ? buffer : to);
+            }
+            if (buffer) copy_past_cache(to, buffer, size);
+        }
+    }
+    if (buffer) stream_end();
+    hl_give(buffer);
+    return HL_OK;
+}
+
+/* Parallel over rows of windows.
+ * Window by window: writes run along memory; neighbouring windows find the rows of all channels in the cache.
+ * An output is written once, an input read KH*KW times from cache.
+ * Source: as unfold. */
+int HL(im2col)(const hl_im2col_plan *p, const real *x, real *cols)
+{
+    int64_t n = p->N * p->OH, size = p->OW * p->C * p->KH * p->KW;
+    job j = {.h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+             .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w},
+             .channels = p->C,
+             .from = x,
+             .to = cols,
+             .past_cache = n * size > CACHE_BYTES / (int64_t)sizeof(real)};
+    return hl_parallel_for(n, hl_grain((double)size), im2col_rows, &j);
+}
+
+/* ---- col2im ---- */
+
+enum { CHANNELS = 8 }; /* added to together: their part of a patch is a few whole cache lines */
+
+static int col2im_bands(int64_t begin, int64_t end, void *context)
+{
+    const job *j = context;
+    const axis *h = &j->h, *w = &j->w;
+    int64_t blocks = (j->channels + CHANNELS - 1) / CHANNELS, taps = h->taps * w->taps;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t top = i % j->bands * j->band_rows, bottom = min64(top + j->band_rows, h->inputs);
+        int64_t c = i / j->bands % blocks * CHANNELS, n = i / j->bands / blocks;
+        int64_t channels = min64(CHANNELS, j->channels - c), image = h->inputs * w->inputs;
+        real *to = j->to + (n * j->channels + c) * image;
+        for (int64_t k = 0; k < channels; k++) zero(to + k * image + top * w->inputs, (bottom - top) * w->inputs);
+        int64_t first = first_output(h, h->taps - 1, top), last = first_output(h, 0, bottom);
+        for (int64_t oh = first; oh < last; oh++)
+            for (int64_t ow = 0; ow < w->outputs; ow++) {
+                const real *from = j->from + (((n * h->outputs + oh) * w->outputs + ow) * j->channels + c) * taps;
+                int64_t left = input_at(w, ow, 0);
+                for (int64_t k = 0; k < channels; k++)
+                    for (int64_t kh = 0; kh < h->taps; kh++) {
+                        int64_t row = input_at(h, oh, kh);
+                        if (row < top || row >= bottom) continue;
+                        real *line = to + k * image + row * w->inputs;
+                        const real *values = from + (k * h->taps + kh) * w->taps;
+                        for (int64_t kw = 0; kw < w->taps; kw++) {
+                            int64_t column = left + kw * w->dilation;
+                            if (column >= 0 && column < w->inputs) line[column] += values[kw];
+                        }
+                    }
+            }
+    }
+    return HL_OK;
+}
+
+/* Parallel over bands of rows of the images of a few channels.
+ * Window by window: the patches stream through once, the band stays in cache.
+ * A patch element is read once, an output read and written KH*KW times in cache, in the order of the windows.
+ * Source: as unfold. */
+int HL(col2im)(const hl_col2im_plan *p, const real *cols, real *x)
+{
+    job j = {.h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+             .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w},
+             .channels = p->C,
+             .from = cols,
+             .to = x};
+    cut_bands(&j);
+    int64_t n = p->N * ((p->C + CHANNELS - 1) / CHANNELS) * j.bands;
+    double work = (double)(CHANNELS * p->KH * p->KW) * (double)(p->OH * p->OW) / (double)j.bands;
+    return hl_parallel_for(n, hl_grain(work), col2im_bands, &j);
+}
