@@ -894,4 +894,14 @@ tie(conv.im2col, "input", conv._im2col_gradient)
 tie(conv.col2im, "cols", conv._col2im_gradient)
 # linear
 # pool
+from . import pool  # noqa: E402
+
+for _dims in (1, 2, 3):
+    tie(getattr(pool, f"max_pool{_dims}d"), "input", pool._max_pool_gradient, pool._max_pool_forward(_dims))
+    tie(getattr(pool, f"adaptive_max_pool{_dims}d"), "input", pool._adaptive_max_pool_gradient, pool._adaptive_max_pool_forward(_dims))
+    tie(getattr(pool, f"avg_pool{_dims}d"), "input", pool._avg_pool_gradient, pool._avg_pool_forward(_dims))
+    tie(getattr(pool, f"adaptive_avg_pool{_dims}d"), "input", pool._adaptive_avg_pool_gradient(_dims))
+    tie(getattr(pool, f"lp_pool{_dims}d"), "input", pool._lp_pool_gradient, pool._lp_pool_forward(_dims))
+    tie(getattr(pool, f"max_unpool{_dims}d"), "input", pool._max_unpool_gradient, pool._max_unpool_forward(_dims))
+tie(pool.global_avg_pool2d, "input", pool._adaptive_avg_pool_gradient(2))
 # rnn
