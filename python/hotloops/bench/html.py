@@ -8,13 +8,16 @@ from typing import Any
 
 from . import plots
 from .report import (
+    TITLES,
     agreement_text,
     backends_of,
     digits,
+    failures,
     families_of,
     geometric_mean,
     groups,
     label,
+    plural,
     rate_text,
     share_text,
     speedup_text,
@@ -29,7 +32,7 @@ body { margin: 0; background: #f8fafc; color: #1e293b; font: 15px/1.5 system-ui,
 main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px }
 h1 { font-size: 30px; margin: 0; letter-spacing: -.02em }
 h2 { font-size: 20px; margin: 44px 0 4px; letter-spacing: -.01em }
-h3 { font-size: 15px; margin: 0 0 6px; text-transform: capitalize }
+h3 { font-size: 15px; margin: 0 0 6px }
 p { margin: 4px 0 12px; color: #475569; max-width: 80ch }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 26px 0 }
 .tile, .card { background: #fff; border: 1px solid #e2e8f0; border-radius: 12px; padding: 16px 18px }
@@ -79,7 +82,10 @@ def _tiles(report: Report) -> str:
         ratios = [r.speedup for r in results if r.backend == backend and r.speedup]
         if backend != "reference" and ratios:
             tiles.append(
-                _tile(f"{digits(geometric_mean(ratios), 2)}×", f"{label(backend)} over NumPy, geometric mean of {len(ratios)} runs")
+                _tile(
+                    f"{digits(geometric_mean(ratios), 2)}×",
+                    f"{label(backend)} over NumPy, geometric mean of {plural(len(ratios), 'call')}",
+                )
             )
     shares = [r for r in results if r.share is not None]
     if shares:
@@ -141,20 +147,21 @@ def render(report: Report) -> str:
         f"{html.escape(report.date[:16].replace('T', ' '))} · float32 · hotloops {html.escape(report.versions['hotloops'])}</p>",
         _tiles(report),
     ]
-    for f in report.failures:
-        parts.append(f'<p class="wrong">did not run: {html.escape(f"{f.name} on {label(f.backend)}: {f.reason}")}</p>')
+    for reason, names in failures(report).items():
+        parts.append(f'<p class="wrong">did not run: {html.escape(", ".join(names))}<br>{html.escape(reason)}</p>')
     for threads in sorted({r.threads for r in report.results}):
         results = [r for r in report.results if r.threads == threads]
         peaks = report.peaks[str(threads)]
-        suffix = f", {threads} thread{'s' if threads > 1 else ''}"
+        suffix = f", {plural(threads, 'thread')}"
         parts.append(f"<h2>Times faster than plain NumPy{suffix}</h2>")
         parts.append(
-            "<p>Each bar is one call on one backend, logarithmic; behind it the factor and the time. Longer is better.</p>"
+            "<p>Each bar is one call on one backend, on a logarithmic scale, with its factor and time. Left of 1× it is slower.</p>"
         )
         parts.append(_legend({b: c for b, c in palette.items() if b != "reference"}))
+        limits = plots.limits(results)
         for family in families_of(results):
-            picture = plots.bars([r for r in results if r.family == family])
-            parts.append(f'<div class="card"><h3>{html.escape(family)}</h3>{picture}</div>')
+            picture = plots.bars([r for r in results if r.family == family], *limits)
+            parts.append(f'<div class="card"><h3>{html.escape(TITLES.get(family, family))}</h3>{picture}</div>')
         roof = plots.roofline(results, peaks)
         if roof:
             parts.append(f"<h2>Roofline{suffix}</h2>")
@@ -175,7 +182,7 @@ def render(report: Report) -> str:
     parts.append("<h2>This machine</h2>")
     facts = {"processor": f"{hardware['cpu']}, {hardware['processors']} processors", "caches": caches, "system": hardware["system"]}
     for count, peaks in report.peaks.items():
-        facts[f"peaks, {count} thread{'s' if count != '1' else ''}"] = (
+        facts[f"peaks, {plural(int(count), 'thread')}"] = (
             f"{peaks['gflops']:.0f} GFLOP/s, memory {peaks['memory']:.0f} GB/s, cache {peaks['cache']:.0f} GB/s"
         )
     facts |= {f"backend {label(name)}": state for name, state in report.backends.items()}

@@ -51,68 +51,53 @@ def _bare(axes: Any) -> None:
     axes.tick_params(length=0, colors=FAINT)
 
 
-def bars(results: Sequence[Result]) -> str:
-    """How many times faster than NumPy each workload of one family runs on each backend, with its time at the bar's end."""
-    backends = [b for b in backends_of(results) if b != "reference"]
-    palette, found = colours(backends), groups(results)
-    heights = [sum(r.backend != "reference" for r in g) for g in found]
-    rows = sum(heights) + 1.2 * len(found)
-    figure = _figure(7.4, 0.6 + 0.21 * rows)
-    axes = figure.add_axes((0.38, 0.36 / figure.get_figheight(), 0.48, 1 - 0.42 / figure.get_figheight()))
+def limits(results: Sequence[Result]) -> tuple[float, float]:
+    """The ends of the axis that all the families' bars share."""
     values = [r.speedup for r in results if r.speedup and r.backend != "reference"]
-    left, right = min([0.8, *(v * 0.8 for v in values)]), max([2.0, *values]) * 1.15
-    at, ticks = 0.0, []
+    return min([0.9, *(v * 0.9 for v in values)]), max([2.0, *values])
+
+
+def bars(results: Sequence[Result], left: float, right: float) -> str:
+    """How many times faster than NumPy each workload of one family runs on each backend, with its time at the bar's end."""
+    palette, found = colours(backends_of(results)), groups(results)
+    rows = sum(r.backend != "reference" for r in results) + 1.1 * len(found)
+    figure = _figure(10.4, 0.45 + 0.2 * rows)
+    height = figure.get_figheight()
+    axes = figure.add_axes((0.27, 0.32 / height, 0.62, 1 - 0.32 / height))
+    at = 0.0
     for group in found:
-        here = [r for r in group if r.backend != "reference"]
-        ticks.append((at + (len(here) - 1) / 2, group[0]))
+        here = [r for r in group if r.backend != "reference" and r.speedup]
+        middle = at + (len(here) - 1) / 2
+        for text, offset, colour, size in ((group[0].op, 5.5, INK, 9), (group[0].shape, -5.5, FAINT, 7.5)):
+            axes.annotate(
+                text,
+                (0, middle),
+                (-12, offset),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                color=colour,
+                fontsize=size,
+            )
         for r in here:
-            if r.speedup:
-                axes.barh(at, r.speedup - left, left=left, height=0.86, color=palette[r.backend], zorder=2)
-                text = f"{digits(r.speedup, 2 if r.speedup < 100 else 3)}×  {time_text(r.ms)}"
-                axes.annotate(
-                    text,
-                    (r.speedup, at),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=INK,
-                    fontsize=7.5,
-                    annotation_clip=False,
-                )
+            ratio = r.speedup or 1.0
+            axes.barh(at, ratio - 1, left=1, height=0.84, color=palette[r.backend], zorder=2)
+            text = f"{digits(ratio, 2 if ratio < 100 else 3)}×   {time_text(r.ms)}"
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7.5}
+            axes.annotate(text, (max(ratio, 1.0), at), color=INK, annotation_clip=False, **place)
             at += 1
-        at += 1.2
+        at += 1.1
     axes.set_xscale("log")
     axes.set_xlim(left, right)
     axes.set_ylim(at - 0.9, -0.9)
     axes.axvline(1, color=FAINT, linewidth=1, zorder=3)
-    steps = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if left <= v <= right]
-    if len(steps) > 7:
-        steps = [v for v in steps if math.log10(v) % 1 == 0]
+    steps = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5) if left <= m * 10.0**e <= right]
+    if len(steps) > 9:
+        steps = [v for v in steps if math.isclose(math.log10(v) % 1, 0, abs_tol=1e-9)]
     axes.set_xticks(steps, [f"{v:g}×" for v in steps])
     axes.minorticks_off()
     axes.set_yticks([])
-    for y, r in ticks:
-        axes.annotate(
-            r.op,
-            (0, y),
-            (-8, 5.5),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            color=INK,
-        )
-        axes.annotate(
-            r.shape,
-            (0, y),
-            (-8, -5.5),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            color=FAINT,
-            fontsize=7.5,
-        )
     axes.grid(axis="x", color=GRID, zorder=0)
     _bare(axes)
     return _svg(figure)
@@ -129,32 +114,24 @@ def roofline(results: Sequence[Result], peaks: dict[str, Any]) -> str:
     axes = figure.add_axes((0.065, 0.1, 0.6, 0.87))
     intensities = [g[0].flops / g[0].bytes for g in shown]
     speeds = [r.flops / r.ms / 1e6 for g in shown for r in g]
-    left, right = min(0.05, *intensities) / 1.6, max([200.0, *intensities]) * 1.6
+    left, right = min(intensities) / 2, max([20.0, *intensities]) * 1.6
     low, high = min(speeds) / 2, max([peaks["gflops"], *speeds]) * 1.9
-    for bandwidth, name in ((peaks["memory"], "memory"), (peaks["cache"], "cache")):
-        knee = peaks["gflops"] / bandwidth
-        x = max(left, low / bandwidth)
-        axes.plot([x, knee], [x * bandwidth, peaks["gflops"]], color=FAINT, linewidth=1.4, zorder=1)
-        start = max(left, low / bandwidth) * 1.25
-        axes.annotate(
-            f"{name} {bandwidth:.0f} GB/s",
-            (start, start * bandwidth),
-            (2, 5),
-            textcoords="offset points",
-            color=FAINT,
-            fontsize=8,
-        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    rise = 5.4 * 0.87 / math.log10(high / low) / (10.6 * 0.6 / math.log10(right / left))  # of a line of slope 1, on paper
+    slope = {"rotation": math.degrees(math.atan(rise)), "rotation_mode": "anchor"}
+    for level in ("memory", "cache"):
+        bandwidth = peaks[level]
+        start, knee = max(left, low / bandwidth), peaks["gflops"] / bandwidth
+        if start < knee:
+            axes.plot([start, knee], [start * bandwidth, peaks["gflops"]], color=FAINT, linewidth=1.4, zorder=1)
+            x = (start**2 * knee) ** (1 / 3)
+            axes.text(x, x * bandwidth * 1.15, f"{level} {bandwidth:.0f} GB/s", color=FAINT, fontsize=8, **slope)
     knee = peaks["gflops"] / max(peaks["cache"], peaks["memory"])
-    axes.plot([knee, right], [peaks["gflops"]] * 2, color=FAINT, linewidth=1.4, zorder=1)
-    axes.annotate(
-        f"multiply-adds {peaks['gflops']:.0f} GFLOP/s",
-        (right, peaks["gflops"]),
-        (-4, 5),
-        textcoords="offset points",
-        ha="right",
-        color=FAINT,
-        fontsize=8,
-    )
+    axes.plot([min(knee, right), right], [peaks["gflops"]] * 2, color=FAINT, linewidth=1.4, zorder=1)
+    axes.text(right, peaks["gflops"] * 1.08, f"multiply-adds {peaks['gflops']:.0f} GFLOP/s", ha="right", color=FAINT, fontsize=8)
     for number, (group, x) in enumerate(zip(shown, intensities, strict=True), 1):
         marker = MARKERS.get(group[0].family, "o")
         ys = [r.flops / r.ms / 1e6 for r in group]
@@ -162,10 +139,6 @@ def roofline(results: Sequence[Result], peaks: dict[str, Any]) -> str:
         for r, y in zip(group, ys, strict=True):
             axes.plot(x, y, marker, color=palette[r.backend], markersize=7, markeredgecolor="white", markeredgewidth=0.7, zorder=4)
         axes.annotate(str(number), (x, max(ys)), (0, 6), textcoords="offset points", ha="center", fontsize=7.5, color=INK, zorder=5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(left, right)
-    axes.set_ylim(low, high)
     axes.set_xlabel("operations per byte that must move", color=FAINT)
     axes.set_ylabel("10⁹ operations a second", color=FAINT)
     axes.grid(color=GRID, zorder=0, linewidth=0.7)

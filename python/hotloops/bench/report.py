@@ -13,8 +13,9 @@ from .inputs import MissingExtra
 from .runner import Report, Result
 
 LABELS = {"c": "C", "numba": "Numba", "cuda": "CUDA", "reference": "NumPy"}
+TITLES = {"conv": "Convolution", "pool": "Pooling", "rnn": "Recurrent layers", "attention": "Attention", "boxes": "Boxes"}
 STYLES = {"c": "bold cyan", "numba": "yellow", "cuda": "bold green", "reference": "dim"}
-WIDE, MIDDLE = 118, 98  # columns of a terminal for all of the table's columns, and for most
+WIDE, MIDDLE = 120, 100  # columns of a terminal for all of the table's columns, and for most
 NOISE = 0.05  # a change below this is never reported as one
 BEGIN, END = "<!-- hotloops bench: begin -->", "<!-- hotloops bench: end -->"
 
@@ -24,8 +25,8 @@ def label(backend: str) -> str:
 
 
 def time_text(ms: float) -> str:
-    """Three digits and a unit: "1.23 ms", "45.6 µs"."""
-    return f"{digits(ms)} ms" if ms >= 1 else f"{digits(ms * 1e3)} µs"
+    """Three digits and a unit: "1.23 s", "45.6 µs"."""
+    return f"{digits(ms / 1e3)} s" if ms >= 999.5 else f"{digits(ms)} ms" if ms >= 0.9995 else f"{digits(ms * 1e3)} µs"
 
 
 def digits(value: float, n: int = 3) -> str:
@@ -40,11 +41,11 @@ def rate_text(r: Result) -> str:
     if r.share is None and r.backend != "cuda":
         return "–"
     rate, unit = r.rate
-    return f"{digits(rate)} {unit}"
+    return f"{digits(rate)} G{unit}" if rate >= 0.9995 else f"{digits(rate * 1e3)} M{unit}"
 
 
 def share_text(r: Result) -> str:
-    return "–" if r.share is None else f"{100 * r.share:.0f} %" if r.share >= 0.095 else f"{100 * r.share:.1f} %"
+    return "–" if r.share is None else "<0.1 %" if r.share < 0.001 else f"{100 * r.share:.{0 if r.share >= 0.095 else 1}f} %"
 
 
 def speedup_text(r: Result) -> str:
@@ -57,6 +58,15 @@ def agreement_text(r: Result) -> str:
     if not r.agrees:
         return f"NO {r.error:.0e}"
     return "exact" if r.error == 0 else f"{r.error:.0e}"
+
+
+def plural(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def escape(text: str) -> str:
+    """The text with nothing in it that rich would take for a style."""
+    return text.replace("[", "\\[")
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -101,7 +111,7 @@ def _bar(share: float | None, width: int = 10) -> str:
 
 
 def console() -> Any:
-    """The terminal; a pipe or a file counts as 118 columns wide, unless COLUMNS says otherwise."""
+    """The terminal; a pipe or a file counts as 120 columns wide, unless COLUMNS says otherwise."""
     import_rich()
     from rich.console import Console
 
@@ -117,8 +127,8 @@ def table(report: Report, threads: int, width: int) -> Any:
     from rich.text import Text
 
     wide, middle = width >= WIDE, width >= MIDDLE
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    view.add_column("what, on what", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 32 if middle else 28)
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    view.add_column("what, on what", no_wrap=True, overflow="ellipsis", max_width=36 if wide else 32 if middle else 28)
     view.add_column("backend", no_wrap=True)
     view.add_column("time", justify="right", no_wrap=True)
     if wide:
@@ -133,7 +143,7 @@ def table(report: Report, threads: int, width: int) -> Any:
     results = [r for r in report.results if r.threads == threads]
     for family in families_of(results):
         view.add_section()
-        view.add_row(Text(family.upper(), style="bold magenta"))
+        view.add_row(Text(TITLES.get(family, family), style="bold magenta"))
         for group in groups([r for r in results if r.family == family]):
             head = [Text("  " + group[0].op, style="bold"), Text("  " + group[0].shape, style="dim")]
             if len(group) == 1:
@@ -159,12 +169,20 @@ def table(report: Report, threads: int, width: int) -> Any:
 def print_report(report: Report, console: Any) -> None:
     """Tables, failures and the summary on a rich console."""
     for threads in sorted({r.threads for r in report.results}):
-        console.print(f"\n[bold]{report.machine['cpu']}[/], {threads} thread{'s' if threads > 1 else ''}, float32", highlight=False)
+        console.print(f"\n[bold]{report.machine['cpu']}[/], {plural(threads, 'thread')}, float32", highlight=False)
         console.print(table(report, threads, console.width))
-    for f in report.failures:
-        console.print(f"[bold red]did not run[/] {f.name} on {label(f.backend)}: {f.reason}", highlight=False)
+    for reason, names in failures(report).items():
+        console.print(f"[bold red]did not run[/]: {', '.join(names)}\n    {escape(reason)}", highlight=False)
     for line in summary_lines(report):
-        console.print(line, highlight=False, soft_wrap=False)
+        console.print(line, highlight=False)
+
+
+def failures(report: Report) -> dict[str, list[str]]:
+    """The failed workloads by their reason."""
+    found: dict[str, list[str]] = {}
+    for f in report.failures:
+        found.setdefault(f.reason, []).append(f"{f.name} on {label(f.backend)}")
+    return found
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -173,7 +191,7 @@ def summary_lines(report: Report) -> list[str]:
         results = [r for r in report.results if r.threads == threads]
         peaks = report.peaks[str(threads)]
         lines.append(
-            f"[bold]Peaks[/] of this machine with {threads} thread{'s' if threads > 1 else ''}: "
+            f"[bold]Peaks[/] of this machine with {plural(threads, 'thread')}: "
             f"{peaks['gflops']:.0f} GFLOP/s, memory {peaks['memory']:.0f} GB/s, cache {peaks['cache']:.0f} GB/s "
             f"[dim]({peaks['how']})[/]"
         )
@@ -271,7 +289,7 @@ def readme_section(report: Report) -> str:
     backends = backends_of(results)
     peaks = report.peaks[str(threads)]
     lines = [
-        f"Measured on {report.date[:10]}: {report.machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+        f"Measured on {report.date[:10]}: {report.machine['cpu']}, {plural(threads, 'thread')}"
         f"{', ' + report.isa if report.isa else ''}, float32, NumPy {report.versions['numpy']}, hotloops "
         f"{report.versions['hotloops']}. This machine's measured peaks: {peaks['gflops']:.0f} GFLOP/s, "
         f"memory {peaks['memory']:.0f} GB/s, cache {peaks['cache']:.0f} GB/s. Every result was checked against the reference "

@@ -60,10 +60,8 @@ class Result:
 
     @property
     def rate(self) -> tuple[float, str]:
-        """Operations or bytes a second, whichever the peaks make the limit."""
-        if self.bound == "compute":
-            return self.flops / self.ms / 1e6, "GFLOP/s"
-        return self.bytes / self.ms / 1e6, "GB/s"
+        """10^9 operations or bytes a second, whichever the peaks make the limit, and their unit."""
+        return (self.flops / self.ms / 1e6, "FLOP/s") if self.bound == "compute" else (self.bytes / self.ms / 1e6, "B/s")
 
 
 @dataclasses.dataclass

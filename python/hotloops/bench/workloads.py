@@ -82,7 +82,7 @@ def _conv_inputs(N: int, C: int, H: int, F: int, K: int, stride: int, depthwise:
 
 
 def _conv(name: str, N: int, C: int, H: int, F: int, K: int, stride: int = 1, depthwise: bool = False, quick: bool = False) -> None:
-    about = "{N}×{C}×{H}×{H}, " + ("depthwise" if depthwise else "{F} filters") + " {K}×{K}" + (" / {stride}" if stride > 1 else "")
+    about = "{N}×{C}×{H}×{H}, " + ("depthwise" if depthwise else "{F} filters") + " {K}×{K}" + ("/{stride}" if stride > 1 else "")
     sizes = {"N": N, "C": C, "H": H, "F": F, "K": K, "stride": stride, "depthwise": int(depthwise)}
 
     def call(hl: Any, a: Inputs) -> Any:
@@ -152,16 +152,16 @@ def _pool(name: str, op: str, about: str, window: tuple[int, ...], gradient: boo
         y, pullback = hl.vjp(lambda x: function(x, *window), a["x"])
         return y, pullback(a["gy"])
 
-    about = "{N}×{C}×{H}×{H}, " + about + (", + gradient" if gradient else "")
+    about = "{N}×{C}×{H}×{H}, " + about + (", fwd+bwd" if gradient else "")
     parameters = {"window": window, "gradient": gradient}
     _add(name, "pool", op, about, {"N": 8, "C": 64, "H": 112}, inputs, call, quick, parameters=parameters)
 
 
-_pool("maxpool2x2s2_n8_64x112", "max_pool2d", "2×2 / 2", (2,), quick=True)
-_pool("maxpool3x3s2_n8_64x112", "max_pool2d", "3×3 / 2", (3, 2, 1), quick=True)
-_pool("maxpool2x2s2_fwdbwd", "max_pool2d", "2×2 / 2", (2,), gradient=True)
-_pool("maxpool3x3s2_fwdbwd", "max_pool2d", "3×3 / 2", (3, 2, 1), gradient=True, quick=True)
-_pool("avgpool2x2s2_n8_64x112", "avg_pool2d", "2×2 / 2", (2,), quick=True)
+_pool("maxpool2x2s2_n8_64x112", "max_pool2d", "2×2/2", (2,), quick=True)
+_pool("maxpool3x3s2_n8_64x112", "max_pool2d", "3×3/2", (3, 2, 1), quick=True)
+_pool("maxpool2x2s2_fwdbwd", "max_pool2d", "2×2/2", (2,), gradient=True)
+_pool("maxpool3x3s2_fwdbwd", "max_pool2d", "3×3/2", (3, 2, 1), gradient=True, quick=True)
+_pool("avgpool2x2s2_n8_64x112", "avg_pool2d", "2×2/2", (2,), quick=True)
 _pool("global_avgpool_n8_64x112", "adaptive_avg_pool2d", "to 1×1", (1,))
 _pool("adaptive_avgpool7_n8_64x112", "adaptive_avg_pool2d", "to 7×7", (7,), quick=True)
 
@@ -182,7 +182,7 @@ def _recurrent(kind: str, T: int, N: int, D: int, hidden: int, gradient: bool = 
         return y, pullback(a["gy"])
 
     name = f"{kind}{'_fwdbwd' if gradient else ''}_T{T}_N{N}_I{D}_H{hidden}"
-    about = "{T} steps × {N}, {D} → {hidden}" + (", + gradient" if gradient else "")
+    about = "{T}×{N}×{D} → {hidden}" + (", fwd+bwd" if gradient else "")
     sizes = {"T": T, "N": N, "D": D, "hidden": hidden}
     _add(name, "rnn", kind, about, sizes, inputs, call, quick, parameters={"gradient": gradient})
 
@@ -235,7 +235,7 @@ def _attention(
         return y, pullback(a["gy"])
 
     about = "{N}×{heads}×{L}×{head}" + (", {S} keys" if L != S else "") + (", causal" if causal else "")
-    about += ", + gradient" if gradient else ""
+    about += ", fwd+bwd" if gradient else ""
     sizes = {"N": N, "heads": heads, "L": L, "S": S, "head": 64}
     parameters = {"causal": causal, "gradient": gradient}
     _add(name, "attention", "scaled_dot_product_attention", about, sizes, inputs, call, quick, parameters=parameters)
