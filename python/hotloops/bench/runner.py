@@ -297,7 +297,6 @@ def _run_workload(
         runners.append(runner)
         if reference_seconds > seconds:
             runner.times.append(reference_seconds)
-    del actual, expected
 
     for runner in runners:
         step(runner.backend)
