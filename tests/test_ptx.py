@@ -22,7 +22,11 @@ for module in pkgutil.iter_modules(cuda.__path__):
     importlib.import_module(f"{cuda.__name__}.{module.name}")
 TARGETS = [(8, 0), (9, 0)]
 REQUIRED = os.environ.get("HOTLOOPS_REQUIRE_PTX") == "1"
-WHEELS = {"nvvm/lib64/libnvvm.so.4": "cuda_nvcc/nvvm/lib64/libnvvm.so", "nvvm/libdevice": "cuda_nvcc/nvvm/libdevice", "lib64": "cuda_runtime/lib"}  # fmt: skip
+WHEELS = {
+    "nvvm/lib64/libnvvm.so.4": "cuda_nvcc/nvvm/lib64/libnvvm.so",
+    "nvvm/libdevice": "cuda_nvcc/nvvm/libdevice",
+    "lib64": "cuda_runtime/lib",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
