@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, _config, _dispatch
 
+SHOWN = 12  # wrong results per backend, the others are counted
 FAMILIES = ("conv", "pool", "rnn", "attention", "boxes")
 
 
@@ -123,8 +124,10 @@ def _check(options: argparse.Namespace) -> int:
             wrong = len(variant["wrong"])
             what = "calls ran" if name == "reference" else "results agree with the reference"
             print(f"{name:<12} {variant['right']} {what}" + (f", {wrong} DID NOT" if wrong else ""))
-            for line in variant["wrong"]:
+            for line in variant["wrong"][:SHOWN]:
                 print(f"    {line}")
+            if wrong > SHOWN:
+                print(f"    and {wrong - SHOWN} more")
         for name, reason in found["skipped"].items():
             print(f"{name:<12} skipped: {reason}")
         print(f"{len(found['kernels'])} of the {found['known']} kernels ran")

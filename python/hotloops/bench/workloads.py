@@ -316,7 +316,6 @@ _add(
     {"boxes": 20000},
     _detections,
     _batched_nms,
-    True,
     roofline=False,
 )
 
