@@ -108,7 +108,7 @@ def test_bench_and_report(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "box_iou" in text and "compared" in text and "\x1b[" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json", "hotloops-report.html"]
-    (tmp_path / "README.md").write_text("<!-- hotloops bench: begin -->\n<!-- hotloops bench: end -->\n")
+    (tmp_path / "README.md").write_text("<!-- bench:begin -->\n<!-- bench:end -->\n")
     assert cli.main(["report", "a.json", "--html", "c.html", "--readme", "README.md"]) == 0
     assert "`box_iou`" in (tmp_path / "README.md").read_text()
     assert cli.main(["report", "a.json"]) == 0

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ TITLES = {"conv": "Convolution", "pool": "Pooling", "rnn": "Recurrent layers", "
 STYLES = {"c": "bold cyan", "numba": "yellow", "cuda": "bold green", "reference": "dim"}
 WIDE, MIDDLE = 120, 100  # columns of a terminal for all of the table's columns, and for most
 NOISE = 0.05  # a change below this is never reported as one
-BEGIN, END = "<!-- hotloops bench: begin -->", "<!-- hotloops bench: end -->"
+SECTION = re.compile(r"(<!-- bench:begin.*?-->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 
 def label(backend: str) -> str:
@@ -308,11 +309,10 @@ def readme_section(report: Report) -> str:
 
 
 def update_readme(report: Report, path: str | pathlib.Path) -> None:
-    """Replaces what stands between the two markers in a Markdown file; ValueError where they are missing."""
+    """Replaces what stands between the markers bench:begin and bench:end; ValueError where they are missing."""
     file = pathlib.Path(path)
     text = file.read_text()
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} does not hold the markers {BEGIN} and {END}")
-    file.write_text(f"{head}{BEGIN}\n{readme_section(report)}\n{END}{tail}")
+    if not SECTION.search(text):
+        raise ValueError(f"{path} does not hold the markers <!-- bench:begin --> and <!-- bench:end -->")
+    section = readme_section(report)
+    file.write_text(SECTION.sub(lambda found: f"{found[1]}{section}\n{found[2]}", text, count=1))
