@@ -21,13 +21,13 @@ const char *hl_isa_name(void);        /* the instruction set in use */
 const char *hl_isa_list(int i);       /* the i-th set that this CPU can run, from the lowest; NULL past the last */
 int hl_isa_select(const char *name);  /* NULL: the best; HL_INVALID when this CPU cannot run it */
 int hl_num_threads(int n);            /* sets the threads of the pool when n > 0; returns the number in force */
-const char *hl_algorithm(void);       /* what the last kernel on this thread picked, then forgets it; "" when nothing */
+const char *hl_algorithm(void); /* what the last kernel on this thread picked, then forgets it; "" when nothing */
 
 /* 64-byte aligned memory from a cache of blocks, for scratch and for large results: a call that repeats does not pay for
  * fresh pages. NULL when there is none. From any thread; hl_give(NULL) does nothing. */
 void *hl_take(size_t bytes);
 void hl_give(void *block);
-void hl_keep(size_t bytes);           /* how much the cache may hold while nobody uses it; 0 empties it */
+void hl_keep(size_t bytes); /* how much the cache may hold while nobody uses it; 0 empties it */
 
 /* ---- activation ---- */
 
@@ -57,8 +57,10 @@ typedef struct {
     int64_t N, F, OD, OH, OW, CG, KD, KH, KW, C, D, H, W;
     int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;
 } hl_conv_grad_input_plan;
-int hl_conv_grad_input_f32(const hl_conv_grad_input_plan *plan, const float *gy, const float *w, const float *b, float *gx);
-int hl_conv_grad_input_f64(const hl_conv_grad_input_plan *plan, const double *gy, const double *w, const double *b, double *gx);
+int hl_conv_grad_input_f32(const hl_conv_grad_input_plan *plan, const float *gy, const float *w, const float *b,
+                           float *gx);
+int hl_conv_grad_input_f64(const hl_conv_grad_input_plan *plan, const double *gy, const double *w, const double *b,
+                           double *gx);
 
 /* gw[F,CG,KD,KH,KW] of conv. */
 typedef struct {
@@ -140,6 +142,74 @@ int hl_peak_copy_f64(int64_t blocks, int64_t past_cache, const double *x, double
 /* ---- pool ---- */
 
 /* ---- rnn ---- */
+
+/* gates[T,N,4H] holds x W_ih^T + b_ih on the way in, the gates i f g o on the way out; b_hh, peephole[3,H] (i o f),
+ * lengths[N], cells and previous may be NULL; clip 0 limits nothing. */
+typedef struct {
+    int64_t T, N, H, reverse;
+    double clip;
+} hl_lstm_sequence_plan;
+int hl_lstm_sequence_f32(const hl_lstm_sequence_plan *plan, float *gates, const float *h0, const float *c0,
+                         const float *w_hh, const float *b_hh, const float *peephole, const int64_t *lengths, float *y,
+                         float *hn, float *cn, float *cells, float *previous);
+int hl_lstm_sequence_f64(const hl_lstm_sequence_plan *plan, double *gates, const double *h0, const double *c0,
+                         const double *w_hh, const double *b_hh, const double *peephole, const int64_t *lengths,
+                         double *y, double *hn, double *cn, double *cells, double *previous);
+
+/* Gradients of the gates' arguments and of the first state; gy, ghn, gcn, peephole, lengths may be NULL. */
+typedef struct {
+    int64_t T, N, H, reverse;
+    double clip;
+} hl_lstm_sequence_backward_plan;
+int hl_lstm_sequence_backward_f32(const hl_lstm_sequence_backward_plan *plan, const float *gy, const float *ghn,
+                                  const float *gcn, const float *gates, const float *cells, const float *c0,
+                                  const float *w_hh, const float *peephole, const int64_t *lengths, float *gpre,
+                                  float *gh0, float *gc0);
+int hl_lstm_sequence_backward_f64(const hl_lstm_sequence_backward_plan *plan, const double *gy, const double *ghn,
+                                  const double *gcn, const double *gates, const double *cells, const double *c0,
+                                  const double *w_hh, const double *peephole, const int64_t *lengths, double *gpre,
+                                  double *gh0, double *gc0);
+
+/* gp[3,H] (i o f): the sum over steps of a gate's gradient times the cell that it looks at. */
+typedef struct { int64_t T, N, H, reverse; } hl_lstm_peephole_grad_plan;
+int hl_lstm_peephole_grad_f32(const hl_lstm_peephole_grad_plan *plan, const float *gpre, const float *cells,
+                              const float *c0, const int64_t *lengths, float *gp);
+int hl_lstm_peephole_grad_f64(const hl_lstm_peephole_grad_plan *plan, const double *gpre, const double *cells,
+                              const double *c0, const int64_t *lengths, double *gp);
+
+/* gates[T,N,3H] as for lstm_sequence, r z n; hidden holds h W_hn^T + b_hn (reset_after) or r h; b_hh, lengths, hidden,
+ * previous may be NULL. */
+typedef struct { int64_t T, N, H, reverse, reset_after; } hl_gru_sequence_plan;
+int hl_gru_sequence_f32(const hl_gru_sequence_plan *plan, float *gates, const float *h0, const float *w_hh,
+                        const float *b_hh, const int64_t *lengths, float *y, float *hn, float *hidden, float *previous);
+int hl_gru_sequence_f64(const hl_gru_sequence_plan *plan, double *gates, const double *h0, const double *w_hh,
+                        const double *b_hh, const int64_t *lengths, double *y, double *hn, double *hidden,
+                        double *previous);
+
+/* Gradients of the gates' arguments on the input's and on the state's side; gy, ghn, lengths may be NULL. */
+typedef struct { int64_t T, N, H, reverse, reset_after; } hl_gru_sequence_backward_plan;
+int hl_gru_sequence_backward_f32(const hl_gru_sequence_backward_plan *plan, const float *gy, const float *ghn,
+                                 const float *gates, const float *hidden, const float *previous, const float *w_hh,
+                                 const int64_t *lengths, float *gpre, float *ghidden, float *gh0);
+int hl_gru_sequence_backward_f64(const hl_gru_sequence_backward_plan *plan, const double *gy, const double *ghn,
+                                 const double *gates, const double *hidden, const double *previous, const double *w_hh,
+                                 const int64_t *lengths, double *gpre, double *ghidden, double *gh0);
+
+/* gates[T,N,H] holds x W_ih^T + b_ih on the way in, h on the way out; b_hh, lengths, previous may be NULL. */
+typedef struct { int64_t T, N, H, reverse, relu; } hl_rnn_sequence_plan;
+int hl_rnn_sequence_f32(const hl_rnn_sequence_plan *plan, float *gates, const float *h0, const float *w_hh,
+                        const float *b_hh, const int64_t *lengths, float *y, float *hn, float *previous);
+int hl_rnn_sequence_f64(const hl_rnn_sequence_plan *plan, double *gates, const double *h0, const double *w_hh,
+                        const double *b_hh, const int64_t *lengths, double *y, double *hn, double *previous);
+
+/* Gradients of the arguments and of the first state; gy, ghn, lengths may be NULL. */
+typedef struct { int64_t T, N, H, reverse, relu; } hl_rnn_sequence_backward_plan;
+int hl_rnn_sequence_backward_f32(const hl_rnn_sequence_backward_plan *plan, const float *gy, const float *ghn,
+                                 const float *gates, const float *w_hh, const int64_t *lengths, float *gpre,
+                                 float *gh0);
+int hl_rnn_sequence_backward_f64(const hl_rnn_sequence_backward_plan *plan, const double *gy, const double *ghn,
+                                 const double *gates, const double *w_hh, const int64_t *lengths, double *gpre,
+                                 double *gh0);
 
 /* cffi:end */
 #endif

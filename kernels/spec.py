@@ -131,6 +131,8 @@ def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[st
     if kind == "winograd":
         width = 2 * math.sqrt(float(evaluate(amount, names))) + 8
         return "largest", eps * (width if is_direct(names, eps) else max(4 * width, 50))
+    if kind == "recurrent":
+        return "largest", 32 * eps * (float(evaluate(amount, names)) + 4)
     raise ValueError(f"unknown error rule {error!r}")
 
 
