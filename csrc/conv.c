@@ -6,9 +6,7 @@
 #include "gemm.h"
 
 /* One spatial dimension: input = output * stride - pad + tap * dilation, zero outside [0, inputs). */
-typedef struct {
-    int64_t outputs, inputs, taps, stride, pad, dilation;
-} axis;
+typedef struct { int64_t outputs, inputs, taps, stride, pad, dilation; } axis;
 
 /* A convolution: y[image, filter, output] = bias[filter] + sum over channels, taps of w * x[image, channel, input]. The
  * gradient of the input is such convolutions too, with other strides through w and y. */
@@ -30,9 +28,7 @@ static int64_t taps_of(const conv_job *j) { return j->axes[0].taps * j->axes[1].
 /* ---- boxes of outputs ---- */
 
 /* Some whole images, or a range of one dimension of one image with all of the dimensions inside it. */
-typedef struct {
-    int64_t image, images, first[3], size[3];
-} box;
+typedef struct { int64_t image, images, first[3], size[3]; } box;
 
 typedef struct {
     int split;           /* the dimension cut into ranges; -1: the images */
@@ -145,8 +141,8 @@ static void fill_row(const axis *x, int64_t first, const planes *p, const real *
     }
 }
 
-static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_t group, int64_t first, int64_t channels,
-                        real *to)
+static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_t group, int64_t first,
+                        int64_t channels, real *to)
 {
     int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, x_channel = inputs_of(j);
     for (int64_t n = 0; n < b->images; n++)
@@ -157,7 +153,8 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                 int64_t d = input_of(j, b, p, 0, rd);
                 for (int64_t rh = 0; rh < p->rows[1]; rh++, row += p->row) {
                     int64_t h = input_of(j, b, p, 1, rh);
-                    if (d < 0 || d >= j->axes[0].inputs || h < 0 || h >= H) memset(row, 0, (size_t)p->row * sizeof(real));
+                    if (d < 0 || d >= j->axes[0].inputs || h < 0 || h >= H)
+                        memset(row, 0, (size_t)p->row * sizeof(real));
                     else fill_row(&j->axes[2], b->first[2], p, x + (d * H + h) * W, row);
                 }
             }
@@ -165,7 +162,8 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
 }
 
 /* offset(tap) in the planes for k in [begin, end) of the order channel, kd, kh, kw; channel `first` lies at 0. */
-static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int64_t end, int64_t first, int64_t *offsets)
+static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int64_t end, int64_t first,
+                         int64_t *offsets)
 {
     const axis *x = j->axes;
     int64_t kw = begin % x[2].taps, kh = begin / x[2].taps % x[1].taps, kd = begin / x[2].taps / x[1].taps % x[0].taps;
@@ -286,9 +284,7 @@ static int pack_weights(int64_t begin, int64_t end, void *context)
 
 /* The vectors to copy from the planes for `width` positions from s on. The last of a row copies beyond it; what follows
  * in the panel is written later. */
-typedef struct {
-    int64_t from, to;
-} copy;
+typedef struct { int64_t from, to; } copy;
 static int64_t list_copies(const box *b, const planes *p, int64_t s, int64_t width, copy *copies)
 {
     int64_t n = 0, done = 0, row = s / b->size[2], column = s % b->size[2];
@@ -329,7 +325,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     size_t planes_size = flat ? 0 : (size_t)round_up(largest.images * p.image + LANES, LANES);
     size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
-    real *scratch = hl_take((planes_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
+    real *scratch =
+        hl_take((planes_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
     real *panel = scratch + planes_size, *result = panel + panel_size;
     int64_t *offsets = (int64_t *)(result + result_size);
@@ -381,7 +378,8 @@ static int conv_product(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps;
     /* 8 full panels to a box: rows at its rim are copied twice, so not fewer; enough boxes to share out, so not more. */
-    product t = {.j = j, .filter_blocks = 1, .grid = make_grid(j, 8 * GEMM_COLUMNS), .depth = part_depth(j->channels, taps)};
+    product t = {
+        .j = j, .filter_blocks = 1, .grid = make_grid(j, 8 * GEMM_COLUMNS), .depth = part_depth(j->channels, taps)};
     t.flat = is_flat(j);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
     t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
@@ -389,7 +387,8 @@ static int conv_product(const conv_job *j)
     int64_t parts = K ? ceil_div(K, t.depth) : 0;
     int status = hl_parallel_for(j->groups * parts, hl_grain((double)(t.depth * j->filters)), pack_weights, &t);
     if (status == HL_OK) {
-        double work = (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
+        double work =
+            (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
         t.tasks = t.grid.boxes * j->groups;
         /* Fewer than 16 tasks: cut the filters too, in blocks of at least four tiles, each above four million products. */
         while (t.tasks < 16 && j->filters / t.filter_blocks >= 8 * GEMM_ROWS && work / (double)t.tasks > 8e6) {
@@ -468,7 +467,8 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     planes p = make_planes(j, &largest, j->channels);
     int dense = is_dense(j);
     int64_t positions = positions_of(&largest);
-    size_t planes_size = (size_t)round_up(largest.images * p.image + 2 * LANES, LANES), w_size = (size_t)round_up(K, LANES);
+    size_t planes_size = (size_t)round_up(largest.images * p.image + 2 * LANES, LANES),
+           w_size = (size_t)round_up(K, LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(positions, LANES);
     real *scratch = hl_take((planes_size + w_size + result_size) * sizeof(real) + (size_t)K * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
@@ -509,7 +509,7 @@ static int conv_direct(const conv_job *j)
         t.grid.ranges = t.grid.boxes = j->images;
     }
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
-           (double)(j->channels * taps_of(j) + 4) / LANES;
+                  (double)(j->channels * taps_of(j) + 4) / LANES;
     return hl_parallel_for(t.grid.boxes * j->groups, hl_grain(work), direct_tasks, &t);
 }
 
@@ -540,13 +540,23 @@ int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b,
 {
     int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
     conv_job j = {
-        .images = p->N, .groups = groups, .channels = p->CG, .filters = p->F / groups,
+        .images = p->N,
+        .groups = groups,
+        .channels = p->CG,
+        .filters = p->F / groups,
         .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
                  {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
                  {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
-        .x = x, .w = w, .w_group = p->F / groups * p->CG * taps, .w_filter = p->CG * taps, .w_channel = taps,
-        .w_tap = {p->KH * p->KW, p->KW, 1}, .bias = b,
-        .y = y, .y_channel = p->OD * p->OH * p->OW, .y_step = {p->OH * p->OW, p->OW, 1},
+        .x = x,
+        .w = w,
+        .w_group = p->F / groups * p->CG * taps,
+        .w_filter = p->CG * taps,
+        .w_channel = taps,
+        .w_tap = {p->KH * p->KW, p->KW, 1},
+        .bias = b,
+        .y = y,
+        .y_channel = p->OD * p->OH * p->OW,
+        .y_step = {p->OH * p->OW, p->OW, 1},
     };
     return run(&j, p->exact != 0);
 }
@@ -574,9 +584,14 @@ static residue residue_of(int64_t i, int64_t inputs, int64_t outputs, int64_t ta
     while (tap < min64(every, taps) && (at - tap * dilation) % stride) tap++;
     int64_t count = tap < min64(every, taps) ? (taps - 1 - tap) / every + 1 : 0;
     int64_t last = tap + (count - 1) * every; /* taps are taken from the last down: so outputs go up */
-    residue r = {{.outputs = (inputs - 1 - i) / stride + 1, .inputs = outputs, .taps = count, .stride = 1,
-                  .dilation = dilation / g, .pad = count ? -((at - last * dilation) / stride) : 0},
-                 last, -every};
+    residue r = {{.outputs = (inputs - 1 - i) / stride + 1,
+                  .inputs = outputs,
+                  .taps = count,
+                  .stride = 1,
+                  .dilation = dilation / g,
+                  .pad = count ? -((at - last * dilation) / stride) : 0},
+                 last,
+                 -every};
     return r;
 }
 
@@ -592,12 +607,20 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
                                 residue_of(h, p->H, p->OH, p->KH, p->stride_h, p->pad_h, p->dilation_h),
                                 residue_of(v, p->W, p->OW, p->KW, p->stride_w, p->pad_w, p->dilation_w)};
                 conv_job j = {
-                    .images = p->N, .groups = groups, .channels = p->F / groups, .filters = p->CG,
+                    .images = p->N,
+                    .groups = groups,
+                    .channels = p->F / groups,
+                    .filters = p->CG,
                     .axes = {r[0].axis, r[1].axis, r[2].axis},
-                    .x = gy, .w = w + (r[0].first_tap * p->KH + r[1].first_tap) * p->KW + r[2].first_tap,
-                    .w_group = p->F / groups * p->CG * taps, .w_filter = taps, .w_channel = p->CG * taps,
-                    .w_tap = {r[0].tap_step * p->KH * p->KW, r[1].tap_step * p->KW, r[2].tap_step}, .bias = b,
-                    .y = gx + (d * p->H + h) * p->W + v, .y_channel = p->D * p->H * p->W,
+                    .x = gy,
+                    .w = w + (r[0].first_tap * p->KH + r[1].first_tap) * p->KW + r[2].first_tap,
+                    .w_group = p->F / groups * p->CG * taps,
+                    .w_filter = taps,
+                    .w_channel = p->CG * taps,
+                    .w_tap = {r[0].tap_step * p->KH * p->KW, r[1].tap_step * p->KW, r[2].tap_step},
+                    .bias = b,
+                    .y = gx + (d * p->H + h) * p->W + v,
+                    .y_channel = p->D * p->H * p->W,
                     .y_step = {p->stride_d * p->H * p->W, p->stride_h * p->W, p->stride_w},
                 };
                 int status = run(&j, p->exact != 0);
@@ -635,7 +658,8 @@ static int pack_gy(int64_t begin, int64_t end, void *context)
             real *panel = t->packed + i * t->box_size + f * positions;
             for (int64_t n = 0; n < b.images; n++, panel += each * step)
                 gemm_pack_panel(min64(step, j->filters - f), step, each,
-                                t->gy + (((b.image + n) * j->groups + group) * j->filters + f) * S + first, S, 1, panel);
+                                t->gy + (((b.image + n) * j->groups + group) * j->filters + f) * S + first, S, 1,
+                                panel);
         }
     }
     return HL_OK;
@@ -645,7 +669,8 @@ static int pack_gy(int64_t begin, int64_t end, void *context)
  * planes, one broadcast each, gy from its panel. */
 static inline __attribute__((always_inline)) void weight_tile(const int rows, const int vectors, const real *from,
                                                               const int64_t *offsets, const int64_t *runs, int64_t n,
-                                                              int64_t length, const real *gy, real *sums, int64_t sums_row)
+                                                              int64_t length, const real *gy, real *sums,
+                                                              int64_t sums_row)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
     const real *a[GEMM_ROWS];
@@ -736,7 +761,8 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
             for (int64_t f = f0, step; f < f1; f += step) {
                 step = gemm_columns(f1 - f);
                 weight_rows(rows, step / LANES, from, offsets, runs, count, b.size[2],
-                            t->packed + (n * j->groups + group) * t->box_size + f * positions, sums + (f - f0), t->padded);
+                            t->packed + (n * j->groups + group) * t->box_size + f * positions, sums + (f - f0),
+                            t->padded);
             }
         }
         for (int64_t f = f0; f < f1; f++) {
@@ -840,8 +866,10 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
                     int64_t h = r % b.size[1] + b.first[1], d = r / b.size[1] % b.size[0] + b.first[0];
                     int64_t image = r / b.size[1] / b.size[0] + b.image;
                     real *to = gy + r * pitch;
-                    memcpy(to, t->gy + ((image * j->groups + group) * j->filters + f) * S +
-                           (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2], (size_t)W * sizeof(real));
+                    memcpy(to,
+                           t->gy + ((image * j->groups + group) * j->filters + f) * S +
+                               (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2],
+                           (size_t)W * sizeof(real));
                     for (int64_t w = W; w < pitch; w++) to[w] = 0;
                 }
                 for (int64_t k = 0, count; k < rows; k += count) {
@@ -852,7 +880,8 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
                         const real *base = scratch + row_base(&b, &p, r);
                         if (count == 8) dot_row(8, W, gy + r * pitch, base, offsets + k, part);
                         else
-                            for (int64_t q = 0; q < count; q++) dot_row(1, W, gy + r * pitch, base, offsets + k + q, part + q);
+                            for (int64_t q = 0; q < count; q++)
+                                dot_row(1, W, gy + r * pitch, base, offsets + k + q, part + q);
                     }
                     memcpy(sum + k, part, (size_t)count * sizeof(vreal));
                 }
@@ -884,11 +913,16 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
 {
     int64_t groups = max64(p->groups, 1);
     conv_job j = {
-        .images = p->N, .groups = groups, .channels = p->CG, .filters = p->F / groups,
+        .images = p->N,
+        .groups = groups,
+        .channels = p->CG,
+        .filters = p->F / groups,
         .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
                  {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
                  {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
-        .x = x, .y_channel = p->OD * p->OH * p->OW, .y_step = {p->OH * p->OW, p->OW, 1},
+        .x = x,
+        .y_channel = p->OD * p->OH * p->OW,
+        .y_step = {p->OH * p->OW, p->OW, 1},
     };
     if (p->F <= 0 || j.channels <= 0 || taps_of(&j) <= 0) return HL_OK;
     if (j.images <= 0 || outputs_of(&j) <= 0 || inputs_of(&j) <= 0) {

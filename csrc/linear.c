@@ -152,7 +152,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 
 typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, const gemm_out *o);
 #define TILE(r, v) \
-    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, const gemm_out *o) \
+    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, \
+                               const gemm_out *o) \
     { \
         tile(r, v, columns, K, a, b, b_row, o); \
     }
@@ -161,9 +162,10 @@ TILES(1)
 TILES(2)
 #if HL_REGISTERS == 32
 TILES(3)
-TILE(7, 1) TILE(8, 1) TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
+TILE(7, 1)
+TILE(8, 1) TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
-static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
+    static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 #else
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
@@ -173,7 +175,8 @@ static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
 static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row,
                   const gemm_out *out)
 {
-    for (int64_t n = 0, step; n < columns; n += step) { /* a panel of B stays in the first cache, A streams from the second */
+    for (int64_t n = 0, step; n < columns;
+         n += step) { /* a panel of B stays in the first cache, A streams from the second */
         step = gemm_columns(columns - n);
         const real *bn = b_row ? b + n : b + n * depth;
         const tile_fn *fn = tiles[step / LANES - 1];
@@ -276,10 +279,7 @@ static int is_dot(const gemm_call *g)
     return !g->packed_a && !g->packed_b && g->M <= DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 &&
            g->b_col != 1 && g->K >= 8 * LANES;
 }
-static int is_axpy(const gemm_call *g)
-{
-    return !g->packed_a && !g->packed_b && g->M == 1 && g->b_col == 1;
-}
+static int is_axpy(const gemm_call *g) { return !g->packed_a && !g->packed_b && g->M == 1 && g->b_col == 1; }
 
 /* ---- blocks ---- */
 
@@ -309,11 +309,13 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
             int64_t depth = min64(depth_max, g->K - k);
             const real *b = g->packed_b ? g->packed_b + k * round_up(g->N, LANES) + n * depth : pack_b;
             if (!g->packed_b)
-                pack_columns(columns - body, depth, g->b + k * g->b_row + (n + body) * g->b_col, g->b_row, g->b_col, pack_b);
+                pack_columns(columns - body, depth, g->b + k * g->b_row + (n + body) * g->b_col, g->b_row, g->b_col,
+                             pack_b);
             for (int64_t m = m0, rows; m < m1; m += rows) {
                 rows = m1 - m < BLOCK_ROWS + 2 * GEMM_ROWS ? m1 - m : BLOCK_ROWS;
                 const real *a = g->packed_a ? g->packed_a + k * g->M + m * depth : pack_a;
-                if (!g->packed_a) pack_rows(rows, depth, g->a + m * g->a_row + k * g->a_col, g->a_row, g->a_col, pack_a);
+                if (!g->packed_a)
+                    pack_rows(rows, depth, g->a + m * g->a_row + k * g->a_col, g->a_row, g->a_col, pack_a);
                 gemm_out out = {.c = g->c + m * g->c_row + n, .c_row = g->c_row};
                 if (k || g->accumulate) {
                     out.add = out.c;
@@ -346,7 +348,10 @@ typedef struct {
 } gemm_job;
 
 /* Block i of `blocks` begins here; the last one takes what the unit leaves over. */
-static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i) { return i == blocks ? n : n / blocks * i / unit * unit; }
+static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
+{
+    return i == blocks ? n : n / blocks * i / unit * unit;
+}
 
 /* Blocks of about 192 x 384 repay their packing; smaller ones, so that there are 16 for the threads, or 32 of a large
  * product, as long as a block stays above two million operations (20 us). */
@@ -376,9 +381,9 @@ static int gemm_blocks(int64_t begin, int64_t end, void *context)
         g.a += batch * j->a_batch;
         g.b += batch * j->b_batch;
         g.c += batch * j->c_batch;
-        int status = gemm_range(&g, cut(g.M, j->row_blocks, GEMM_ROWS, row), cut(g.M, j->row_blocks, GEMM_ROWS, row + 1),
-                                cut(g.N, j->column_blocks, GEMM_COLUMNS, column),
-                                cut(g.N, j->column_blocks, GEMM_COLUMNS, column + 1));
+        int status = gemm_range(
+            &g, cut(g.M, j->row_blocks, GEMM_ROWS, row), cut(g.M, j->row_blocks, GEMM_ROWS, row + 1),
+            cut(g.N, j->column_blocks, GEMM_COLUMNS, column), cut(g.N, j->column_blocks, GEMM_COLUMNS, column + 1));
         if (status != HL_OK) return status;
     }
     return HL_OK;
@@ -413,8 +418,8 @@ static int gemm_batched(gemm_job *j)
         j->packed = hl_take((size_t)size * sizeof(real));
         if (!j->packed) return HL_NOMEM;
         int64_t parts = (g.K - 1) / gemm_depth(g.K) + 1;
-        int status = hl_parallel_for(parts * j->column_blocks, hl_grain((double)size / (double)(parts * j->column_blocks)),
-                                     pack_blocks, j);
+        int status = hl_parallel_for(parts * j->column_blocks,
+                                     hl_grain((double)size / (double)(parts * j->column_blocks)), pack_blocks, j);
         if (status != HL_OK) return hl_give(j->packed), status;
         g.packed_b = j->packed;
     }
@@ -437,32 +442,70 @@ int gemm_parallel(const gemm_call *call)
 /* Blocks and order as in gemm_batched: y = x w^T + b, with w read where it lies. */
 int HL(linear)(const hl_linear_plan *p, const real *x, const real *w, const real *b, real *y)
 {
-    gemm_call g = {.M = p->M, .N = p->N, .K = p->K, .a = x, .a_row = p->K, .a_col = 1, .b = w, .b_row = 1, .b_col = p->K,
-                   .c = y, .c_row = p->N, .column_bias = b};
+    gemm_call g = {.M = p->M,
+                   .N = p->N,
+                   .K = p->K,
+                   .a = x,
+                   .a_row = p->K,
+                   .a_col = 1,
+                   .b = w,
+                   .b_row = 1,
+                   .b_col = p->K,
+                   .c = y,
+                   .c_row = p->N,
+                   .column_bias = b};
     return gemm_parallel(&g);
 }
 
 /* gw = gy^T x. */
 int HL(linear_grad_weight)(const hl_linear_grad_weight_plan *p, const real *gy, const real *x, real *gw)
 {
-    gemm_call g = {.M = p->N, .N = p->K, .K = p->M, .a = gy, .a_row = 1, .a_col = p->N, .b = x, .b_row = p->K, .b_col = 1,
-                   .c = gw, .c_row = p->K};
+    gemm_call g = {.M = p->N,
+                   .N = p->K,
+                   .K = p->M,
+                   .a = gy,
+                   .a_row = 1,
+                   .a_col = p->N,
+                   .b = x,
+                   .b_row = p->K,
+                   .b_col = 1,
+                   .c = gw,
+                   .c_row = p->K};
     return gemm_parallel(&g);
 }
 
 /* gx = gy w. */
 int HL(linear_grad_input)(const hl_linear_grad_input_plan *p, const real *gy, const real *w, real *gx)
 {
-    gemm_call g = {.M = p->M, .N = p->K, .K = p->N, .a = gy, .a_row = p->N, .a_col = 1, .b = w, .b_row = p->K, .b_col = 1,
-                   .c = gx, .c_row = p->K};
+    gemm_call g = {.M = p->M,
+                   .N = p->K,
+                   .K = p->N,
+                   .a = gy,
+                   .a_row = p->N,
+                   .a_col = 1,
+                   .b = w,
+                   .b_row = p->K,
+                   .b_col = 1,
+                   .c = gx,
+                   .c_row = p->K};
     return gemm_parallel(&g);
 }
 
 /* One product per b; blocks of all of them are tasks side by side. */
 int HL(matmul)(const hl_matmul_plan *p, const real *a, const real *b, real *y)
 {
-    gemm_call g = {.M = p->M, .N = p->N, .K = p->K, .a = a, .a_row = p->K, .a_col = 1, .b = b, .b_row = p->N, .b_col = 1,
-                   .c = y, .c_row = p->N};
-    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->K * p->N, .c_batch = p->M * p->N};
+    gemm_call g = {.M = p->M,
+                   .N = p->N,
+                   .K = p->K,
+                   .a = a,
+                   .a_row = p->K,
+                   .a_col = 1,
+                   .b = b,
+                   .b_row = p->N,
+                   .b_col = 1,
+                   .c = y,
+                   .c_row = p->N};
+    gemm_job job = {
+        .call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->K * p->N, .c_batch = p->M * p->N};
     return gemm_batched(&job);
 }

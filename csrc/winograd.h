@@ -65,16 +65,12 @@ static int64_t u_point(int64_t channels, int64_t filters) { return channels * ro
 static int64_t v_size(const winograd *t) { return POINTS * (t->C * t->T + ceil_div(t->C, t->chunk) * LANES); }
 
 /* The rows [top, bottom) and columns [left, right) of the input that a box of tiles reads. */
-typedef struct {
-    int64_t top, bottom, left, right;
-} region;
+typedef struct { int64_t top, bottom, left, right; } region;
 static region region_of(const conv_job *j, const box *b)
 {
     const axis *h = &j->axes[1], *w = &j->axes[2];
-    region r = {max64(b->first[1] * OUT - h->pad, 0),
-                min64((b->first[1] + b->size[1]) * OUT + 2 - h->pad, h->inputs),
-                max64(b->first[2] * OUT - w->pad, 0),
-                min64((b->first[2] + b->size[2]) * OUT + 2 - w->pad, w->inputs)};
+    region r = {max64(b->first[1] * OUT - h->pad, 0), min64((b->first[1] + b->size[1]) * OUT + 2 - h->pad, h->inputs),
+                max64(b->first[2] * OUT - w->pad, 0), min64((b->first[2] + b->size[2]) * OUT + 2 - w->pad, w->inputs)};
     r.bottom = max64(r.bottom, r.top);
     r.right = max64(r.right, r.left);
     return r;
@@ -93,7 +89,8 @@ static void make_v(const winograd *t, const box *b, int64_t group, real *stage, 
         for (int64_t c = 0; c < channels; c += LANES) {
             real *to = v + c * T;
             for (int64_t n = 0; n < b->images; n++) {
-                const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + c0 + c) * H * W + g.top * W + g.left;
+                const real *x =
+                    j->x + (((b->image + n) * j->groups + group) * j->channels + c0 + c) * H * W + g.top * W + g.left;
                 int64_t width = min64(LANES, j->channels - c0 - c);
                 if (pitch == W) gemm_pack_panel(width, LANES, rows * W, x, H * W, 1, stage);
                 else
@@ -139,12 +136,13 @@ static void make_v(const winograd *t, const box *b, int64_t group, real *stage, 
 /* ---- U = G g G^T of some filters and channels: [point][filter panel][channels][panel] ---- */
 
 /* `stage` takes LANES filters of all those channels as [channel][tap][LANES]. */
-static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters, int64_t c0, int64_t channels, real *stage,
-                   real *u)
+static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters, int64_t c0, int64_t channels,
+                   real *stage, real *u)
 {
     const conv_job *j = t->j;
     int flip = j->w_tap[2] < 0; /* taps from the last to the first */
-    const real *w = j->w + group * j->w_group + f0 * j->w_filter + c0 * j->w_channel + (flip ? 2 * (j->w_tap[1] + j->w_tap[2]) : 0);
+    const real *w =
+        j->w + group * j->w_group + f0 * j->w_filter + c0 * j->w_channel + (flip ? 2 * (j->w_tap[1] + j->w_tap[2]) : 0);
     int64_t real_channels = min64(channels, j->channels - c0), point = u_point(channels, filters);
     for (int64_t f = 0, step; f < filters; f += step) {
         step = gemm_columns(filters - f);
@@ -185,8 +183,9 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
 
 /* ---- M[point][T][filters] = V U ---- */
 
-static inline __attribute__((always_inline)) void point_tile(const int rows, const int vectors, int64_t channels, int64_t T,
-                                                             const real *v, const real *u, real *m, int64_t m_row, int add)
+static inline __attribute__((always_inline)) void point_tile(const int rows, const int vectors, int64_t channels,
+                                                             int64_t T, const real *v, const real *u, real *m,
+                                                             int64_t m_row, int add)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
 #pragma GCC unroll 8
@@ -212,8 +211,8 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
         }
 }
 
-static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, int64_t filters, const real *v, const real *u,
-                            real *m, int add)
+static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, int64_t filters, const real *v,
+                            const real *u, real *m, int add)
 {
     int64_t T = t->T, m_row = round_up(filters, LANES), m_point = T * m_row + LANES;
     for (int p = 0; p < POINTS; p++, v += v_point(t, channels), u += u_point(channels, filters), m += m_point)
@@ -221,8 +220,7 @@ static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, 
             step = gemm_columns(filters - f);
             for (int64_t i = 0, rows; i < tiles; i += rows) {
                 rows = tiles - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
-#define POINT_TILE(r, k) \
-    point_tile(r, k, channels, T, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, add)
+#define POINT_TILE(r, k) point_tile(r, k, channels, T, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, add)
                 if (rows == GEMM_ROWS) {
                     if (step == LANES) POINT_TILE(GEMM_ROWS, 1);
                     else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS, 2);
@@ -239,10 +237,12 @@ static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, 
 /* ---- y = A^T m A ---- */
 
 /* `stage` takes the outputs of LANES filters of one image as [row][column][LANES]. */
-static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, int64_t filters, const real *m, real *stage)
+static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, int64_t filters, const real *m,
+                   real *stage)
 {
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, m_row = round_up(filters, LANES), point = t->T * m_row + LANES;
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, m_row = round_up(filters, LANES),
+            point = t->T * m_row + LANES;
     int64_t top = b->first[1] * OUT, rows = min64(b->size[1] * OUT, H - top);
     int64_t left = b->first[2] * OUT, pitch = min64(b->size[2] * OUT, W - left);
     for (int64_t f = 0; f < filters; f += LANES) {
@@ -276,7 +276,8 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
             real *y = j->y + ((b->image + n) * j->groups * j->filters + filter) * H * W + top * W + left;
             if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y, H * W);
             else
-                for (int64_t r = 0; r < rows; r++) gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + r * W, H * W);
+                for (int64_t r = 0; r < rows; r++)
+                    gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + r * W, H * W);
         }
     }
 }
@@ -342,7 +343,8 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
         if (!t->shared_v) make_v(t, &b, group, scratch, own_v);
         for (int64_t block = blocks * split / t->splits; block < blocks * (split + 1) / t->splits; block++) {
             int64_t f0 = block * t->filter_block, filters = min64(t->filter_block, F - f0);
-            const real *u = t->shared_u ? t->shared_u + group * t->group_size + block * (t->group_size / blocks) : own_u;
+            const real *u =
+                t->shared_u ? t->shared_u + group * t->group_size + block * (t->group_size / blocks) : own_u;
             const real *vc = v;
             for (int64_t c = 0, channels; c < t->C; c += channels) {
                 channels = min64(t->chunk, t->C - c);
@@ -363,7 +365,8 @@ static int is_winograd(const conv_job *j)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad || !is_dense(j)) return 0;
-    if (h->taps != 3 || w->taps != 3 || h->stride != 1 || w->stride != 1 || h->dilation != 1 || w->dilation != 1) return 0;
+    if (h->taps != 3 || w->taps != 3 || h->stride != 1 || w->stride != 1 || h->dilation != 1 || w->dilation != 1)
+        return 0;
     if (j->channels < 16 || j->filters < 16) return 0;
     /* Multiply-adds of a vector, and vectors moved or summed by the transforms (250 a tile and channel, 30 a weight). */
     double tiles = (double)j->images * (double)(ceil_div(h->outputs, OUT) * ceil_div(w->outputs, OUT));
@@ -399,7 +402,8 @@ static int conv_winograd(const conv_job *j)
     if (status == HL_OK && t.shared_v)
         status = hl_parallel_for(boxes, hl_grain((double)t.box_size / 4), winograd_inputs, &t);
     if (status == HL_OK && t.shared_u)
-        status = hl_parallel_for(j->groups * blocks, hl_grain((double)t.group_size / (double)blocks / 4), winograd_weights, &t);
+        status = hl_parallel_for(j->groups * blocks, hl_grain((double)t.group_size / (double)blocks / 4),
+                                 winograd_weights, &t);
     double work = (double)t.T * POINTS * (double)t.C * (double)j->filters / (double)t.splits / 16;
     if (status == HL_OK) status = hl_parallel_for(boxes * t.splits, hl_grain(work), winograd_tasks, &t);
     hl_give(t.shared_v);
