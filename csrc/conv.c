@@ -1,9 +1,19 @@
 /* Convolutions over three spatial dimensions and their gradients; 1-D and 2-D come with sizes of 1.
  *
  * One idea carries all of them: the rows of the input that a box of outputs needs are copied into planes, padded with
- * zeros and, along W, split into the `stride` phases. In the planes the inputs of neighbouring outputs are neighbours, so
+ * zeros and split into the phases of the stride. In the planes the inputs of neighbouring outputs are neighbours, so
  * input(output, tap) = base(output) + offset(tap) with no test and no division, and every load is a whole vector. */
 #include "gemm.h"
+
+#if HL_VLEN == 64 && HL_F32
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#elif HL_VLEN == 64 || (HL_VLEN == 32 && HL_F32)
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#elif HL_VLEN == 32 || HL_F32
+#define EVEN_LANES 0, 2, 4, 6
+#else
+#define EVEN_LANES 0, 2
+#endif
 
 /* One spatial dimension: input = output * stride - pad + tap * dilation, zero outside [0, inputs). */
 typedef struct { int64_t outputs, inputs, taps, stride, pad, dilation; } axis;
@@ -79,84 +89,98 @@ static int64_t positions_of(const box *b) { return b->images * b->size[0] * b->s
 
 /* ---- planes ---- */
 
-/* Along D and H a plane holds either every row between the first and the last that is needed (taps share rows) or, where
- * stride or dilation leave gaps, the rows of each tap apart; along W likewise, a phase being one residue of the stride or
- * one tap. Whichever is less. */
+/* In each dimension the plane holds either all inputs between the first and the last that a box needs, split into the
+ * phases of the stride (taps share them), or, where stride or dilation leave gaps, those of each tap apart: whichever is
+ * less. A phase of all three dimensions is a volume, in which the next output is one element (row, plane) on. */
 typedef struct {
-    int64_t rows[2], output_step[2], tap_step[2]; /* D, H */
+    int64_t phases[3], pitch[3];
     int apart[3];
-    int64_t phases, pitch, row; /* of one row: phases of `pitch` columns */
-    int64_t channel, image;     /* elements */
+    int64_t volume, channel, image; /* elements */
 } planes;
 
 static planes make_planes(const conv_job *j, const box *b, int64_t channels)
 {
     planes p = {0};
-    for (int a = 0; a < 2; a++) {
+    for (int a = 0; a < 3; a++) {
         const axis *x = &j->axes[a];
-        int64_t shared = (b->size[a] - 1) * x->stride + (x->taps - 1) * x->dilation + 1, apart = b->size[a] * x->taps;
-        p.apart[a] = apart < shared;
-        p.rows[a] = min64(apart, shared);
-        p.output_step[a] = p.apart[a] ? 1 : x->stride;
-        p.tap_step[a] = p.apart[a] ? b->size[a] : x->dilation;
+        int64_t reach = (x->taps - 1) * x->dilation;
+        p.phases[a] = min64(x->stride, reach + 1);
+        p.pitch[a] = b->size[a] + reach / x->stride;
+        p.apart[a] = b->size[a] * x->taps < p.phases[a] * p.pitch[a];
+        if (p.apart[a]) {
+            p.phases[a] = x->taps;
+            p.pitch[a] = b->size[a];
+        }
     }
-    const axis *x = &j->axes[2];
-    int64_t reach = (x->taps - 1) * x->dilation;
-    p.phases = min64(x->stride, reach + 1);
-    p.pitch = b->size[2] + reach / x->stride;
-    p.apart[2] = b->size[2] * x->taps < p.phases * p.pitch;
-    if (p.apart[2]) {
-        p.phases = x->taps;
-        p.pitch = b->size[2];
-    }
-    p.row = p.phases * p.pitch;
-    p.channel = p.rows[0] * p.rows[1] * p.row;
+    p.volume = p.pitch[0] * p.pitch[1] * p.pitch[2];
+    p.channel = p.phases[0] * p.phases[1] * p.phases[2] * p.volume;
     p.image = p.channel * channels;
     return p;
 }
+/* With what a whole vector may touch behind the last element. */
+static size_t planes_size(const box *b, const planes *p)
+{
+    return (size_t)round_up(b->images * p->image + LANES, LANES);
+}
 
-/* The input row (or plane of depth) that row r holds. */
-static int64_t input_of(const conv_job *j, const box *b, const planes *p, int a, int64_t r)
+/* The input that lies first in a phase; the next is `stride` on. */
+static int64_t phase_start(const conv_job *j, const box *b, const planes *p, int a, int64_t phase)
 {
     const axis *x = &j->axes[a];
-    int64_t start = b->first[a] * x->stride - x->pad;
-    return p->apart[a] ? start + r % b->size[a] * x->stride + r / b->size[a] * x->dilation : start + r;
+    return b->first[a] * x->stride - x->pad + phase * (p->apart[a] ? x->dilation : 1);
 }
 
-static void fill_row(const axis *x, int64_t first, const planes *p, const real *from, real *to)
+/* The first n lanes of v, zeros after them. */
+static inline vreal first_lanes(vreal v, int64_t n)
 {
-    for (int64_t q = 0; q < p->phases; q++, to += p->pitch) {
-        int64_t start = first * x->stride - x->pad + q * (p->apart[2] ? x->dilation : 1), stride = x->stride;
-        int64_t low = start < 0 ? min64(ceil_div(-start, stride), p->pitch) : 0;
-        int64_t high = start < x->inputs ? min64((x->inputs - 1 - start) / stride + 1, p->pitch) : 0;
-        high = max64(high, low);
-        for (int64_t i = 0; i < low; i++) to[i] = 0;
-        const real *f = from + start;
-        if (stride == 1) memcpy(to + low, f + low, (size_t)(high - low) * sizeof(real));
-        else if (stride == 2)
-            for (int64_t i = low; i < high; i++) to[i] = f[2 * i];
-        else
-            for (int64_t i = low; i < high; i++) to[i] = f[stride * i];
-        for (int64_t i = high; i < p->pitch; i++) to[i] = 0;
-    }
+    static const ireal steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vint lane, limit = (ireal)n - (vint){0};
+    memcpy(&lane, steps, sizeof lane);
+    return blend(lane < limit, v, splat((real)0));
+}
+/* At most LANES of the elements before `end`, zeros after them. */
+static inline vreal load_before(const real *from, const real *end)
+{
+    return end - from >= LANES ? load(from) : load_part(from, max64(end - from, 0), (real)0);
 }
 
+/* to[i] = from[i * stride] for i < n, and zeros up to the end of the last vector. */
+static void copy_row(const real *from, int64_t n, int64_t stride, const real *end, real *to)
+{
+    if (stride == 1)
+        for (; n > 0; n -= LANES, from += LANES, to += LANES) store(to, first_lanes(load_before(from, end), n));
+    else if (stride == 2)
+        for (; n > 0; n -= LANES, from += 2 * LANES, to += LANES) {
+            vreal low = load_before(from, end), high = load_before(from + LANES, end);
+            store(to, first_lanes(SHUFFLE(low, high, EVEN_LANES), n));
+        }
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = from[i * stride];
+}
+
+/* Copies channels into planes that are zero where no input lies: all of them, the first time. Rows go up in memory, so
+ * that the zeros behind a row are there before the next row. */
 static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_t group, int64_t first,
                         int64_t channels, real *to)
 {
-    int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, x_channel = inputs_of(j);
+    const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
+    int64_t x_channel = inputs_of(j);
+    const real *end = j->x + j->images * j->groups * j->channels * x_channel;
     for (int64_t n = 0; n < b->images; n++)
         for (int64_t c = 0; c < channels; c++) {
             const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + first + c) * x_channel;
             real *row = to + n * p->image + c * p->channel;
-            for (int64_t rd = 0; rd < p->rows[0]; rd++) {
-                int64_t d = input_of(j, b, p, 0, rd);
-                for (int64_t rh = 0; rh < p->rows[1]; rh++, row += p->row) {
-                    int64_t h = input_of(j, b, p, 1, rh);
-                    if (d < 0 || d >= j->axes[0].inputs || h < 0 || h >= H)
-                        memset(row, 0, (size_t)p->row * sizeof(real));
-                    else fill_row(&j->axes[2], b->first[2], p, x + (d * H + h) * W, row);
-                }
+            for (int64_t q = 0; q < p->phases[0] * p->phases[1] * p->phases[2]; q++) {
+                int64_t d = phase_start(j, b, p, 0, q / p->phases[2] / p->phases[1]);
+                int64_t h0 = phase_start(j, b, p, 1, q / p->phases[2] % p->phases[1]);
+                int64_t w = phase_start(j, b, p, 2, q % p->phases[2]);
+                int64_t low = w < 0 ? min64(ceil_div(-w, W->stride), p->pitch[2]) : 0;
+                int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / W->stride + 1, p->pitch[2]) : 0;
+                for (int64_t rd = 0; rd < p->pitch[0]; rd++, d += D->stride)
+                    for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2])
+                        if (d >= 0 && d < D->inputs && h >= 0 && h < H->inputs)
+                            copy_row(x + (d * H->inputs + h) * W->inputs + w + low * W->stride, high - low, W->stride,
+                                     end, row + low);
             }
         }
 }
@@ -166,19 +190,20 @@ static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int6
                          int64_t *offsets)
 {
     const axis *x = j->axes;
-    int64_t kw = begin % x[2].taps, kh = begin / x[2].taps % x[1].taps, kd = begin / x[2].taps / x[1].taps % x[0].taps;
+    int64_t tap[3] = {begin / x[2].taps / x[1].taps % x[0].taps, begin / x[2].taps % x[1].taps, begin % x[2].taps};
     int64_t c = begin / taps_of(j) - first;
     for (int64_t k = begin; k < end; k++) {
-        int64_t t = kw * x[2].dilation;
-        int64_t column = p->apart[2] ? kw * p->pitch : t % x[2].stride * p->pitch + t / x[2].stride;
-        *offsets++ = c * p->channel + (kd * p->tap_step[0] * p->rows[1] + kh * p->tap_step[1]) * p->row + column;
-        if (++kw < x[2].taps) continue;
-        kw = 0;
-        if (++kh < x[1].taps) continue;
-        kh = 0;
-        if (++kd < x[0].taps) continue;
-        kd = 0;
-        c++;
+        int64_t phase = 0, shift = 0;
+        for (int a = 0; a < 3; a++) {
+            int64_t t = tap[a] * x[a].dilation;
+            phase = phase * p->phases[a] + (p->apart[a] ? tap[a] : t % x[a].stride);
+            shift = shift * p->pitch[a] + (p->apart[a] ? 0 : t / x[a].stride);
+        }
+        *offsets++ = c * p->channel + phase * p->volume + shift;
+        for (int a = 2; a >= 0 && ++tap[a] == x[a].taps; a--) {
+            tap[a] = 0;
+            if (a == 0) c++;
+        }
     }
 }
 
@@ -186,7 +211,7 @@ static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int6
 static int64_t row_base(const box *b, const planes *p, int64_t r)
 {
     int64_t h = r % b->size[1], d = r / b->size[1] % b->size[0], n = r / b->size[1] / b->size[0];
-    return n * p->image + (d * p->output_step[0] * p->rows[1] + h * p->output_step[1]) * p->row;
+    return n * p->image + (d * p->pitch[1] + h) * p->pitch[2];
 }
 
 /* Where row r of the box begins in channel 0 of y. */
@@ -322,13 +347,13 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     planes p = make_planes(j, &largest, channels_max);
     int dense = is_dense(j) && t->grid.split >= 0, flat = t->flat && t->grid.split >= 0;
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
-    size_t planes_size = flat ? 0 : (size_t)round_up(largest.images * p.image + LANES, LANES);
+    size_t plane_size = flat ? 0 : planes_size(&largest, &p);
     size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
     real *scratch =
-        hl_take((planes_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
+        hl_take((plane_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
-    real *panel = scratch + planes_size, *result = panel + panel_size;
+    real *panel = scratch + plane_size, *result = panel + panel_size;
     int64_t *offsets = (int64_t *)(result + result_size);
     copy copies[GEMM_COLUMNS + GEMM_VECTORS];
     for (int64_t i = begin; i < end; i++) {
@@ -339,13 +364,16 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         real *y = dense ? j->y + row_target(j, &b, 0) + (group * j->filters + f0) * j->y_channel : result;
         int64_t y_row = dense ? j->y_channel : positions;
         const real *bias = j->bias ? j->bias + group * j->filters + f0 : NULL;
+        if (!flat) {
+            p = make_planes(j, &b, channels_max);
+            memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
+        }
         int64_t k = 0;
         do { /* once for K = 0 */
             int64_t depth = min64(t->depth, K - k), c0 = k / taps, channels = ceil_div(k + depth, taps) - c0;
             const real *a = t->packed + (group * K + k) * j->filters + f0 * depth;
             const real *x = j->x + ((b.image * j->groups + group) * j->channels + c0) * S + b.first[2];
             if (!flat) {
-                p = make_planes(j, &b, channels);
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, k, k + depth, c0, offsets);
             }
@@ -404,56 +432,117 @@ static int conv_product(const conv_job *j)
 
 /* ---- direct: few filters to a group ---- */
 
+/* Up to this many filters of a group: more repay panels of patches. */
+enum { DIRECT_FILTERS = 16 };
+
 typedef struct {
     const conv_job *j;
     grid grid;
+    int64_t depth;
+    int by_rows; /* direct_rows applies */
+    real *packed; /* w: by rows as it lies, else [group][part of K][row panels] */
 } direct;
 
-/* `rows` x `vectors` of outputs of one filter: sums of taps, straight from the planes. */
+/* sums[rows][vectors] over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
+ * row, where the planes hold something too; nobody reads those sums. */
 static inline __attribute__((always_inline)) void direct_tile(const int rows, const int vectors, int64_t K,
-                                                              const int64_t *offsets, const real *w, real bias,
-                                                              const real *from, int64_t from_row, vreal *sums)
+                                                              const int64_t *offsets, const real *w, const real *from,
+                                                              real *sums, int64_t sums_row)
+{
+    vreal sum[GEMM_ROWS * 3];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) sum[i * vectors + v] = load(sums + i * sums_row + v * LANES);
+    for (int64_t k = 0; k < K; k++, w += rows) {
+        const real *f = from + offsets[k];
+        vreal fk[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) fk[v] = load(f + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sum[i * vectors + v] += splat(w[i]) * fk[v];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i * vectors + v]);
+}
+
+/* All sums of `rows` filters; enough vectors at a time to keep several multiply-adds under way. */
+static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t *offsets, const real *w,
+                         const real *from, real *sums, int64_t sums_row)
+{
+    int64_t v = 0;
+#define DIRECT_TILES(r, wide) \
+    for (; v + wide <= vectors; v += wide) \
+        direct_tile(r, wide, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row); \
+    for (; v < vectors; v++) direct_tile(r, 1, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row)
+    switch (rows) {
+    case 1: DIRECT_TILES(1, 8); break;
+    case 2: DIRECT_TILES(2, 4); break;
+    case 3: DIRECT_TILES(3, GEMM_VECTORS); break;
+    case 4: DIRECT_TILES(4, GEMM_VECTORS); break;
+    case 5: DIRECT_TILES(5, GEMM_VECTORS); break;
+    case 6: DIRECT_TILES(6, GEMM_VECTORS); break;
+#if HL_REGISTERS == 32
+    case 7: DIRECT_TILES(7, GEMM_VECTORS); break;
+    default: DIRECT_TILES(8, GEMM_VECTORS);
+#endif
+    }
+}
+
+/* Depthwise, stride and dilation 1 along H: four rows of outputs share what they load of 3 + KH rows of the planes. */
+static inline __attribute__((always_inline)) void rows_tile(const int KH, const int vectors, int64_t KW,
+                                                            const int64_t *offsets, const real *w, real bias,
+                                                            const real *from, int64_t from_row, vreal *sums)
 {
     vreal sum[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < rows * vectors; i++) sum[i] = splat(bias);
-    for (int64_t k = 0; k < K; k++) {
-        vreal wk = splat(w[k]);
-        const real *f = from + offsets[k];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
+    for (int i = 0; i < 4 * vectors; i++) sum[i] = splat(bias);
+    for (int64_t kw = 0; kw < KW; kw++) {
+        const real *f = from + offsets[kw];
+        vreal wk[7];
+#pragma GCC unroll 7
+        for (int kh = 0; kh < KH; kh++) wk[kh] = splat(w[kh * KW + kw]);
+#pragma GCC unroll 10
+        for (int h = 0; h < KH + 3; h++, f += from_row)
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) sum[r * vectors + v] += wk * load(f + r * from_row + v * LANES);
+            for (int v = 0; v < vectors; v++) {
+                vreal x = load(f + v * LANES);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++)
+                    if (h - r >= 0 && h - r < KH) sum[r * vectors + v] += wk[h - r] * x;
+            }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < rows * vectors; i++) sums[i] = sum[i];
+    for (int i = 0; i < 4 * vectors; i++) sums[i] = sum[i];
 }
 
-/* All rows of one box for one filter. Vectors go from the right to the left and rows down: what a vector writes beyond
- * its row is written again by the rows below; only at the end of the box is part of a vector stored. */
-static void direct_rows(const box *b, const planes *p, int64_t K, const int64_t *offsets, const real *w, real bias,
-                        const real *from, real *y)
+/* One channel of one image, at least four rows. Vectors go from the right to the left and rows down: what a vector writes
+ * beyond its row is written again by the rows below; only at the end of the box is part of a vector stored. The last four
+ * rows may have been done before. */
+static void direct_rows(const conv_job *j, const box *b, const planes *p, const int64_t *offsets, const real *w,
+                        real bias, const real *from, real *y)
 {
-    int64_t W = b->size[2], rows = b->images * b->size[0] * b->size[1];
-    for (int64_t r = 0, height; r < rows; r += height) {
-        height = b->size[1] - r % b->size[1] >= 4 ? 4 : 1; /* rows of a tile are neighbours in one plane */
-        const real *base = from + row_base(b, p, r);
-        int64_t from_row = p->output_step[1] * p->row;
+    int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
+    for (int64_t h = 0; h < H; h += 4) {
+        int64_t top = min64(h, H - 4);
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
             take = vectors % 2 ? 1 : 2;
             int64_t column = (vectors - take) * LANES;
+            const real *f = from + top * p->pitch[2] + column;
             vreal sums[8];
-            if (height == 4 && take == 2) direct_tile(4, 2, K, offsets, w, bias, base + column, from_row, sums);
-            else if (height == 4) direct_tile(4, 1, K, offsets, w, bias, base + column, from_row, sums);
-            else if (take == 2) direct_tile(1, 2, K, offsets, w, bias, base + column, from_row, sums);
-            else direct_tile(1, 1, K, offsets, w, bias, base + column, from_row, sums);
-            for (int64_t i = 0; i < height; i++)
-                for (int64_t v = 0; v < take; v++) {
-                    int64_t at = column + v * LANES;
-                    real *to = y + (r + i) * W + at;
-                    if ((r + i) * W + at + LANES <= rows * W) store(to, sums[i * take + v]);
-                    else store_part(to, W - at, sums[i * take + v]);
-                }
+#define ROWS_TILE(kh, v) rows_tile(kh, v, KW, offsets, w, bias, f, p->pitch[2], sums)
+            if (KH == 3) take == 2 ? ROWS_TILE(3, 2) : ROWS_TILE(3, 1);
+            else if (KH == 5) take == 2 ? ROWS_TILE(5, 2) : ROWS_TILE(5, 1);
+            else take == 2 ? ROWS_TILE(7, 2) : ROWS_TILE(7, 1);
+            for (int64_t i = 0; i < 4 * take; i++) {
+                int64_t row = top + i / take, at = column + i % take * LANES;
+                if (row * W + at + LANES <= H * W) store(y + row * W + at, sums[i]);
+                else store_part(y + row * W + at, W - at, sums[i]);
+            }
         }
     }
 }
@@ -463,54 +552,102 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     const direct *t = context;
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps;
-    box largest = box_at(j, &t->grid, 0);
-    planes p = make_planes(j, &largest, j->channels);
-    int dense = is_dense(j);
-    int64_t positions = positions_of(&largest);
-    size_t planes_size = (size_t)round_up(largest.images * p.image + 2 * LANES, LANES),
-           w_size = (size_t)round_up(K, LANES);
-    size_t result_size = dense ? 0 : (size_t)round_up(positions, LANES);
-    real *scratch = hl_take((planes_size + w_size + result_size) * sizeof(real) + (size_t)K * sizeof(int64_t));
+    box largest = box_at(j, &t->grid, 0), b = {.image = -1};
+    int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
+    planes p = make_planes(j, &largest, channels_max);
+    int64_t longest = round_up(p.volume, LANES);
+    size_t plane_size = planes_size(&largest, &p) + (size_t)LANES;
+    size_t sums_size = (size_t)(GEMM_ROWS * longest + LANES);
+    real *scratch = hl_take((plane_size + sums_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
-    real *weights = scratch + planes_size, *result = weights + w_size;
-    int64_t *offsets = (int64_t *)(result + result_size);
+    real *sums = scratch + plane_size;
+    int64_t *offsets = (int64_t *)(sums + sums_size);
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
-        box b = box_at(j, &t->grid, i / j->groups);
-        p = make_planes(j, &b, j->channels);
-        fill_planes(j, &b, &p, group, 0, j->channels, scratch);
-        fill_offsets(j, &p, 0, K, 0, offsets);
-        for (int64_t f = 0; f < j->filters; f++) {
-            const real *w = j->w + group * j->w_group + f * j->w_filter;
-            for (int64_t c = 0, k = 0; c < j->channels; c++)
-                for (int64_t kd = 0; kd < j->axes[0].taps; kd++)
-                    for (int64_t kh = 0; kh < j->axes[1].taps; kh++)
-                        for (int64_t kw = 0; kw < j->axes[2].taps; kw++, k++)
-                            weights[k] = w[c * j->w_channel + kd * j->w_tap[0] + kh * j->w_tap[1] + kw * j->w_tap[2]];
-            int64_t filter = group * j->filters + f;
-            real *y = dense ? j->y + row_target(j, &b, 0) + filter * j->y_channel : result;
-            direct_rows(&b, &p, K, offsets, weights, j->bias ? j->bias[filter] : 0, scratch, y);
-            if (!dense) scatter(j, &b, group, f, 1, result, positions_of(&b));
+        if (i == begin || group == 0) { /* the planes of one box serve all groups */
+            b = box_at(j, &t->grid, i / j->groups);
+            p = make_planes(j, &b, channels_max);
+            memset(scratch, 0, plane_size * sizeof(real));
+            fill_offsets(j, &p, 0, min64(t->depth, K), 0, offsets);
+        }
+        int64_t W = b.size[2], rows = b.size[0] * b.size[1];
+        int64_t length = row_base(&b, &p, rows - 1) + W, vectors = ceil_div(length, LANES);
+        if (t->by_rows) {
+            fill_planes(j, &b, &p, group, 0, 1, scratch);
+            for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++)
+                direct_rows(j, &b, &p, offsets, t->packed + f * K, j->bias ? j->bias[f] : 0, scratch,
+                            j->y + row_target(j, &b, 0) + f * j->y_channel);
+            continue;
+        }
+        for (int64_t f = 0, height; f < j->filters; f += height) {
+            height = gemm_rows(j->filters - f);
+            for (int64_t r = 0; r < height; r++) {
+                vreal bias = splat(j->bias ? j->bias[group * j->filters + f + r] : 0);
+                for (int64_t v = 0; v < vectors; v++) store(sums + r * longest + v * LANES, bias);
+            }
+            for (int64_t k = 0, depth; k < K; k += depth) {
+                depth = min64(t->depth, K - k);
+                int64_t c0 = k / taps;
+                if (f == 0 || K > t->depth) fill_planes(j, &b, &p, group, c0, ceil_div(k + depth, taps) - c0, scratch);
+                if (K > t->depth) fill_offsets(j, &p, k, k + depth, c0, offsets);
+                direct_block(height, vectors, depth, offsets, t->packed + (group * K + k) * j->filters + f * depth,
+                             scratch, sums, longest);
+            }
+            for (int64_t r = 0; r < height; r++)
+                for (int64_t row = 0; row < rows; row++) {
+                    const real *from = sums + r * longest + row_base(&b, &p, row);
+                    real *to = j->y + row_target(j, &b, row) + (group * j->filters + f + r) * j->y_channel;
+                    if (j->y_step[2] == 1)
+                        for (int64_t w = 0; w < W; w += LANES)
+                            if (w + LANES <= W) store(to + w, load(from + w));
+                            else store_part(to + w, W - w, load(from + w));
+                    else
+                        for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
+                }
         }
     }
     hl_give(scratch);
     return HL_OK;
 }
 
-/* Parallel over (box of one image, group). Four rows of two vectors of outputs at a time, so that eight sums are under way.
- * x is copied to planes once per box and read from the first cache once per tap; y is written once.
- * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3, without its registers for w. */
+/* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
+ * x is copied to planes once per tile of filters and read from the first cache once per tap; y is written once.
+ * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
 static int conv_direct(const conv_job *j)
 {
+    int64_t taps = taps_of(j), K = j->channels * taps, KH = j->axes[1].taps;
     hl_note(j->channels == 1 ? "depthwise" : "direct");
-    direct t = {.j = j, .grid = make_grid(j, 4096)}; /* planes of 16 KiB in float32: half of a first-level cache */
-    if (t.grid.split < 0) { /* one image a box: its outputs are dense in y */
+    /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
+    direct t = {.j = j, .grid = make_grid(j, 4096 / gemm_rows(j->filters)), .depth = part_depth(j->channels, taps)};
+    if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
+    /* Rows pay where they fill their vectors; narrower images go on from row to row. */
+    int64_t W = j->axes[2].outputs;
+    int64_t shortest = t.grid.split == 1 ? j->axes[1].outputs - (t.grid.ranges - 1) * t.grid.per : j->axes[1].outputs;
+    t.by_rows = shortest >= 4 && j->channels == 1 && j->axes[0].taps == 1 && (KH == 3 || KH == 5 || KH == 7) &&
+                j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) && t.grid.split < 2 &&
+                t.grid.split != 0 && j->axes[0].outputs == 1 && W * 4 >= round_up(W, LANES) * 3;
+    t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
+    if (!t.packed) return HL_NOMEM;
+    int status = HL_OK;
+    if (t.by_rows)
+        for (int64_t f = 0; f < j->groups * j->filters; f++) {
+            const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
+            for (int64_t k = 0; k < K; k++)
+                t.packed[f * K + k] = w[k / j->axes[2].taps * j->w_tap[1] + k % j->axes[2].taps * j->w_tap[2]];
+        }
+    else {
+        product weights = {.j = j, .depth = t.depth, .packed = t.packed};
+        int64_t parts = K ? ceil_div(K, t.depth) : 0;
+        status = hl_parallel_for(j->groups * parts, hl_grain((double)(t.depth * j->filters)), pack_weights, &weights);
+    }
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
-                  (double)(j->channels * taps_of(j) + 4) / LANES;
-    return hl_parallel_for(t.grid.boxes * j->groups, hl_grain(work), direct_tasks, &t);
+                  (double)(K + 4) / LANES;
+    if (status == HL_OK) status = hl_parallel_for(t.grid.boxes * j->groups, hl_grain(work), direct_tasks, &t);
+    hl_give(t.packed);
+    return status;
 }
 
 /* ---- kernels ---- */
@@ -531,8 +668,7 @@ static int run(conv_job *j, int exact)
 #else
     (void)exact;
 #endif
-    /* A tile of the product has GEMM_ROWS filters: with one or two it would idle. */
-    if (j->filters <= 2 && j->channels * taps_of(j) <= 1024) return conv_direct(j);
+    if (j->filters <= DIRECT_FILTERS && !is_flat(j)) return conv_direct(j);
     return conv_product(j);
 }
 
@@ -730,14 +866,15 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps, S = inputs_of(j);
     box largest = box_at(j, &t->grid, 0);
-    planes p = make_planes(j, &largest, t->rows / taps + 2);
+    int64_t channels_max = t->rows / taps + 2;
+    planes p = make_planes(j, &largest, channels_max);
     int flat = t->flat && t->grid.split >= 0;
     int64_t runs_max = largest.images * largest.size[0] * largest.size[1];
-    size_t planes_size = flat ? 0 : (size_t)round_up(largest.images * p.image, LANES);
+    size_t plane_size = flat ? 0 : planes_size(&largest, &p);
     size_t sums_size = (size_t)(t->rows * t->padded);
-    real *scratch = hl_take((planes_size + sums_size) * sizeof(real) + (size_t)(t->rows + runs_max) * sizeof(int64_t));
+    real *scratch = hl_take((plane_size + sums_size) * sizeof(real) + (size_t)(t->rows + runs_max) * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
-    real *sums = scratch + planes_size;
+    real *sums = scratch + plane_size;
     int64_t *offsets = (int64_t *)(sums + sums_size), *runs = offsets + t->rows;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / t->filter_blocks / t->row_blocks, r0 = i / t->filter_blocks % t->row_blocks * t->rows;
@@ -753,7 +890,8 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
                 for (int64_t r = 0; r < rows; r++) offsets[r] = r * S;
                 runs[0] = 0;
             } else {
-                p = make_planes(j, &b, channels);
+                p = make_planes(j, &b, channels_max);
+                memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
                 for (int64_t r = 0; r < count; r++) runs[r] = row_base(&b, &p, r);
@@ -840,13 +978,14 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps, S = outputs_of(j);
     box largest = box_at(j, &t->grid, 0);
-    planes p = make_planes(j, &largest, t->rows / taps + 2);
+    int64_t channels_max = t->rows / taps + 2;
+    planes p = make_planes(j, &largest, channels_max);
     int64_t lines = largest.images * largest.size[0] * largest.size[1], pitch = round_up(largest.size[2], LANES);
-    size_t planes_size = (size_t)round_up(largest.images * p.image + LANES, LANES), gy_size = (size_t)(lines * pitch);
+    size_t plane_size = planes_size(&largest, &p), gy_size = (size_t)(lines * pitch);
     size_t sums_size = (size_t)(t->rows * j->filters * LANES);
-    real *scratch = hl_take((planes_size + gy_size + sums_size) * sizeof(real) + (size_t)t->rows * sizeof(int64_t));
+    real *scratch = hl_take((plane_size + gy_size + sums_size) * sizeof(real) + (size_t)t->rows * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
-    real *gy = scratch + planes_size;
+    real *gy = scratch + plane_size;
     vreal *sums = (vreal *)(gy + gy_size);
     int64_t *offsets = (int64_t *)(gy + gy_size + sums_size);
     for (int64_t i = begin; i < end; i++) {
@@ -857,7 +996,8 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
             box b = box_at(j, &t->grid, n);
             int64_t W = b.size[2];
             lines = b.images * b.size[0] * b.size[1];
-            p = make_planes(j, &b, channels);
+            p = make_planes(j, &b, channels_max);
+            memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
             fill_planes(j, &b, &p, group, c0, channels, scratch);
             fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
             for (int64_t f = 0; f < j->filters; f++) {

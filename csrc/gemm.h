@@ -7,6 +7,13 @@
 #define HL_GEMM_H
 #include "simd.h"
 
+/* Lanes picked from a and b, counted through both. */
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (__typeof__((a) < (b))){__VA_ARGS__})
+#endif
+
 /* The register tile: ROWS x VECTORS accumulators, VECTORS vectors of B and one broadcast of A fill the registers. */
 #if HL_REGISTERS == 32
 enum { GEMM_ROWS = 8, GEMM_VECTORS = 3 };

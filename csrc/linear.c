@@ -10,12 +10,6 @@
 typedef real quad __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
 enum { QUAD = 16 / (int)sizeof(real) };
 
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ireal __attribute__((vector_size(16)))){__VA_ARGS__})
-#endif
-
 /* to[k * step + i] = from[i * stride + k] for a square of QUAD. */
 static inline void transpose_quad(const real *from, int64_t stride, real *to, int64_t step)
 {
@@ -163,7 +157,8 @@ TILES(2)
 #if HL_REGISTERS == 32
 TILES(3)
 TILE(7, 1)
-TILE(8, 1) TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
+TILE(8, 1)
+TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
     static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 #else
