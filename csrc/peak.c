@@ -3,14 +3,17 @@
 
 /* Enough independent sums to keep every multiplier busy (latency 4, two a cycle), named one by one: an array of them
  * would be kept in memory. */
+#define SUMS_12(F, p) F(p##0) F(p##1) F(p##2) F(p##3) F(p##4) F(p##5) F(p##6) F(p##7) F(p##8) F(p##9) F(p##x) F(p##y)
 #if HL_REGISTERS == 32
-#define SUMS(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11) \
-    do(12) do(13) do(14) do(15) do(16) do(17) do(18) do(19) do(20) do(21) do(22) do(23)
+#define SUMS(F) SUMS_12(F, a) SUMS_12(F, b)
 enum { SUM_COUNT = 24 };
 #else
-#define SUMS(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
+#define SUMS(F) SUMS_12(F, a)
 enum { SUM_COUNT = 12 };
 #endif
+#define START(s) vreal s = splat(first += (real)1); /* each from another number, else they are all the same sum */
+#define STEP(s) s = s * factor + term;
+#define TOTAL(s) total += s;
 
 typedef struct {
     int64_t count;
@@ -22,11 +25,11 @@ static int fma_chunks(int64_t begin, int64_t end, void *context)
     const fma_job *j = context;
     for (int64_t chunk = begin; chunk < end; chunk++) {
         vreal factor = splat((real)0.999 - (real)1e-6 * (real)chunk), term = splat((real)1e-3);
-#define START(i) vreal s##i = splat((real)i);
-#define STEP(i) s##i = s##i * factor + term;
-#define TOTAL(i) total += s##i;
+        real first = (real)0;
         SUMS(START)
-        for (int64_t k = 0; k < j->count; k += SUM_COUNT * LANES) { SUMS(STEP) }
+        for (int64_t k = 0; k < j->count; k += SUM_COUNT * LANES) {
+            SUMS(STEP)
+        }
         vreal total = splat((real)0);
         SUMS(TOTAL)
         j->sums[chunk] = sum_lanes(total);

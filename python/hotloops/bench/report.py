@@ -12,8 +12,9 @@ from typing import Any
 
 from .inputs import MissingExtra
 from .runner import Report, Result
+from .workloads import workloads
 
-LABELS = {"c": "C", "numba": "Numba", "cuda": "CUDA", "reference": "NumPy"}
+LABELS = {"cuda": "CUDA", "c": "C", "numba": "Numba", "reference": "NumPy"}
 TITLES = {"conv": "Convolution", "pool": "Pooling", "rnn": "Recurrent layers", "attention": "Attention", "boxes": "Boxes"}
 STYLES = {"c": "bold cyan", "numba": "yellow", "cuda": "bold green", "reference": "dim"}
 WIDE, MIDDLE = 120, 100  # columns of a terminal for all of the table's columns, and for most
@@ -76,9 +77,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def backends_of(results: Sequence[Result]) -> list[str]:
-    """The backends in the order of first appearance, the reference last."""
+    """The backends of the results: those of hotloops, then other libraries, the reference last."""
     names = list(dict.fromkeys(r.backend for r in results))
-    return [n for n in names if n != "reference"] + [n for n in names if n == "reference"]
+    own = [n for n in LABELS if n in names and n != "reference"]
+    return own + [n for n in names if n not in LABELS] + [n for n in names if n == "reference"]
 
 
 def families_of(results: Sequence[Result]) -> list[str]:
@@ -284,9 +286,11 @@ def print_changes(old: Report, new: Report, console: Any) -> None:
 
 
 def readme_section(report: Report) -> str:
-    """The README's "How fast" in Markdown, from the run with the most threads."""
+    """The README's "How fast" in Markdown: the quick workloads, from the run with the most threads."""
     threads = max(r.threads for r in report.results)
     results = [r for r in report.results if r.threads == threads]
+    quick = {w.name for w in workloads().values() if w.quick}
+    results = [r for r in results if r.name in quick] or results
     backends = backends_of(results)
     peaks = report.peaks[str(threads)]
     lines = [
