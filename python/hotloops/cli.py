@@ -237,14 +237,16 @@ def _threads(text: str | None) -> list[int] | None:
 
 
 def _backends(text: str | None) -> list[str] | None:
+    from .bench import usable_backends
+
     if text is None:
         return None
-    states = _dispatch.backends()
+    states, usable = _dispatch.backends(), usable_backends()
     for name in _names(text):
         if name not in states:
             raise Misuse(f"there is no backend {name!r}; there are {', '.join(states)}")
-        if not states[name].startswith("available"):
-            raise Problem(f"backend {name!r} cannot run here: {states[name].partition(': ')[2]}")
+        if name not in usable:
+            raise Problem(f"backend {name!r} cannot be measured here: {states[name].partition(': ')[2]}")
     return _names(text)
 
 
