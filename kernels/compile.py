@@ -154,7 +154,7 @@ def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[st
     if cache_folder():
         try:
             return build(cached=True)
-        except (OSError, RuntimeError):  # a full or vanished disk, or no place for the cache: compile all the same
+        except Exception:  # a full disk, a spoilt file, no place for the cache; an error of the kernel itself comes again below
             pass
     return build(cached=False)
 
