@@ -21,6 +21,7 @@ from .report import (
     rate_text,
     share_text,
     speedup_text,
+    spread_text,
     time_text,
 )
 from .runner import Report, Result
@@ -111,7 +112,7 @@ def _row(r: Result, head: str, fastest: bool, colour: str) -> str:
     cells = [
         f'<td><i style="background:{colour}"></i>{html.escape(label(r.backend))}</td>',
         f'<td class="{"best" if fastest else ""}">{time_text(r.ms)}</td>',
-        f"<td>±{100 * r.spread:.0f} %</td>",
+        f"<td>{'±' if len(r.rounds_ms) > 1 else ''}{spread_text(r)}</td>",
         f"<td>{rate_text(r)}</td>",
         f"<td>{share_text(r)}{share}</td>",
         f"<td>{speedup_text(r)}</td>",

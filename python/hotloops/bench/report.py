@@ -50,6 +50,10 @@ def share_text(r: Result) -> str:
     return "–" if r.share is None else "<0.1 %" if r.share < 0.001 else f"{100 * r.share:.{0 if r.share >= 0.095 else 1}f} %"
 
 
+def spread_text(r: Result) -> str:
+    return f"{100 * r.spread:.0f} %" if len(r.rounds_ms) > 1 else "–"
+
+
 def speedup_text(r: Result) -> str:
     return "–" if r.speedup is None else f"{digits(r.speedup, 2 if r.speedup < 100 else 3)}×"
 
@@ -157,7 +161,7 @@ def table(report: Report, threads: int, width: int) -> Any:
                 cells: list[Any] = [head[k] if k < len(head) else "", Text(label(r.backend), style=style)]
                 cells.append(Text(time_text(r.ms), style="bold" if r is fastest else ""))
                 if wide:
-                    cells.append(f"{100 * r.spread:.0f} %")
+                    cells.append(spread_text(r))
                 if middle:
                     cells.append(rate_text(r))
                 cells.append(share_text(r))

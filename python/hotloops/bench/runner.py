@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import os
 import statistics
@@ -237,110 +238,121 @@ class _Runner:
             time.sleep(SETTLE)
 
 
-def _entering(backend: str, threads: int) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    @contextlib.contextmanager
-    def inside() -> Iterator[None]:
-        with _dispatch.backend(backend):
-            yield
+@dataclasses.dataclass
+class _Task:
+    """A workload, its inputs, and what the reference makes of them in how many seconds."""
 
-    return inside
+    workload: Workload
+    small: bool
+    inputs: Inputs
+    truth: list[np.ndarray]
+    choices: tuple[Any, ...]
+    seconds: float
+
+    @property
+    def allowed(self) -> float:
+        return allowed_error(self.choices)
 
 
-def _run_workload(
-    workload: Workload,
-    backends: Sequence[str],
-    peers: Sequence[Any],
-    threads: int,
-    seconds: float,
-    small: bool,
-    step: Callable[[str], object],
-    report: Report,
-) -> None:
+def _prepare(workload: Workload, small: bool) -> _Task:
     inputs = workload.make(small)
-    runners: list[_Runner] = []
+    with _dispatch.backend("reference"):
+        begin = time.perf_counter()
+        expected, choices = traced(make_call(workload, inputs, "reference"))
+        seconds = time.perf_counter() - begin
+    return _Task(workload, small, inputs, arrays(expected), choices, seconds)
 
-    def fail(backend: str, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        report.failures.append(Failure(workload.name, workload.family, backend, threads, reason))
 
-    step("reference")
-    try:
-        with _dispatch.backend("reference"):
-            began = time.perf_counter()
-            expected, choices = traced(lambda: make_call(workload, inputs, "reference")())
-            reference_seconds = time.perf_counter() - began
-    except Exception as error:  # one workload that fails is shown as such, the others still run
-        fail("reference", error)
-        return
-    truth = arrays(expected)
-    allowed = allowed_error(choices)
+def _checked(task: _Task, backends: Sequence[str], peers: Sequence[Any], threads: int, note: _Notes) -> list[_Runner]:
+    """One runner per backend and peer that can run the workload, its result held against the reference."""
+    runners = []
     for backend in [b for b in backends if b != "reference"]:
-        step(backend)
-        try:
-            with _dispatch.backend(backend):
-                call = make_call(workload, inputs, backend)
-                actual, ran = traced(call)
-        except Exception as error:
-            fail(backend, error)
-            continue
-        runners.append(_Runner(backend, _entering(backend, threads), call, ran, difference(arrays(actual), truth)))
+        note.step(task.workload, backend)
+        with note.failures(task.workload, backend, threads), _dispatch.backend(backend):
+            call = make_call(task.workload, task.inputs, backend)
+            actual, choices = traced(call)
+            error = difference(arrays(actual), task.truth)
+            runners.append(_Runner(backend, functools.partial(_dispatch.backend, backend), call, choices, error))
     for peer in peers:
-        step(peer.name)
-        try:
-            call = peer.prepare(workload, inputs, threads)
+        note.step(task.workload, peer.name)
+        with note.failures(task.workload, peer.name, threads):
+            call = peer.prepare(task.workload, task.inputs, threads)
             if call is not None:
-                distance = difference(arrays(peer.result(call())), truth)
-                runners.append(_Runner(peer.name, contextlib.nullcontext, call, error=distance))
-        except Exception as error:
-            fail(peer.name, error)
+                error = difference(arrays(peer.result(call())), task.truth)
+                runners.append(_Runner(peer.name, contextlib.nullcontext, call, error=error))
     if "reference" in backends:
-        runner = _Runner("reference", _entering("reference", threads), make_call(workload, inputs, "reference"), choices)
-        runners.append(runner)
-        if reference_seconds > seconds:  # once is enough
-            runner.times.append(reference_seconds)
+        call = make_call(task.workload, task.inputs, "reference")
+        runners.append(_Runner("reference", functools.partial(_dispatch.backend, "reference"), call, task.choices))
+    return runners
 
+
+def _time(task: _Task, runners: Sequence[_Runner], seconds: float, note: _Notes) -> None:
+    """Times the runners in turns, without the garbage collector."""
     for runner in runners:
-        step(runner.backend)
-        if not runner.times:
+        note.step(task.workload, runner.backend)
+        if runner.backend == "reference" and task.seconds > seconds:
+            runner.times.append(task.seconds)  # once is enough
+        else:
             runner.plan(seconds)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
         for k in range(ROUNDS):
-            for runner in runners:
-                if k < runner.rounds:
-                    step(runner.backend)
-                    runner.round()
+            for runner in [r for r in runners if k < r.rounds]:
+                note.step(task.workload, runner.backend)
+                runner.round()
     finally:
         if enabled:
             gc.enable()
 
-    flops, moved = sum(c.flops for c in choices), sum(c.bytes for c in choices)
-    for runner in runners:
-        ms = statistics.median(runner.times) * 1e3
-        quarters = statistics.quantiles(runner.times, n=4) if len(runner.times) > 1 else [ms, ms, ms]
-        kernels = [f"{c.kernel}{f' ({c.algorithm})' if c.algorithm else ''}" for c in runner.choices]
-        report.results.append(
-            Result(
-                name=workload.name,
-                family=workload.family,
-                op=workload.op,
-                shape=workload.shape(small),
-                backend=runner.backend,
-                threads=threads,
-                ms=ms,
-                spread=(quarters[2] - quarters[0]) / 2 * 1e3 / ms if len(runner.times) > 1 else 0.0,
-                rounds_ms=[t * 1e3 for t in runner.times],
-                calls=len(runner.times) * runner.samples * runner.batch,
-                flops=flops,
-                bytes=moved,
-                error=runner.error,
-                allowed=allowed,
-                agrees=runner.error <= allowed,
-                kernels=list(dict.fromkeys(kernels)),
-            )
-        )
+
+def _result(task: _Task, runner: _Runner, threads: int) -> Result:
+    ms = statistics.median(runner.times) * 1e3
+    spread = 0.0
+    if len(runner.times) > 1:
+        quarters = statistics.quantiles(runner.times, n=4, method="inclusive")
+        spread = (quarters[2] - quarters[0]) / 2 * 1e3 / ms
+    kernels = [f"{c.kernel} ({c.algorithm})" if c.algorithm else c.kernel for c in runner.choices]
+    return Result(
+        name=task.workload.name,
+        family=task.workload.family,
+        op=task.workload.op,
+        shape=task.workload.shape(task.small),
+        backend=runner.backend,
+        threads=threads,
+        ms=ms,
+        spread=spread,
+        rounds_ms=[t * 1e3 for t in runner.times],
+        calls=len(runner.times) * runner.samples * runner.batch,
+        flops=sum(c.flops for c in task.choices),
+        bytes=sum(c.bytes for c in task.choices),
+        error=runner.error,
+        allowed=task.allowed,
+        agrees=runner.error <= task.allowed,
+        kernels=list(dict.fromkeys(kernels)),
+    )
+
+
+class _Notes:
+    """Where a run tells how far it is and what failed."""
+
+    def __init__(self, report: Report, progress: Callable[[str, int, int], object] | None, total: int):
+        self.report, self.progress, self.total, self.done = report, progress, total, 0
+
+    def step(self, what: Workload | str, backend: str = "") -> None:
+        if self.progress is not None:
+            text = what if isinstance(what, str) else f"{what.name}, {backend}"
+            self.progress(text, self.done, self.total)
+
+    @contextlib.contextmanager
+    def failures(self, workload: Workload, backend: str, threads: int) -> Iterator[None]:
+        """What raises inside is shown as this workload's failure; the others still run."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self.report.failures.append(Failure(workload.name, workload.family, backend, threads, reason))
 
 
 def run(
@@ -372,45 +384,48 @@ def run(
         Called as `progress(what, done, total)`.
     """
     begin = time.perf_counter()
-    states = _dispatch.backends()
     c = _dispatch.adapter("c")
     backends = usable_backends() if backends is None else backends
     threads = [_threads.get_num_threads()] if threads is None else threads
-    total = len(threads) * (len(workloads) + 1)
-    done = 0
-
-    def step(what: str) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
     report = Report(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         machine=_config.machine(),
         versions=_config.versions() | {p.name: p.version for p in peers},
-        backends=states,
+        backends=_dispatch.backends(),
         isa="" if c.status() else c.isa(),
         peaks={},
         results=[],
         failures=[],
     )
-    for count in threads:
-        step(f"peaks of this machine, {count} threads")
-        report.peaks[str(count)] = _peaks.measure(count).as_dict()
-        done += 1
-        for workload in workloads:
-
-            def on(backend: str, name: str = workload.name) -> None:
-                step(f"{name}, {backend}")
-
+    note = _Notes(report, progress, len(threads) * (len(workloads) + 2))
+    _measure_peaks(report, threads, note)
+    for workload in workloads:
+        task = None
+        for count in threads:
             with _threads.num_threads(count), blas_threads(count):
-                _run_workload(workload, backends, peers, count, seconds, small, on, report)
-            done += 1
-        again = _peaks.measure(count).as_dict()  # a machine that was busy then may be idle now: the best of both
-        former = report.peaks[str(count)]
-        report.peaks[str(count)] = {k: max(v, former[k]) if isinstance(v, float) else v for k, v in again.items()}
+                if task is None:
+                    note.step(workload, "reference")
+                    with note.failures(workload, "reference", count):
+                        task = _prepare(workload, small)
+                if task is not None:
+                    runners = _checked(task, backends, peers, count, note)
+                    _time(task, runners, seconds, note)
+                    report.results += [_result(task, runner, count) for runner in runners]
+            note.done += 1
+    _measure_peaks(report, threads, note)  # a machine that was busy before may be idle now: the best of both
+    report.results.sort(key=lambda r: r.threads)
     _finish(report, {w.name for w in workloads if w.roofline})
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _measure_peaks(report: Report, threads: Sequence[int], note: _Notes) -> None:
+    for count in threads:
+        note.step(f"peaks of this machine, {count} threads")
+        found = _peaks.measure(count).as_dict()
+        former = report.peaks.get(str(count), found)
+        report.peaks[str(count)] = {k: max(v, former[k]) if isinstance(v, float) else v for k, v in found.items()}
+        note.done += 1
 
 
 def _finish(report: Report, with_roof: set[str]) -> None:
