@@ -36,139 +36,101 @@ typedef struct { int64_t M, K, I; } hl_softmax_plan;
 int hl_softmax_f32(const hl_softmax_plan *plan, const float *x, float *y);
 int hl_softmax_f64(const hl_softmax_plan *plan, const double *x, double *y);
 
+/* y = x - max - log(sum(exp(x - max))) over the middle axis. */
+typedef struct { int64_t M, K, I; } hl_log_softmax_plan;
+int hl_log_softmax_f32(const hl_log_softmax_plan *plan, const float *x, float *y);
+int hl_log_softmax_f64(const hl_log_softmax_plan *plan, const double *x, double *y);
+
+/* y[M,I] = log(sum(exp(x))) over the middle axis. */
+typedef struct { int64_t M, K, I; } hl_logsumexp_plan;
+int hl_logsumexp_f32(const hl_logsumexp_plan *plan, const float *x, float *y);
+int hl_logsumexp_f64(const hl_logsumexp_plan *plan, const double *x, double *y);
+
+/* gx = y (gy - sum(gy y)), y the result of softmax. */
+typedef struct { int64_t M, K, I; } hl_softmax_backward_plan;
+int hl_softmax_backward_f32(const hl_softmax_backward_plan *plan, const float *gy, const float *y, float *gx);
+int hl_softmax_backward_f64(const hl_softmax_backward_plan *plan, const double *gy, const double *y, double *gx);
+
+/* gx = gy - exp(y) sum(gy), y the result of log_softmax. */
+typedef struct { int64_t M, K, I; } hl_log_softmax_backward_plan;
+int hl_log_softmax_backward_f32(const hl_log_softmax_backward_plan *plan, const float *gy, const float *y, float *gx);
+int hl_log_softmax_backward_f64(const hl_log_softmax_backward_plan *plan, const double *gy, const double *y,
+                                double *gx);
+
+/* gx = gy exp(x - y), y[M,I] the result of logsumexp. */
+typedef struct { int64_t M, I, K; } hl_logsumexp_backward_plan;
+int hl_logsumexp_backward_f32(const hl_logsumexp_backward_plan *plan, const float *gy, const float *x, const float *y,
+                              float *gx);
+int hl_logsumexp_backward_f64(const hl_logsumexp_backward_plan *plan, const double *gy, const double *x,
+                              const double *y, double *gx);
+
 /* ---- attention ---- */
 
+/* y = softmax(softcap tanh(q k^T scale / softcap) + bias) v, and the logarithms of the softmax' denominators. bias or allowed
+ * may be NULL, softcap and drop may be 0. Key s is hidden from query l unless l - left <= s <= l + right. */
+typedef struct {
+    int64_t B, H, L, D, G, S, E, MB, MH, ML;
+    double scale, softcap;
+    int64_t left, right, drop;
+    double keep_scale;
+    int64_t seed;
+} hl_attention_plan;
+int hl_attention_f32(const hl_attention_plan *plan, const float *q, const float *k, const float *v, const float *bias,
+                     const uint8_t *allowed, float *y, float *lse);
+int hl_attention_f64(const hl_attention_plan *plan, const double *q, const double *k, const double *v,
+                     const double *bias, const uint8_t *allowed, double *y, double *lse);
+
+/* w[B,H,L,S]: what the values are multiplied with, before dropout. */
+typedef struct {
+    int64_t B, H, L, D, G, S, MB, MH, ML;
+    double scale, softcap;
+    int64_t left, right;
+} hl_attention_weights_plan;
+int hl_attention_weights_f32(const hl_attention_weights_plan *plan, const float *q, const float *k, const float *bias,
+                             const uint8_t *allowed, const float *lse, float *w);
+int hl_attention_weights_f64(const hl_attention_weights_plan *plan, const double *q, const double *k,
+                             const double *bias, const uint8_t *allowed, const double *lse, double *w);
+
+/* The gradients of attention by q, k and v. */
+typedef struct {
+    int64_t B, H, L, D, G, S, E, MB, MH, ML;
+    double scale, softcap;
+    int64_t left, right, drop;
+    double keep_scale;
+    int64_t seed;
+} hl_attention_backward_plan;
+int hl_attention_backward_f32(const hl_attention_backward_plan *plan, const float *q, const float *k, const float *v,
+                              const float *bias, const uint8_t *allowed, const float *y, const float *lse,
+                              const float *gy, float *gq, float *gk, float *gv);
+int hl_attention_backward_f64(const hl_attention_backward_plan *plan, const double *q, const double *k, const double *v,
+                              const double *bias, const uint8_t *allowed, const double *y, const double *lse,
+                              const double *gy, double *gq, double *gk, double *gv);
+
+/* The gradient of attention by its bias. */
+typedef struct {
+    int64_t B, H, L, D, G, S, E, MB, MH, ML;
+    double scale, softcap;
+    int64_t left, right, drop;
+    double keep_scale;
+    int64_t seed;
+} hl_attention_grad_bias_plan;
+int hl_attention_grad_bias_f32(const hl_attention_grad_bias_plan *plan, const float *q, const float *k, const float *v,
+                               const float *bias, const float *y, const float *lse, const float *gy, float *gbias);
+int hl_attention_grad_bias_f64(const hl_attention_grad_bias_plan *plan, const double *q, const double *k,
+                               const double *v, const double *bias, const double *y, const double *lse,
+                               const double *gy, double *gbias);
+
+/* y[P,A,C,B,D] = x[A,B,P,C,D]. */
+typedef struct { int64_t A, B, P, C, D; } hl_move_heads_plan;
+int hl_move_heads_f32(const hl_move_heads_plan *plan, const float *x, float *y);
+int hl_move_heads_f64(const hl_move_heads_plan *plan, const double *x, double *y);
+
+/* Pairs (a, b) of x[M,L,2C] turned: (a cos - b sin, a sin + b cos), the other way with inverse. */
+typedef struct { int64_t M, L, C, interleaved, inverse; } hl_rotary_plan;
+int hl_rotary_f32(const hl_rotary_plan *plan, const float *x, const float *cos, const float *sin, float *y);
+int hl_rotary_f64(const hl_rotary_plan *plan, const double *x, const double *cos, const double *sin, double *y);
+
 /* ---- boxes ---- */
-
-/* area = (x2 - x1) * (y2 - y1) of boxes[N,4]. */
-typedef struct { int64_t N; } hl_box_area_plan;
-int hl_box_area_f32(const hl_box_area_plan *plan, const float *boxes, float *area);
-int hl_box_area_f64(const hl_box_area_plan *plan, const double *boxes, double *area);
-
-/* Its gradient. */
-typedef struct { int64_t N; } hl_box_area_grad_plan;
-int hl_box_area_grad_f32(const hl_box_area_grad_plan *plan, const float *grad, const float *boxes, float *grad_boxes);
-int hl_box_area_grad_f64(const hl_box_area_grad_plan *plan, const double *grad, const double *boxes,
-    double *grad_boxes);
-
-/* Boxes in another notation: 0 x1 y1 x2 y2, 1 x1 y1 w h, 2 cx cy w h. */
-typedef struct { int64_t N, source, target; } hl_box_convert_plan;
-int hl_box_convert_f32(const hl_box_convert_plan *plan, const float *boxes, float *converted);
-int hl_box_convert_f64(const hl_box_convert_plan *plan, const double *boxes, double *converted);
-
-/* Its gradient. */
-typedef struct { int64_t N, source, target; } hl_box_convert_grad_plan;
-int hl_box_convert_grad_f32(const hl_box_convert_grad_plan *plan, const float *grad, float *grad_boxes);
-int hl_box_convert_grad_f64(const hl_box_convert_grad_plan *plan, const double *grad, double *grad_boxes);
-
-/* x into [0, width], y into [0, height]. */
-typedef struct { int64_t N; double height, width; } hl_clip_boxes_plan;
-int hl_clip_boxes_f32(const hl_clip_boxes_plan *plan, const float *boxes, float *clipped);
-int hl_clip_boxes_f64(const hl_clip_boxes_plan *plan, const double *boxes, double *clipped);
-
-/* Its gradient: 0 outside. */
-typedef struct { int64_t N; double height, width; } hl_clip_boxes_grad_plan;
-int hl_clip_boxes_grad_f32(const hl_clip_boxes_grad_plan *plan, const float *grad, const float *boxes,
-    float *grad_boxes);
-int hl_clip_boxes_grad_f64(const hl_clip_boxes_grad_plan *plan, const double *grad, const double *boxes,
-    double *grad_boxes);
-
-/* keep: the indices of the boxes with both sides >= min_size, then -1; count[1]: how many. */
-typedef struct { int64_t N; double min_size; } hl_remove_small_boxes_plan;
-int hl_remove_small_boxes_f32(const hl_remove_small_boxes_plan *plan, const float *boxes, int64_t *keep,
-    int64_t *count);
-int hl_remove_small_boxes_f64(const hl_remove_small_boxes_plan *plan, const double *boxes, int64_t *keep,
-    int64_t *count);
-
-/* Overlap [N,M] of boxes1[N,4] and boxes2[M,4]. kind: 0 IoU, 1 GIoU, 2 DIoU, 3 CIoU. */
-typedef struct { int64_t N, M, kind; double eps; } hl_box_iou_plan;
-int hl_box_iou_f32(const hl_box_iou_plan *plan, const float *boxes1, const float *boxes2, float *iou);
-int hl_box_iou_f64(const hl_box_iou_plan *plan, const double *boxes1, const double *boxes2, double *iou);
-
-/* Overlap [N] of boxes1[i] and boxes2[i]. */
-typedef struct { int64_t N, kind; double eps; } hl_box_iou_paired_plan;
-int hl_box_iou_paired_f32(const hl_box_iou_paired_plan *plan, const float *boxes1, const float *boxes2, float *iou);
-int hl_box_iou_paired_f64(const hl_box_iou_paired_plan *plan, const double *boxes1, const double *boxes2, double *iou);
-
-/* The gradient of box_iou by boxes1 (K = N), or by boxes2 where second is 1 (K = M). */
-typedef struct { int64_t N, M, K, kind; double eps; int64_t second; } hl_box_iou_grad_plan;
-int hl_box_iou_grad_f32(const hl_box_iou_grad_plan *plan, const float *grad, const float *boxes1,
-    const float *boxes2, float *grad_boxes);
-int hl_box_iou_grad_f64(const hl_box_iou_grad_plan *plan, const double *grad, const double *boxes1,
-    const double *boxes2, double *grad_boxes);
-
-/* The gradients of box_iou_paired. */
-typedef struct { int64_t N, kind; double eps; } hl_box_iou_paired_grad_plan;
-int hl_box_iou_paired_grad_f32(const hl_box_iou_paired_grad_plan *plan, const float *grad, const float *boxes1,
-    const float *boxes2, float *grad_boxes1, float *grad_boxes2);
-int hl_box_iou_paired_grad_f64(const hl_box_iou_paired_grad_plan *plan, const double *grad, const double *boxes1,
-    const double *boxes2, double *grad_boxes1, double *grad_boxes2);
-
-/* counts[N]: the boxes of boxes2[M,4] whose IoU with boxes1[n] is above the threshold. */
-typedef struct { int64_t N, M; double threshold; } hl_sparse_box_iou_count_plan;
-int hl_sparse_box_iou_count_f32(const hl_sparse_box_iou_count_plan *plan, const float *boxes1, const float *boxes2,
-    int64_t *counts);
-int hl_sparse_box_iou_count_f64(const hl_sparse_box_iou_count_plan *plan, const double *boxes1, const double *boxes2,
-    int64_t *counts);
-
-/* Those pairs by row, then column, and their IoU; K is the sum of counts. */
-typedef struct { int64_t N, M, K; double threshold; } hl_sparse_box_iou_plan;
-int hl_sparse_box_iou_f32(const hl_sparse_box_iou_plan *plan, const float *boxes1, const float *boxes2,
-    const int64_t *counts, int64_t *rows, int64_t *cols, float *iou);
-int hl_sparse_box_iou_f64(const hl_sparse_box_iou_plan *plan, const double *boxes1, const double *boxes2,
-    const int64_t *counts, int64_t *rows, int64_t *cols, double *iou);
-
-/* keep: what survives non-maximum suppression, by decreasing score, then -1; count[1]: how many. groups may be NULL. */
-typedef struct { int64_t N; double iou_threshold, score_threshold; int64_t max_output; } hl_nms_plan;
-int hl_nms_f32(const hl_nms_plan *plan, const float *boxes, const float *scores, const int64_t *groups,
-    int64_t *keep, int64_t *count);
-int hl_nms_f64(const hl_nms_plan *plan, const double *boxes, const double *scores, const int64_t *groups,
-    int64_t *keep, int64_t *count);
-
-/* Takes the best box again and again and lowers the scores that overlap it, linearly or by a Gaussian. */
-typedef struct { int64_t N, gaussian; double iou_threshold, sigma, score_threshold; } hl_soft_nms_plan;
-int hl_soft_nms_f32(const hl_soft_nms_plan *plan, const float *boxes, const float *scores, int64_t *keep,
-    float *kept_scores, int64_t *count);
-int hl_soft_nms_f64(const hl_soft_nms_plan *plan, const double *boxes, const double *scores, int64_t *keep,
-    double *kept_scores, int64_t *count);
-
-/* Bins of bilinear samples of boxes[K,5] (image, x1, y1, x2, y2). bad[1]: 1 + the first RoI whose image is out of range
- * (then nothing else is written), else 0. */
-typedef struct { int64_t N, C, H, W, K, PH, PW; double spatial_scale; int64_t sampling_ratio, aligned, maximum; } hl_roi_align_plan;
-int hl_roi_align_f32(const hl_roi_align_plan *plan, const float *input, const float *boxes, float *output,
-    int64_t *bad);
-int hl_roi_align_f64(const hl_roi_align_plan *plan, const double *input, const double *boxes, double *output,
-    int64_t *bad);
-
-/* Its gradient by the input. */
-typedef struct { int64_t K, C, PH, PW, N, H, W; double spatial_scale; int64_t sampling_ratio, aligned, maximum; } hl_roi_align_grad_plan;
-int hl_roi_align_grad_f32(const hl_roi_align_grad_plan *plan, const float *grad, const float *input,
-    const float *boxes, float *grad_input, int64_t *bad);
-int hl_roi_align_grad_f64(const hl_roi_align_grad_plan *plan, const double *grad, const double *input,
-    const double *boxes, double *grad_input, int64_t *bad);
-
-/* Bins of the largest pixel of boxes[K,5]; bad as in roi_align. */
-typedef struct { int64_t N, C, H, W, K, PH, PW; double spatial_scale; } hl_roi_pool_plan;
-int hl_roi_pool_f32(const hl_roi_pool_plan *plan, const float *input, const float *boxes, float *output, int64_t *bad);
-int hl_roi_pool_f64(const hl_roi_pool_plan *plan, const double *input, const double *boxes, double *output,
-    int64_t *bad);
-
-/* Its gradient by the input. */
-typedef struct { int64_t K, C, PH, PW, N, H, W; double spatial_scale; } hl_roi_pool_grad_plan;
-int hl_roi_pool_grad_f32(const hl_roi_pool_grad_plan *plan, const float *grad, const float *input, const float *boxes,
-    float *grad_input, int64_t *bad);
-int hl_roi_pool_grad_f64(const hl_roi_pool_grad_plan *plan, const double *grad, const double *input,
-    const double *boxes, double *grad_input, int64_t *bad);
-
-/* Overlap [A,B] of masks of P bytes, 0 or 1. */
-typedef struct { int64_t A, P, B; } hl_mask_iou_plan;
-int hl_mask_iou_f32(const hl_mask_iou_plan *plan, const uint8_t *masks1, const uint8_t *masks2, float *iou);
-int hl_mask_iou_f64(const hl_mask_iou_plan *plan, const uint8_t *masks1, const uint8_t *masks2, double *iou);
-
-/* First and last column and row of each mask [N,H,W] of bytes 0 or 1. */
-typedef struct { int64_t N, H, W; } hl_masks_to_boxes_plan;
-int hl_masks_to_boxes_f32(const hl_masks_to_boxes_plan *plan, const uint8_t *masks, float *boxes);
-int hl_masks_to_boxes_f64(const hl_masks_to_boxes_plan *plan, const uint8_t *masks, double *boxes);
 
 /* ---- conv ---- */
 
@@ -269,96 +231,31 @@ int hl_peak_read_f64(int64_t blocks, const double *x, double *sums);
 int hl_peak_copy_f32(int64_t blocks, int64_t past_cache, const float *x, float *y);
 int hl_peak_copy_f64(int64_t blocks, int64_t past_cache, const double *x, double *y);
 
+/* gb[N] = the sum of the rows of gy[M,N]. */
+typedef struct { int64_t M, N; } hl_linear_grad_bias_plan;
+int hl_linear_grad_bias_f32(const hl_linear_grad_bias_plan *plan, const float *gy, float *gb);
+int hl_linear_grad_bias_f64(const hl_linear_grad_bias_plan *plan, const double *gy, double *gb);
+
+/* ga[B,M,K] = gy[B,M,N] b[B,K,N]^T. */
+typedef struct { int64_t B, M, N, K; } hl_matmul_grad_a_plan;
+int hl_matmul_grad_a_f32(const hl_matmul_grad_a_plan *plan, const float *gy, const float *b, float *ga);
+int hl_matmul_grad_a_f64(const hl_matmul_grad_a_plan *plan, const double *gy, const double *b, double *ga);
+
+/* gb[B,K,N] = a[B,M,K]^T gy[B,M,N]. */
+typedef struct { int64_t B, M, K, N; } hl_matmul_grad_b_plan;
+int hl_matmul_grad_b_f32(const hl_matmul_grad_b_plan *plan, const float *a, const float *gy, float *gb);
+int hl_matmul_grad_b_f64(const hl_matmul_grad_b_plan *plan, const double *a, const double *gy, double *gb);
+
+/* y = scale x where 24 random bits of the element's place and the seed are at least drop, 0 elsewhere. */
+typedef struct {
+    int64_t N, drop;
+    double scale;
+    int64_t seed;
+} hl_dropout_plan;
+int hl_dropout_f32(const hl_dropout_plan *plan, const float *x, float *y);
+int hl_dropout_f64(const hl_dropout_plan *plan, const double *x, double *y);
+
 /* ---- pool ---- */
-
-/* The largest element of each window; indices: its place in its plane; offsets: its tap, at most 256 taps. Both may
- * be NULL. */
-typedef struct {
-    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top,
-        pad_left, dilation_d, dilation_h, dilation_w;
-} hl_max_pool_plan;
-int hl_max_pool_f32(const hl_max_pool_plan *plan, const float *x, float *y, int64_t *indices, uint8_t *offsets);
-int hl_max_pool_f64(const hl_max_pool_plan *plan, const double *x, double *y, int64_t *indices, uint8_t *offsets);
-
-/* Adds each gradient to the element that offsets (as max_pool wrote them) name; gx is 0 elsewhere. */
-typedef struct {
-    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top,
-        pad_left, dilation_d, dilation_h, dilation_w;
-} hl_max_pool_backward_plan;
-int hl_max_pool_backward_f32(const hl_max_pool_backward_plan *plan, const float *gy, const uint8_t *offsets, float *gx);
-int hl_max_pool_backward_f64(const hl_max_pool_backward_plan *plan, const double *gy, const uint8_t *offsets,
-                             double *gx);
-
-/* The largest element of windows that share the input out; indices may be NULL. */
-typedef struct { int64_t M, D, H, W, OD, OH, OW; } hl_adaptive_max_pool_plan;
-int hl_adaptive_max_pool_f32(const hl_adaptive_max_pool_plan *plan, const float *x, float *y, int64_t *indices);
-int hl_adaptive_max_pool_f64(const hl_adaptive_max_pool_plan *plan, const double *x, double *y, int64_t *indices);
-
-/* Adds each gradient to the element that its index, in 0 .. L - 1, names; gx is 0 elsewhere. */
-typedef struct { int64_t M, O, L; } hl_adaptive_max_pool_backward_plan;
-int hl_adaptive_max_pool_backward_f32(const hl_adaptive_max_pool_backward_plan *plan, const float *gy,
-                                      const int64_t *indices, float *gx);
-int hl_adaptive_max_pool_backward_f64(const hl_adaptive_max_pool_backward_plan *plan, const double *gy,
-                                      const int64_t *indices, double *gx);
-
-/* The sum of each window over its divisor (0: its taps, those in the padding too where count_include_pad). */
-typedef struct {
-    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back,
-        pad_top, pad_bottom, pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor;
-} hl_avg_pool_plan;
-int hl_avg_pool_f32(const hl_avg_pool_plan *plan, const float *x, float *y);
-int hl_avg_pool_f64(const hl_avg_pool_plan *plan, const double *x, double *y);
-
-/* Adds each gradient over its divisor to every element of its window. */
-typedef struct {
-    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back,
-        pad_top, pad_bottom, pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor;
-} hl_avg_pool_backward_plan;
-int hl_avg_pool_backward_f32(const hl_avg_pool_backward_plan *plan, const float *gy, float *gx);
-int hl_avg_pool_backward_f64(const hl_avg_pool_backward_plan *plan, const double *gy, double *gx);
-
-/* The mean of windows that share the input out. */
-typedef struct { int64_t M, D, H, W, OD, OH, OW; } hl_adaptive_avg_pool_plan;
-int hl_adaptive_avg_pool_f32(const hl_adaptive_avg_pool_plan *plan, const float *x, float *y);
-int hl_adaptive_avg_pool_f64(const hl_adaptive_avg_pool_plan *plan, const double *x, double *y);
-
-/* Adds each gradient over the size of its window to every element of the window. */
-typedef struct { int64_t M, OD, OH, OW, D, H, W; } hl_adaptive_avg_pool_backward_plan;
-int hl_adaptive_avg_pool_backward_f32(const hl_adaptive_avg_pool_backward_plan *plan, const float *gy, float *gx);
-int hl_adaptive_avg_pool_backward_f64(const hl_adaptive_avg_pool_backward_plan *plan, const double *gy, double *gx);
-
-/* (sum of x^norm)^(1/norm) of each window. */
-typedef struct {
-    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h,
-        dilation_w;
-    double norm;
-} hl_lp_pool_plan;
-int hl_lp_pool_f32(const hl_lp_pool_plan *plan, const float *x, float *y);
-int hl_lp_pool_f64(const hl_lp_pool_plan *plan, const double *x, double *y);
-
-/* The gradient of lp_pool, which gave y. */
-typedef struct {
-    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h,
-        dilation_w;
-    double norm;
-} hl_lp_pool_backward_plan;
-int hl_lp_pool_backward_f32(const hl_lp_pool_backward_plan *plan, const float *gy, const float *x, const float *y,
-                            float *gx);
-int hl_lp_pool_backward_f64(const hl_lp_pool_backward_plan *plan, const double *gy, const double *x, const double *y,
-                            double *gx);
-
-/* y[indices] = x, 0 elsewhere. bad = 1 + the place of the first index outside of 0 .. L - 1, else 0; nothing else is
- * written then. */
-typedef struct { int64_t M, O, L; } hl_max_unpool_plan;
-int hl_max_unpool_f32(const hl_max_unpool_plan *plan, const float *x, const int64_t *indices, float *y, int64_t *bad);
-int hl_max_unpool_f64(const hl_max_unpool_plan *plan, const double *x, const int64_t *indices, double *y, int64_t *bad);
-
-/* gx = gy[indices]; the indices are in 0 .. L - 1. */
-typedef struct { int64_t M, L, O; } hl_max_unpool_backward_plan;
-int hl_max_unpool_backward_f32(const hl_max_unpool_backward_plan *plan, const float *gy, const int64_t *indices,
-                               float *gx);
-int hl_max_unpool_backward_f64(const hl_max_unpool_backward_plan *plan, const double *gy, const int64_t *indices,
-                               double *gx);
 
 /* ---- rnn ---- */
 

@@ -3,6 +3,7 @@
  * Source of the blocking: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); Van Zee and
  * van de Geijn, BLIS (2015). */
 #include "gemm.h"
+#include "random.h"
 
 /* ---- packing ---- */
 
@@ -503,4 +504,96 @@ int HL(matmul)(const hl_matmul_plan *p, const real *a, const real *b, real *y)
     gemm_job job = {
         .call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->K * p->N, .c_batch = p->M * p->N};
     return gemm_batched(&job);
+}
+
+/* ga = gy b^T for every b. */
+int HL(matmul_grad_a)(const hl_matmul_grad_a_plan *p, const real *gy, const real *b, real *ga)
+{
+    gemm_call g = {.M = p->M, .N = p->K, .K = p->N, .a = gy, .a_row = p->N, .a_col = 1, .b = b, .b_row = 1, .b_col = p->N,
+                   .c = ga, .c_row = p->K};
+    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->N, .b_batch = p->K * p->N, .c_batch = p->M * p->K};
+    return gemm_batched(&job);
+}
+
+/* gb = a^T gy for every b. */
+int HL(matmul_grad_b)(const hl_matmul_grad_b_plan *p, const real *a, const real *gy, real *gb)
+{
+    gemm_call g = {.M = p->K, .N = p->N, .K = p->M, .a = a, .a_row = 1, .a_col = p->K, .b = gy, .b_row = p->N, .b_col = 1,
+                   .c = gb, .c_row = p->N};
+    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->M * p->N, .c_batch = p->K * p->N};
+    return gemm_batched(&job);
+}
+
+typedef struct {
+    const hl_linear_grad_bias_plan *p;
+    const real *gy;
+    real *gb;
+} grad_bias_job;
+
+enum { BIAS_COLUMNS = 4 * LANES };
+
+static int grad_bias_columns(int64_t begin, int64_t end, void *context)
+{
+    const grad_bias_job *j = context;
+    int64_t M = j->p->M, N = j->p->N;
+    for (int64_t n = begin * BIAS_COLUMNS; n < min64(end * BIAS_COLUMNS, N); n += BIAS_COLUMNS) {
+        const real *gy = j->gy + n;
+        int64_t width = min64(BIAS_COLUMNS, N - n);
+        vreal sum[4] = {splat((real)0), splat((real)0), splat((real)0), splat((real)0)};
+        if (width == BIAS_COLUMNS) {
+            for (int64_t m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; v++) sum[v] += load(gy + m * N + v * LANES);
+            for (int v = 0; v < 4; v++) store(j->gb + n + v * LANES, sum[v]);
+            continue;
+        }
+        for (int64_t i = 0; i < width; i += LANES) {
+            int64_t lanes = min64(LANES, width - i);
+            vreal s = splat((real)0);
+            for (int64_t m = 0; m < M; m++) s += load_part(gy + m * N + i, lanes, (real)0);
+            store_part(j->gb + n + i, lanes, s);
+        }
+    }
+    return HL_OK;
+}
+
+/* Parallel over blocks of columns, whose sums stay in registers. Reads gy once. */
+int HL(linear_grad_bias)(const hl_linear_grad_bias_plan *p, const real *gy, real *gb)
+{
+    grad_bias_job job = {p, gy, gb};
+    return hl_parallel_for((p->N + BIAS_COLUMNS - 1) / BIAS_COLUMNS, hl_grain((double)p->M * BIAS_COLUMNS / 4),
+                           grad_bias_columns, &job);
+}
+
+/* ---- dropout ---- */
+
+typedef struct {
+    const hl_dropout_plan *p;
+    const real *x;
+    real *y;
+} dropout_job;
+
+static int dropout_range(int64_t begin, int64_t end, void *context)
+{
+    const dropout_job *j = context;
+    const hl_dropout_plan *p = j->p;
+    const real scale = (real)p->scale;
+    enum { PIECE = 256 };
+    uint32_t bits[PIECE];
+    for (int64_t i = begin; i < end; i += PIECE) {
+        int64_t n = min64(PIECE, end - i);
+        random24(i, n, p->seed, bits);
+        for (int64_t k = 0; k < n; k++) {
+            real kept = j->x[i + k] * scale;
+            j->y[i + k] = (int64_t)bits[k] >= p->drop ? kept : (real)0;
+        }
+    }
+    return HL_OK;
+}
+
+/* Parallel over elements. Reads x once, writes y once. */
+int HL(dropout)(const hl_dropout_plan *p, const real *x, real *y)
+{
+    dropout_job job = {p, x, y};
+    return hl_parallel_for(p->N, hl_grain(4), dropout_range, &job);
 }

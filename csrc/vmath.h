@@ -51,6 +51,28 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
     return blend(low, splat((real)0), y);
 }
 
+/* exp for an x of at most 0, or NaN: no overflow to look for, and what is below the smallest normal number counts as 0. */
+static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
+{
+#if HL_F32
+    const vreal bottom = splat(-86.5f), magic = splat(12582912.0f);
+    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
+    vreal c = vmax(x, bottom), shifted = c * log2e + magic, n = shifted - magic;
+    vint k = (vint)shifted - (vint)magic;
+    vreal r = c - n * ln2_hi - n * ln2_lo;
+    vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
+    p = splat(1.0f / 120) + r * p;
+    p = splat(1.0f / 24) + r * p;
+    p = splat(1.0f / 6) + r * p;
+    p = splat(0.5f) + r * p;
+    vreal e = (r * r * p + r) + splat(1.0f);
+    e = (vreal)((vint)e + (k << 23));
+    return (vreal)((vint)e & ~(x < bottom));
+#else
+    return vexp(x);
+#endif
+}
+
 /* c[0] x^(n-1) + ... + c[n-1]. */
 static inline __attribute__((always_inline)) vreal polynomial(vreal x, const real *c, const int n)
 {

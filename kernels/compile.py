@@ -37,11 +37,17 @@ class Inline:
 
     def __init__(self, function: Callable[..., Any], exact: bool = False):
         self.function, self.exact = function, exact
+        self._float64 = function
         self._bound: dict[tuple[str, Any], Any] = {}
+
+    def float64(self, function: Callable[..., Any]) -> Inline:
+        """Marks the text for float64 where it differs from that for float32."""
+        self._float64 = function
+        return self
 
     def bound(self, dtype: Any, target: str) -> Any:
         if (target, dtype) not in self._bound:
-            function = _bind(self.function, dtype, target)
+            function = _bind(self._float64 if dtype is np.float64 else self.function, dtype, target)
             self._bound[target, dtype] = _cpu_inline(function, self.exact) if target == "cpu" else cuda.jit(device=True)(function)
         return self._bound[target, dtype]
 

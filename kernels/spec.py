@@ -123,7 +123,7 @@ def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[st
     if kind == "exact":
         return "value", 0.0
     if kind == "ulp":
-        return "value", float(amount) * eps
+        return "value", float(evaluate(amount, names)) * eps
     if kind == "near":
         return "largest", float(evaluate(amount, names)) * eps
     if kind == "reduce":

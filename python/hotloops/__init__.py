@@ -7,9 +7,17 @@ from ._threads import get_num_threads, num_threads, set_num_threads
 from .autograd import Variable, grad, gradcheck, value_and_grad, vjp
 
 # activation
-from .activation import softmax
+from .activation import log_softmax, logsumexp, softmax
 
 # attention
+from .attention import (
+    causal_mask,
+    multi_head_attention,
+    positional_encoding,
+    rotary_embedding,
+    scaled_dot_product_attention,
+)
+
 # boxes
 from .boxes import (
     batched_nms,
@@ -35,6 +43,8 @@ from .conv import col2im, conv1d, conv2d, conv2d_backward, conv2d_trace, conv3d,
 from .conv import conv_transpose1d, conv_transpose2d, conv_transpose3d, fold, im2col, same_padding, unfold
 
 # linear
+from .linear import dropout, linear, matmul
+
 # pool
 from .pool import (
     adaptive_avg_pool1d,

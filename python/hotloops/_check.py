@@ -84,6 +84,18 @@ def flag(op: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def seed(op: str, rng: Any) -> int:
+    """A number below 2^63 from `rng`: a numpy.random.Generator, a seed for one, or None for a random one."""
+    if isinstance(rng, np.random.Generator):
+        return int(rng.integers(2**63))
+    if rng is not None:
+        rng = integer(op, "rng", rng, 0) if not isinstance(rng, list | tuple | np.random.SeedSequence) else rng
+    try:
+        return int(np.random.default_rng(rng).integers(2**63))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: rng must be a numpy.random.Generator or a seed: {error}") from None
+
+
 def one_of(op: str, name: str, value: Any, options: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, options))}; {shown(value)} came")
@@ -114,6 +126,13 @@ def is_device(value: Any) -> bool:
     if isinstance(value, np.ndarray | np.generic | int | float | list | tuple) or value is None:
         return False
     return _dispatch.adapter("cuda").is_device_array(value)
+
+
+def needed(op: str, **arrays: Any) -> None:
+    """TypeError where an array that an op cannot do without is None."""
+    for name, value in arrays.items():
+        if value is None:
+            raise TypeError(f"{op}: {name} must be an array, None came")
 
 
 def host_array(op: str, name: str, value: Any) -> np.ndarray:
@@ -167,14 +186,10 @@ class Call:
     # -- what comes in
 
     def floats(self, *, integers: bool = False, **named: Any) -> list[Any]:
-        """The named arrays, contiguous and in one float type (NumPy's promotion over all of them); None stays None, but the
-        first is needed.
+        """The named arrays, contiguous and in one float type (NumPy's promotion over all of them); None stays None.
 
         Integers and booleans are a TypeError unless `integers` allows them; they count as float64.
         """
-        first = next(iter(named))
-        if named[first] is None:
-            host_array(self.op, first, None)  # raises
         present = {n: v for n, v in named.items() if v is not None}
         on_device = {n for n, v in present.items() if is_device(v)}
         if on_device:
@@ -325,6 +340,19 @@ class Call:
     def added(self, a: Any, b: Any) -> Any:
         """a + b of two arrays of the call."""
         return self.put(self.get(a) + self.get(b))
+
+    def expand(self, array: Any, shape: Sequence[int]) -> Any:
+        """The array broadcast to the shape; a copy where that changes it."""
+        if tuple(array.shape) == tuple(shape):
+            return array
+        size(self.op, "a broadcast array", shape, array.dtype.itemsize)
+        return self.put(np.ascontiguousarray(np.broadcast_to(self.get(array), tuple(shape))))
+
+    def collapse(self, array: Any, shape: Sequence[int]) -> Any:
+        """The sum over the axes that `expand` added or stretched from that shape."""
+        if tuple(array.shape) == tuple(shape):
+            return array
+        return self.put(np.ascontiguousarray(autograd._unbroadcast(self.get(array), tuple(shape))))
 
     def run(self, kernel: str, *arrays: Any, **scalars: Any) -> None:
         """Runs one kernel; arrays in the order of its record (None for an absent one), scalars by name."""

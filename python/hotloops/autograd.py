@@ -872,7 +872,20 @@ from . import activation, boxes, conv  # noqa: E402 - the table needs the functi
 
 # activation
 tie(activation.softmax, "input", activation._softmax_gradient)
+tie(activation.log_softmax, "input", activation._log_softmax_gradient)
+tie(activation.logsumexp, "input", activation._logsumexp_gradient)
 # attention
+from . import attention  # noqa: E402
+
+tie(
+    attention.scaled_dot_product_attention,
+    ("query", "key", "value", "attn_mask"),
+    attention._attention_gradient,
+    attention._attention_forward,
+)
+tie(attention.rotary_embedding, "x", attention._rotary_gradient)
+tie(attention._split_heads, "input", attention._split_heads_gradient)
+tie(attention._merge_heads, "input", attention._merge_heads_gradient)
 # boxes
 tie(boxes.box_area, "boxes", boxes._box_area_gradient)
 tie(boxes.box_convert, "boxes", boxes._box_convert_gradient)
@@ -893,12 +906,22 @@ tie(conv.fold, "input", conv._fold_gradient)
 tie(conv.im2col, "input", conv._im2col_gradient)
 tie(conv.col2im, "cols", conv._col2im_gradient)
 # linear
+from . import linear  # noqa: E402
+
+tie(linear.linear, ("input", "weight", "bias"), linear._linear_gradient)
+tie(linear.matmul, ("a", "b"), linear._matmul_gradient)
+tie(linear.dropout, "input", linear._dropout_gradient, linear._dropout_forward)
 # pool
 from . import pool  # noqa: E402
 
 for _dims in (1, 2, 3):
     tie(getattr(pool, f"max_pool{_dims}d"), "input", pool._max_pool_gradient, pool._max_pool_forward(_dims))
-    tie(getattr(pool, f"adaptive_max_pool{_dims}d"), "input", pool._adaptive_max_pool_gradient, pool._adaptive_max_pool_forward(_dims))
+    tie(
+        getattr(pool, f"adaptive_max_pool{_dims}d"),
+        "input",
+        pool._adaptive_max_pool_gradient,
+        pool._adaptive_max_pool_forward(_dims),
+    )
     tie(getattr(pool, f"avg_pool{_dims}d"), "input", pool._avg_pool_gradient, pool._avg_pool_forward(_dims))
     tie(getattr(pool, f"adaptive_avg_pool{_dims}d"), "input", pool._adaptive_avg_pool_gradient(_dims))
     tie(getattr(pool, f"lp_pool{_dims}d"), "input", pool._lp_pool_gradient, pool._lp_pool_forward(_dims))

@@ -23,6 +23,11 @@ ROWS = [
     case("vectors_and_tail", M=4, K=67, I=1),
     case("inner", M=2, K=6, I=5),
     case("wide_inner", M=2, K=3, I=70),
+    case("long_inner", M=3, K=40, I=333),
+    case("deep_inner", M=1, K=3000, I=18),
+    case("inner_nan", M=2, K=3, I=20, x=with_special(np.nan, -np.inf)),
+    case("long_row", M=2, K=70000, I=1),
+    case("two", M=5000, K=2, I=1),
     case("many_rows", M=700, K=33, I=1),
     case("nan", M=2, K=9, I=1, x=with_special(np.nan)),
     case("infinite", M=3, K=9, I=1, x=with_special(np.inf, -np.inf)),
@@ -30,4 +35,18 @@ ROWS = [
     case("large", M=2, K=40, I=1, x=lambda rng, shape, dtype: 300 * rng.standard_normal(shape)),
 ]
 
-CASES = {"softmax": ROWS}
+
+def named(name):
+    """The row cases with their special values in the array of that name."""
+    renamed = [{name if key == "x" else key: value for key, value in c.values.items()} for c in ROWS]
+    return [case(c.id, **values) for c, values in zip(ROWS, renamed, strict=True)]
+
+
+CASES = {
+    "softmax": ROWS,
+    "log_softmax": ROWS,
+    "logsumexp": ROWS,
+    "softmax_backward": [c for c in named("y") if c.id != "large"],
+    "log_softmax_backward": [c for c in named("y") if c.id != "large"],
+    "logsumexp_backward": [c for c in ROWS if c.id != "large"],
+}

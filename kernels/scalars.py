@@ -1,0 +1,72 @@
+"""Scalar functions that kernels share, written so that LLVM makes vectors of them."""
+
+import numpy as np
+
+from .compile import inline, real
+
+
+# exp(x) within 2 units in the last place: n = round(x / ln 2), a polynomial for the rest, two scalings by powers of two, so
+# that results below the smallest normal number are right too. NaN stays NaN. math.exp is a call per element on the CPU.
+@inline(exact=True)
+def exp(x):
+    c = min(max(x, np.float32(-103.972084)), np.float32(89.0))
+    n = np.floor(c * np.float32(1.44269504) + np.float32(0.5))
+    r = c - n * np.float32(0.693145752) - n * np.float32(1.42860677e-6)
+    p = np.float32(1 / 720) + r * np.float32(1 / 5040)
+    p = np.float32(1 / 120) + r * p
+    p = np.float32(1 / 24) + r * p
+    p = np.float32(1 / 6) + r * p
+    p = np.float32(0.5) + r * p
+    k = np.int32(n)
+    half = k >> np.int32(1)
+    a = np.int32((half + np.int32(127)) << np.int32(23)).view(np.float32)
+    b = np.int32((k - half + np.int32(127)) << np.int32(23)).view(np.float32)
+    y = ((r * r * p + r) + np.float32(1)) * a * b
+    return y if x == x else x
+
+
+@exp.float64
+def exp(x):
+    c = min(max(x, -745.14), 710.0)
+    n = np.floor(c * 1.4426950408889634 + 0.5)
+    r = c - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10
+    p = 1 / 479001600 + r * (1 / 6227020800)
+    p = 1 / 39916800 + r * p
+    p = 1 / 3628800 + r * p
+    p = 1 / 362880 + r * p
+    p = 1 / 40320 + r * p
+    p = 1 / 5040 + r * p
+    p = 1 / 720 + r * p
+    p = 1 / 120 + r * p
+    p = 1 / 24 + r * p
+    p = 1 / 6 + r * p
+    p = 0.5 + r * p
+    k = np.int64(n)
+    half = k >> 1
+    a = np.int64((half + 1023) << 52).view(np.float64)
+    b = np.int64((k - half + 1023) << 52).view(np.float64)
+    y = ((r * r * p + r) + 1.0) * a * b
+    return y if x == x else x
+
+
+# tanh(x) within a few units in the last place of 1: enough where it caps a score.
+@inline
+def cap(x, limit):
+    e = exp(-abs(x) * (real(2) / limit))
+    t = limit * (real(1) - e) / (real(1) + e)
+    return t if x >= real(0) else -t
+
+
+# 24 random bits for an index of the stream `seed`, as kernels.reference.linear.random24 defines them. The shifts and masks
+# keep 32-bit arithmetic in 64-bit integers, which is what Numba computes with.
+@inline(exact=True)
+def random24(index, seed):
+    h = _mix((index & 0xFFFFFFFF) ^ (seed & 0xFFFFFFFF))
+    return _mix(h ^ (((index >> 32) * 0x9E3779B9 + (seed >> 32)) & 0xFFFFFFFF)) >> 8
+
+
+@inline(exact=True)
+def _mix(h):
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
