@@ -1,9 +1,9 @@
 /* Recurrent layers over a sequence. The product of the input with its weights comes ready in `gates`; each step adds that
  * of the state, then applies the gates while they are in cache.
  *
- * All of them: parallel over samples, in groups that each walk the whole sequence alone, so that no step waits for another
- * thread; the recurrent weights are packed once. A group's rows of `gates` are the product's result and the gates' place:
- * per step and sample G H values read and written, H written to y. */
+ * Many samples: parallel over groups of them that each walk the whole sequence alone, so that no step waits for another
+ * thread. Few samples of many hidden units: parallel over blocks of units inside each step. The recurrent weights are
+ * packed once. Per step and sample G H values of `gates` are read and written in place, H written to y. */
 #include "gemm.h"
 #include "vmath.h"
 
@@ -80,7 +80,7 @@ static int product(int64_t rows, int64_t columns, int64_t depth, const real *a, 
     return gemm(&call);
 }
 
-/* Packs w[rows_out, depth] as the right side of a product: transposed (state W^T) or as it is (gradient W). */
+/* Packs w[rows, columns] as the right side of a product: transposed (state W^T) or as it is (gradient W). */
 static real *packed_weights(const real *w, int64_t rows, int64_t columns, int transposed)
 {
     int64_t K = transposed ? columns : rows, N = transposed ? rows : columns;
@@ -89,23 +89,129 @@ static real *packed_weights(const real *w, int64_t rows, int64_t columns, int tr
     return packed;
 }
 
+/* ---- forward: the two ways through a sequence ---- */
+
+/* A layer's job begins with this. `advance` takes step t for the samples [rows) and the hidden units [units): from the
+ * state h[N,H] to next[N,H], which may be h itself when all units are taken. */
+typedef struct layer layer;
+typedef struct { int64_t begin, end; } range;
+struct layer {
+    walk w;
+    int64_t gates_per_unit, block; /* units of a block */
+    const real *w_hh;
+    real *packed; /* per block of units and per gate, what gemm_pack_b makes of its rows of w_hh */
+    int (*advance)(const layer *, int64_t t, range rows, range units, const real *h, real *next);
+    const real *h0;
+    real *hn;
+};
+
+/* Below this many multiply-adds a step, handing blocks to other threads costs more than it saves. */
+#define STEP_WORK ((int64_t)1 << 18)
+/* Units of a block when units are split: a whole number of vectors, and two blocks at least from 128 units on. */
+enum { UNITS = 64 };
+
+static int64_t packed_block(const layer *l, int64_t units) { return gemm_packed_b_size(l->w.H, units); }
+static const real *packed_gate(const layer *l, int64_t gate, range units)
+{
+    const real *start = l->packed + units.begin / l->block * l->gates_per_unit * packed_block(l, l->block);
+    return start + gate * packed_block(l, units.end - units.begin);
+}
+
+/* c[rows, units] (+)= h[rows, H] times the weights of one gate; c is the row of sample 0, unit 0. */
+static int gate_product(const layer *l, int64_t gate, range rows, range units, const real *h, real *c, int64_t c_row,
+                        int accumulate)
+{
+    return product(rows.end - rows.begin, units.end - units.begin, l->w.H, h + rows.begin * l->w.H, l->w.H,
+                   packed_gate(l, gate, units), c + rows.begin * c_row + units.begin, c_row, accumulate);
+}
+
+static int group_walk(int64_t begin, int64_t end, void *context)
+{
+    const layer *l = context;
+    range rows = {begin, end}, units = {0, l->w.H};
+    copy_rows(l->hn + begin * l->w.H, l->h0 + begin * l->w.H, (end - begin) * l->w.H);
+    int status = HL_OK;
+    for (int64_t k = 0; k < l->w.T && status == HL_OK; k++)
+        status = l->advance(l, step(&l->w, k), rows, units, l->hn, l->hn);
+    return status;
+}
+
+typedef struct {
+    const layer *l;
+    int64_t t;
+    const real *h;
+    real *next;
+} block_step;
+
+static int unit_blocks(int64_t begin, int64_t end, void *context)
+{
+    const block_step *s = context;
+    const layer *l = s->l;
+    range rows = {0, l->w.N};
+    for (int64_t b = begin; b < end; b++) {
+        range units = {b * l->block, min64(l->w.H, (b + 1) * l->block)};
+        int status = l->advance(l, s->t, rows, units, s->h, s->next);
+        if (status != HL_OK) return status;
+    }
+    return HL_OK;
+}
+
+static int walk_by_units(const layer *l)
+{
+    int64_t count = l->w.N * l->w.H, blocks = (l->w.H + l->block - 1) / l->block;
+    real *other = hl_take((size_t)(count + 1) * sizeof(real));
+    if (!other) return HL_NOMEM;
+    real *h = l->hn, *next = other;
+    copy_rows(h, l->h0, count);
+    int status = HL_OK;
+    for (int64_t k = 0; k < l->w.T && status == HL_OK; k++) {
+        block_step s = {l, step(&l->w, k), h, next};
+        status = hl_parallel_for(blocks, 1, unit_blocks, &s);
+        real *swap = h;
+        h = next;
+        next = swap;
+    }
+    if (h != l->hn) copy_rows(l->hn, h, count);
+    hl_give(other);
+    return status;
+}
+
+/* Walks the whole sequence; `by_units` says whether a step may be split between blocks of units. */
+static int run_layer(layer *l, int by_units)
+{
+    int64_t N = l->w.N, H = l->w.H, G = l->gates_per_unit;
+    int split = by_units && N < GROUP && H >= 2 * UNITS && N * G * H * H >= STEP_WORK;
+    l->block = split ? UNITS : H;
+    l->packed = hl_take((size_t)((H + l->block - 1) / l->block * G * packed_block(l, l->block)) * sizeof(real));
+    if (!l->packed) return HL_NOMEM;
+    for (int64_t begin = 0; begin < H; begin += l->block)
+        for (int64_t gate = 0; gate < G; gate++) {
+            range units = {begin, min64(H, begin + l->block)};
+            gemm_pack_b(H, units.end - begin, l->w_hh + (gate * H + begin) * H, 1, H,
+                        (real *)packed_gate(l, gate, units));
+        }
+    int status = split ? walk_by_units(l) : hl_parallel_for(N, group_size(N), group_walk, l);
+    hl_give(l->packed);
+    return status;
+}
+
 /* ---- lstm ---- */
 
 typedef struct {
-    walk w;
+    layer l;
     real *gates;
-    const real *packed, *b_hh, *peephole, *h0, *c0;
-    real *y, *hn, *cn, *cells, *previous, clip;
+    const real *b_hh, *peephole;
+    real *y, *cn, *cells, *previous, clip;
 } lstm_job;
 
-/* The gates of one sample at one step: reads and writes a[4H], updates c and h. */
-static void lstm_gates(const lstm_job *j, real *a, real *c, real *h)
+/* The gates of some units of one sample at one step: reads and writes a[4H], updates c, writes h. */
+static void lstm_gates(const lstm_job *j, range units, real *a, real *c, real *h)
 {
-    int64_t H = j->w.H;
+    int64_t H = j->l.w.H;
     const real *p = j->peephole, *b = j->b_hh;
     vreal clip = splat(j->clip);
-    for (int64_t k = 0; k < H; k += LANES) {
-        int64_t n = min64(LANES, H - k);
+    for (int64_t k = units.begin; k < units.end; k += LANES) {
+        int64_t n = min64(LANES, units.end - k);
         vreal a_i = load_n(a + k, n) + load_or_0(b, k, n);
         vreal a_f = load_n(a + H + k, n) + load_or_0(b, H + k, n);
         vreal a_g = load_n(a + 2 * H + k, n) + load_or_0(b, 2 * H + k, n);
@@ -134,33 +240,38 @@ static void lstm_gates(const lstm_job *j, real *a, real *c, real *h)
     }
 }
 
-static int lstm_group(int64_t begin, int64_t end, void *context)
+/* What a sample that does not take this step leaves: its state as it was, zeros elsewhere. */
+static void skip(const layer *l, int64_t t, int64_t n, range units, real *gates, const real *h, real *next, real *y,
+                 real *kept, real *previous)
 {
-    const lstm_job *j = context;
-    const walk *w = &j->w;
-    int64_t N = w->N, H = w->H, rows = end - begin;
-    real *h = j->hn + begin * H, *c = j->cn + begin * H;
-    copy_rows(h, j->h0 + begin * H, rows * H);
-    copy_rows(c, j->c0 + begin * H, rows * H);
-    for (int64_t k = 0; k < w->T; k++) {
-        int64_t t = step(w, k), first = t * N + begin;
-        real *a = j->gates + first * 4 * H;
-        int status = product(rows, 4 * H, H, h, H, j->packed, a, 4 * H, 1);
+    int64_t H = l->w.H, at = (t * l->w.N + n) * H + units.begin, count = units.end - units.begin;
+    for (int64_t g = 0; g < l->gates_per_unit; g++)
+        clear(gates + (t * l->w.N + n) * l->gates_per_unit * H + g * H + units.begin, count);
+    clear(y + at, count);
+    clear(kept ? kept + at : NULL, count);
+    clear(previous ? previous + at : NULL, count);
+    if (next != h) copy_rows(next + n * H + units.begin, h + n * H + units.begin, count);
+}
+
+static int lstm_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
+{
+    const lstm_job *j = (const lstm_job *)l;
+    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
+    real *a = j->gates + t * N * 4 * H;
+    for (int gate = 0; gate < 4; gate++) {
+        int status = gate_product(l, gate, rows, units, h, a + gate * H, 4 * H, 1);
         if (status != HL_OK) return status;
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t at = (first + r) * H;
-            if (!counts(w, begin + r, t)) {
-                clear(a + r * 4 * H, 4 * H);
-                clear(j->y + at, H);
-                clear(j->cells ? j->cells + at : NULL, H);
-                clear(j->previous ? j->previous + at : NULL, H);
-                continue;
-            }
-            if (j->previous) copy_rows(j->previous + at, h + r * H, H);
-            lstm_gates(j, a + r * 4 * H, c + r * H, h + r * H);
-            copy_rows(j->y + at, h + r * H, H);
-            if (j->cells) copy_rows(j->cells + at, c + r * H, H);
+    }
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+        int64_t at = (t * N + n) * H + units.begin, state = n * H + units.begin;
+        if (!counts(&l->w, n, t)) {
+            skip(l, t, n, units, j->gates, h, next, j->y, j->cells, j->previous);
+            continue;
         }
+        if (j->previous) copy_rows(j->previous + at, h + state, count);
+        lstm_gates(j, units, a + n * 4 * H, j->cn + n * H, next + n * H);
+        copy_rows(j->y + at, next + state, count);
+        if (j->cells) copy_rows(j->cells + at, j->cn + state, count);
     }
     return HL_OK;
 }
@@ -170,24 +281,19 @@ int HL(lstm_sequence)(const hl_lstm_sequence_plan *p, real *gates, const real *h
                       const real *b_hh, const real *peephole, const int64_t *lengths, real *y, real *hn, real *cn,
                       real *cells, real *previous)
 {
-    real *packed = packed_weights(w_hh, 4 * p->H, p->H, 1);
-    if (!packed) return HL_NOMEM;
-    lstm_job job = {{p->T, p->N, p->H, p->reverse, lengths},
-                    gates,
-                    packed,
-                    b_hh,
-                    peephole,
-                    h0,
-                    c0,
-                    y,
-                    hn,
-                    cn,
-                    cells,
-                    previous,
-                    (real)p->clip};
-    int status = hl_parallel_for(p->N, group_size(p->N), lstm_group, &job);
-    hl_give(packed);
-    return status;
+    lstm_job job = {
+        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 4, 0, w_hh, NULL, lstm_advance, h0, hn},
+        .gates = gates,
+        .b_hh = b_hh,
+        .peephole = peephole,
+        .y = y,
+        .cn = cn,
+        .cells = cells,
+        .previous = previous,
+        .clip = (real)p->clip,
+    };
+    copy_rows(cn, c0, p->N * p->H);
+    return run_layer(&job.l, 1);
 }
 
 typedef struct {
@@ -331,116 +437,90 @@ int HL(lstm_peephole_grad)(const hl_lstm_peephole_grad_plan *p, const real *gpre
 /* ---- gru ---- */
 
 typedef struct {
-    walk w;
+    layer l;
     real *gates;
-    const real *packed, *packed_new, *b_hh, *h0;
-    real *y, *hn, *hidden, *previous;
+    const real *b_hh;
+    real *y, *hidden, *previous;
+    real *share; /* [N,H]: the state's share of n's argument; with the reset before the product 2 [N,H], r h first */
     int64_t reset_after;
 } gru_job;
 
-/* r and z of one sample, in place of their arguments; u[2H] is the state's share. */
-static void gru_r_z(const gru_job *j, real *a, const real *u)
+/* r and z of some units of one sample, in place of their arguments. */
+static void gru_r_z(const gru_job *j, range units, real *a)
 {
-    int64_t width = 2 * j->w.H;
-    for (int64_t k = 0; k < width; k += LANES) {
-        int64_t n = min64(LANES, width - k);
-        store_n(a + k, n, vsigmoid(load_n(a + k, n) + (load_n(u + k, n) + load_or_0(j->b_hh, k, n))));
-    }
+    for (int64_t gate = 0; gate < 2; gate++)
+        for (int64_t k = units.begin; k < units.end; k += LANES) {
+            int64_t n = min64(LANES, units.end - k), at = gate * j->l.w.H + k;
+            store_n(a + at, n, vsigmoid(load_n(a + at, n) + load_or_0(j->b_hh, at, n)));
+        }
 }
 
-/* n and the new state of one sample; u[H] is the state's share of n's argument, `factor` what multiplies it (r or NULL). */
-static void gru_new(const gru_job *j, real *a, real *u, const real *factor, real *h)
+/* n and the new state of some units of one sample; u[H] is the state's share of n's argument, without its bias on the way
+ * in and with it on the way out; `factor` is what multiplies it (r, or NULL). */
+static void gru_new(const gru_job *j, range units, real *a, real *u, const real *factor, const real *h, real *next)
 {
-    int64_t H = j->w.H;
+    int64_t H = j->l.w.H;
     const real *b = j->b_hh ? j->b_hh + 2 * H : NULL;
     vreal one = splat((real)1);
-    for (int64_t k = 0; k < H; k += LANES) {
-        int64_t n = min64(LANES, H - k);
+    for (int64_t k = units.begin; k < units.end; k += LANES) {
+        int64_t n = min64(LANES, units.end - k);
         vreal share = load_n(u + k, n) + load_or_0(b, k, n), z = load_n(a + H + k, n);
         store_n(u + k, n, share);
         if (factor) share *= load_n(factor + k, n);
         vreal new = vtanh(load_n(a + 2 * H + k, n) + share);
         store_n(a + 2 * H + k, n, new);
-        store_n(h + k, n, (one - z) * new + z * load_n(h + k, n));
+        store_n(next + k, n, (one - z) * new + z * load_n(h + k, n));
     }
 }
 
-static void multiply(real *to, const real *a, const real *b, int64_t count)
+static int gru_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
 {
-    for (int64_t k = 0; k < count; k++) to[k] = a[k] * b[k];
-}
-
-static int gru_steps(const gru_job *j, int64_t begin, int64_t end, real *share)
-{
-    const walk *w = &j->w;
-    int64_t N = w->N, H = w->H, rows = end - begin;
-    real *h = j->hn + begin * H, *reset = share + rows * 3 * H;
-    copy_rows(h, j->h0 + begin * H, rows * H);
-    for (int64_t k = 0; k < w->T; k++) {
-        int64_t t = step(w, k), first = t * N + begin;
-        real *a = j->gates + first * 3 * H;
-        int64_t together = j->reset_after ? 3 * H : 2 * H; /* columns that multiply the state as it is */
-        int status = product(rows, together, H, h, H, j->packed, share, 3 * H, 0);
-        if (status != HL_OK) return status;
-        for (int64_t r = 0; r < rows; r++) {
-            gru_r_z(j, a + r * 3 * H, share + r * 3 * H);
-            multiply(reset + r * H, a + r * 3 * H, h + r * H, H);
+    const gru_job *j = (const gru_job *)l;
+    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
+    real *a = j->gates + t * N * 3 * H, *reset = j->share, *share = j->reset_after ? j->share : j->share + N * H;
+    int status = gate_product(l, 0, rows, units, h, a, 3 * H, 1);
+    if (status == HL_OK) status = gate_product(l, 1, rows, units, h, a + H, 3 * H, 1);
+    for (int64_t n = rows.begin; n < rows.end && status == HL_OK; n++) {
+        gru_r_z(j, units, a + n * 3 * H);
+        if (!j->reset_after)
+            for (int64_t k = 0; k < H; k++) reset[n * H + k] = a[n * 3 * H + k] * h[n * H + k];
+    }
+    if (status == HL_OK) status = gate_product(l, 2, rows, units, j->reset_after ? h : reset, share, H, 0);
+    if (status != HL_OK) return status;
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+        int64_t at = (t * N + n) * H + units.begin, state = n * H + units.begin;
+        if (!counts(&l->w, n, t)) {
+            skip(l, t, n, units, j->gates, h, next, j->y, j->hidden, j->previous);
+            continue;
         }
-        if (!j->reset_after) status = product(rows, H, H, reset, H, j->packed_new, share + 2 * H, 3 * H, 0);
-        if (status != HL_OK) return status;
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t at = (first + r) * H;
-            real *mine = a + r * 3 * H, *u = share + r * 3 * H + 2 * H;
-            if (!counts(w, begin + r, t)) {
-                clear(mine, 3 * H);
-                clear(j->y + at, H);
-                clear(j->hidden ? j->hidden + at : NULL, H);
-                clear(j->previous ? j->previous + at : NULL, H);
-                continue;
-            }
-            if (j->previous) copy_rows(j->previous + at, h + r * H, H);
-            gru_new(j, mine, u, j->reset_after ? mine : NULL, h + r * H);
-            if (j->hidden) copy_rows(j->hidden + at, j->reset_after ? u : reset + r * H, H);
-            copy_rows(j->y + at, h + r * H, H);
-        }
+        real *mine = a + n * 3 * H;
+        if (j->previous) copy_rows(j->previous + at, h + state, count);
+        gru_new(j, units, mine, share + n * H, j->reset_after ? mine : NULL, h + n * H, next + n * H);
+        if (j->hidden) copy_rows(j->hidden + at, j->share + state, count);
+        copy_rows(j->y + at, next + state, count);
     }
     return HL_OK;
-}
-
-static int gru_group(int64_t begin, int64_t end, void *context)
-{
-    const gru_job *j = context;
-    real *share = hl_take((size_t)((end - begin) * 4 * j->w.H) * sizeof(real));
-    if (!share) return HL_NOMEM;
-    int status = gru_steps(j, begin, end, share);
-    hl_give(share);
-    return status;
 }
 
 /* Source: Cho et al. (2014); with reset_after cuDNN's form. */
 int HL(gru_sequence)(const hl_gru_sequence_plan *p, real *gates, const real *h0, const real *w_hh, const real *b_hh,
                      const int64_t *lengths, real *y, real *hn, real *hidden, real *previous)
 {
-    int64_t H = p->H;
-    real *packed = packed_weights(w_hh, p->reset_after ? 3 * H : 2 * H, H, 1);
-    real *packed_new = p->reset_after ? NULL : packed_weights(w_hh + 2 * H * H, H, H, 1);
-    int status = HL_NOMEM;
-    if (packed && (packed_new || p->reset_after)) {
-        gru_job job = {{p->T, p->N, H, p->reverse, lengths},
-                       gates,
-                       packed,
-                       packed_new,
-                       b_hh,
-                       h0,
-                       y,
-                       hn,
-                       hidden,
-                       previous,
-                       p->reset_after};
-        status = hl_parallel_for(p->N, group_size(p->N), gru_group, &job);
-    }
-    hl_give(packed);
-    hl_give(packed_new);
+    int64_t states = p->N * p->H;
+    real *share = hl_take((size_t)((p->reset_after ? 1 : 2) * states + 1) * sizeof(real));
+    if (!share) return HL_NOMEM;
+    gru_job job = {
+        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 3, 0, w_hh, NULL, gru_advance, h0, hn},
+        .gates = gates,
+        .b_hh = b_hh,
+        .y = y,
+        .hidden = hidden,
+        .previous = previous,
+        .share = share,
+        .reset_after = p->reset_after,
+    };
+    int status = run_layer(&job.l, p->reset_after != 0); /* r h must be whole before its product */
+    hl_give(share);
     return status;
 }
 
@@ -565,47 +645,34 @@ int HL(gru_sequence_backward)(const hl_gru_sequence_backward_plan *p, const real
 /* ---- rnn ---- */
 
 typedef struct {
-    walk w;
+    layer l;
     real *gates;
-    const real *packed, *b_hh, *h0;
-    real *y, *hn, *previous;
+    const real *b_hh;
+    real *y, *previous;
     int64_t relu;
 } rnn_job;
 
-static void rnn_gate(const rnn_job *j, real *a, real *h)
+static int rnn_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
 {
-    int64_t H = j->w.H;
+    const rnn_job *j = (const rnn_job *)l;
+    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
     vreal zero = splat((real)0);
-    for (int64_t k = 0; k < H; k += LANES) {
-        int64_t n = min64(LANES, H - k);
-        vreal x = load_n(a + k, n) + load_or_0(j->b_hh, k, n);
-        x = j->relu ? vmax(x, zero) : vtanh(x);
-        store_n(a + k, n, x);
-        store_n(h + k, n, x);
-    }
-}
-
-static int rnn_group(int64_t begin, int64_t end, void *context)
-{
-    const rnn_job *j = context;
-    const walk *w = &j->w;
-    int64_t N = w->N, H = w->H, rows = end - begin;
-    real *h = j->hn + begin * H;
-    copy_rows(h, j->h0 + begin * H, rows * H);
-    for (int64_t k = 0; k < w->T; k++) {
-        int64_t t = step(w, k), at = (t * N + begin) * H;
-        int status = product(rows, H, H, h, H, j->packed, j->gates + at, H, 1);
-        if (status != HL_OK) return status;
-        for (int64_t r = 0; r < rows; r++, at += H) {
-            if (!counts(w, begin + r, t)) {
-                clear(j->gates + at, H);
-                clear(j->y + at, H);
-                clear(j->previous ? j->previous + at : NULL, H);
-                continue;
-            }
-            if (j->previous) copy_rows(j->previous + at, h + r * H, H);
-            rnn_gate(j, j->gates + at, h + r * H);
-            copy_rows(j->y + at, h + r * H, H);
+    int status = gate_product(l, 0, rows, units, h, j->gates + t * N * H, H, 1);
+    if (status != HL_OK) return status;
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+        int64_t row = (t * N + n) * H, at = row + units.begin, state = n * H + units.begin;
+        if (!counts(&l->w, n, t)) {
+            skip(l, t, n, units, j->gates, h, next, j->y, NULL, j->previous);
+            continue;
+        }
+        if (j->previous) copy_rows(j->previous + at, h + state, count);
+        for (int64_t k = units.begin; k < units.end; k += LANES) {
+            int64_t m = min64(LANES, units.end - k);
+            vreal x = load_n(j->gates + row + k, m) + load_or_0(j->b_hh, k, m);
+            x = j->relu ? vmax(x, zero) : vtanh(x);
+            store_n(j->gates + row + k, m, x);
+            store_n(j->y + row + k, m, x);
+            store_n(next + n * H + k, m, x);
         }
     }
     return HL_OK;
@@ -615,12 +682,15 @@ static int rnn_group(int64_t begin, int64_t end, void *context)
 int HL(rnn_sequence)(const hl_rnn_sequence_plan *p, real *gates, const real *h0, const real *w_hh, const real *b_hh,
                      const int64_t *lengths, real *y, real *hn, real *previous)
 {
-    real *packed = packed_weights(w_hh, p->H, p->H, 1);
-    if (!packed) return HL_NOMEM;
-    rnn_job job = {{p->T, p->N, p->H, p->reverse, lengths}, gates, packed, b_hh, h0, y, hn, previous, p->relu};
-    int status = hl_parallel_for(p->N, group_size(p->N), rnn_group, &job);
-    hl_give(packed);
-    return status;
+    rnn_job job = {
+        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 1, 0, w_hh, NULL, rnn_advance, h0, hn},
+        .gates = gates,
+        .b_hh = b_hh,
+        .y = y,
+        .previous = previous,
+        .relu = p->relu,
+    };
+    return run_layer(&job.l, 1);
 }
 
 typedef struct {

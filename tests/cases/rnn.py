@@ -28,6 +28,8 @@ SHAPES = [
     ("vectors_and_tail", dict(T=4, N=3, H=37, reverse=0)),
     ("one_sequence", dict(T=7, N=1, H=64, reverse=0)),
     ("many", dict(T=5, N=33, H=64, reverse=1)),
+    ("units_in_blocks", dict(T=3, N=5, H=256, reverse=0)),
+    ("units_in_blocks_tail", dict(T=6, N=5, H=200, reverse=1, lengths=some_lengths)),
     ("no_steps", dict(T=0, N=2, H=3, reverse=0)),
 ]
 
