@@ -8,6 +8,7 @@ CKERNELS ?= auto
 # for the command that a target runs: make test ARGS="-k conv2d"
 ARGS ?=
 BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := -Csetup-args=-Dckernels=$(CKERNELS)
 SOURCES := pyproject.toml meson.build meson.options $(shell find csrc kernels python -name '*.py' -o -name '*.[ch]' -o -name meson.build)
