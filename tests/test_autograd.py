@@ -110,7 +110,7 @@ def test_gradients_do_not_share_memory():
 
 
 def test_list_of_arrays_is_one_argument():
-    y, pullback = hl.vjp(lambda a, pair: a * pair[0] + pair[1], V, [V + 1, V + 2])
+    _, pullback = hl.vjp(lambda a, pair: a * pair[0] + pair[1], V, [V + 1, V + 2])
     da, (d0, d1) = pullback(np.ones(4))
     np.testing.assert_allclose(da, V + 1)
     np.testing.assert_allclose(d0, V)
@@ -178,7 +178,7 @@ def test_paths_of_the_sheet():
 
 
 def test_dot():
-    w, loss = sheet_example()
+    _, loss = sheet_example()
     dot = loss.to_dot()
     assert dot.startswith("digraph {")
     assert dot.count("->") >= 12

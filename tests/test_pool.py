@@ -148,7 +148,7 @@ def test_empty(host_backend):
 def test_integers(dtype, host_backend):
     rng = np.random.default_rng(1)
     dtype = np.dtype(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         x = rng.random((2, 3, 7, 8)) < 0.3
     else:
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max

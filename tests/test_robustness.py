@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 from calls import CALLS
-from compare import assert_same_bits, assert_within
+from compare import assert_same_bits
 
 import hotloops as hl
 
@@ -241,8 +241,8 @@ def test_out_refused(name):
 
 HOSTILE = [
     0, 1, -1, 2, 10**30, -(10**30), 2**31 - 1, 2**31, 2**63 - 1, -(2**63), True, 1.5, float("nan"), float("inf"), 1e30, 1e-30,
-    "x", "same ", "valid", "", None, (), (1,), (2, -1), (1, 0), (3, 3, 3, 3, 3), [0], ((1, 2), (0, 1)), np.int8(-1), np.uint64(2**63),
-    np.array(2), np.array([2, 1]), np.float32(2.5), object(), b"y", 3 + 1j, {}, lambda: 0,
+    "x", "same ", "valid", "", None, (), (1,), (2, -1), (1, 0), (3, 3, 3, 3, 3), [0], ((1, 2), (0, 1)), np.int8(-1),
+    np.uint64(2**63), np.array(2), np.array([2, 1]), np.float32(2.5), object(), b"y", 3 + 1j, {}, lambda: 0,
 ]  # fmt: skip
 
 

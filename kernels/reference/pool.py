@@ -130,7 +130,7 @@ def adaptive_max_pool(x, y, indices):
 
 @kernel("gy[M,O], indices[M,O]:i64 -> gx[M,L]", error="reduce:O", flops="M*O")
 def adaptive_max_pool_backward(gy, indices, gx):
-    """Each gradient is added to the element that its index names (in 0 .. L - 1, as the forward kernels wrote it); gx = 0 elsewhere."""
+    """Each gradient is added to the element that its index names (0 .. L - 1, as the forward kernels wrote it); else gx = 0."""
     gx[...] = 0
     np.add.at(gx, (np.arange(len(gx))[:, None], indices), gy)
 

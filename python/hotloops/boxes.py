@@ -719,7 +719,8 @@ def _pooling(call: Call, input: Any, boxes: Any, output_size: Any) -> tuple[Any,
         rois = _dispatch.adapter("cuda")._cuda().to_device(np.ascontiguousarray(rois, dtype=x.dtype))
     if len(rois.shape) != 2 or rois.shape[1] != 5:
         raise ValueError(
-            f"{name}: boxes has the shape {tuple(rois.shape)}, [K, 5] with the image index first, or a list of one [K, 4] for each image, is needed"
+            f"{name}: boxes has the shape {tuple(rois.shape)}, [K, 5] with the image index first, "
+            "or a list of one [K, 4] for each image, is needed"
         )
     x, rois = call.floats(input=x, boxes=rois)
     return x, rois, bins

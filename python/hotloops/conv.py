@@ -116,7 +116,7 @@ def same_padding(size: Any, kernel_size: Any, stride: Any = 1, dilation: Any = 1
     Returns
     -------
     (int, int) or tuple of (int, int)
-        A pair, or one for each number of `size`: what the `padding` of the convolutions takes.
+        A pair, or one for each number of `size`: what the `padding` of `conv2d` takes.
 
     Raises
     ------
@@ -153,6 +153,11 @@ def conv_parameters(in_channels: int, out_channels: int, kernel_size: Any, group
         A number k means k x k; a tuple has one number for each axis.
     groups : int
     bias : bool
+
+    Returns
+    -------
+    int
+        The elements of the filters, and one for each output channel with a bias.
 
     Raises
     ------
@@ -444,7 +449,8 @@ def _transposed_plan(
 
 
 def _conv_transpose(
-    op: str, n: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any, out: Any
+    op: str, n: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, output_padding: Any, groups: Any,
+    dilation: Any, out: Any,
 ) -> Any:  # fmt: skip
     _check_there(op, input=input, weight=weight)
     call = Call(op, out)

@@ -121,7 +121,8 @@ def _windows(
     for size, span, step, (before, after), gap in zip(sizes, spans, stride, pads, dilation, strict=True):
         if max(before, after) > span // 2:
             raise ValueError(
-                f"{name}: padding must be at most half of the window, {span // 2}; {_check.shown((before, after))} came for a window of {span}"
+                f"{name}: padding must be at most half of the window, {span // 2}; "
+                f"{_check.shown((before, after))} came for a window of {span}"
             )
         room = size + before + after - span
         windows = (-(-room // step) if ceil_mode else room // step) + 1

@@ -317,7 +317,7 @@ CASES = {
     "box_iou_paired": squared(MATRIX + FAR),
     "box_iou_grad": gradients(),
     "box_iou_paired_grad": squared(FINITE),
-    "sparse_box_iou_count": [c for c in sparse(overlap_cases())],
+    "sparse_box_iou_count": list(sparse(overlap_cases())),
     "sparse_box_iou": sparse([c for c in overlap_cases() if c.id != "none"]),
     "nms": suppression(),
     "soft_nms": softened(),

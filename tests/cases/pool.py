@@ -203,7 +203,7 @@ def lp_pool_cases(kernel):
     for id, g in UNPADDED:
         yield over(kernel, id, **g, **({"y": positive} if "y" in given else {}))
     for norm in (1.0, 3.0, 4.0, 1.5, 0.5, -2.0):
-        more = {"norm": norm} | {name: positive for name in given}
+        more = {"norm": norm} | dict.fromkeys(given, positive)
         yield over(kernel, f"norm_{norm}", M=2, sizes=(5, 37), size=(2, 2), ceil=True, **more)
     zeros = {name: constant(0.0) for name in given}
     for norm in (2.0, 3.0, 1.0):
