@@ -1,0 +1,640 @@
+"""Convolution, its gradients, and the patches that it is made of.
+
+Where a group has four filters or more, everything is one small matrix product, `_multiply`, on panels of TILE positions:
+the patches of a tile (never of the whole image) are packed into rows that the product reads one after the other. With fewer
+filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
+"""
+
+import numpy as np
+
+from ..compile import cpu, inline, real
+
+TILE = 128  # positions of a panel: a constant, so that the compiler sees how far rows are apart
+DEPTH = 1024  # rows of a panel: 512 KiB in float32, half of a second-level cache
+FILTERS = 64  # of one unit of work: they repay the packing of their panel
+
+
+@inline
+def _first(at, stride, outputs):
+    """The smallest output o with o * stride >= at, in [0, outputs]."""
+    return 0 if at <= 0 else min((at - 1) // stride + 1, outputs)
+
+
+@inline
+def _multiply(a, base, row, column, rows, depth, panel, width, sums):
+    """sums[i, t] += the sum over k of a[base + i * row + k * column] panel[k, t], for i < rows <= 4, t < width.
+
+    Four rows by four k in each sweep: sixteen multiply-adds for four loads and four stores.
+    """
+    r0 = base
+    r1 = base + row * min(1, rows - 1)
+    r2 = base + row * min(2, rows - 1)
+    r3 = base + row * min(3, rows - 1)
+    for k in range(0, depth - 3, 4):
+        c0, c1, c2, c3 = k * column, (k + 1) * column, (k + 2) * column, (k + 3) * column
+        a00, a01, a02, a03 = a[r0 + c0], a[r0 + c1], a[r0 + c2], a[r0 + c3]
+        a10, a11, a12, a13 = a[r1 + c0], a[r1 + c1], a[r1 + c2], a[r1 + c3]
+        a20, a21, a22, a23 = a[r2 + c0], a[r2 + c1], a[r2 + c2], a[r2 + c3]
+        a30, a31, a32, a33 = a[r3 + c0], a[r3 + c1], a[r3 + c2], a[r3 + c3]
+        p = panel[k * TILE : (k + 4) * TILE]
+        for t in range(width):
+            p0, p1, p2, p3 = p[t], p[t + TILE], p[t + 2 * TILE], p[t + 3 * TILE]
+            sums[t] += a00 * p0 + a01 * p1 + a02 * p2 + a03 * p3
+            sums[t + TILE] += a10 * p0 + a11 * p1 + a12 * p2 + a13 * p3
+            sums[t + 2 * TILE] += a20 * p0 + a21 * p1 + a22 * p2 + a23 * p3
+            sums[t + 3 * TILE] += a30 * p0 + a31 * p1 + a32 * p2 + a33 * p3
+    for k in range(depth - depth % 4, depth):
+        a0, a1, a2, a3 = a[r0 + k * column], a[r1 + k * column], a[r2 + k * column], a[r3 + k * column]
+        p = panel[k * TILE : (k + 1) * TILE]
+        for t in range(width):
+            sums[t] += a0 * p[t]
+            sums[t + TILE] += a1 * p[t]
+            sums[t + 2 * TILE] += a2 * p[t]
+            sums[t + 3 * TILE] += a3 * p[t]
+
+
+@inline
+def _pack(x, channel, channels, first, count, panel, out, taps, stride, pad, dilation):
+    """panel[(c, taps), t] = x under the taps of the output positions first + t, for t < count, of so many channels."""
+    (OD, OH, OW), (KD, KH, KW) = out, taps
+    D, H, W = x.shape[2], x.shape[3], x.shape[4]
+    low, high = np.empty(KW, np.int64), np.empty(KW, np.int64)
+    for kw in range(KW):
+        at = pad[2] - kw * dilation[2]
+        low[kw], high[kw] = _first(at, stride[2], OW), _first(W + at, stride[2], OW)
+    t = 0
+    while t < count:  # a run of positions in one row of outputs
+        q = first + t
+        ow, row = q % OW, q // OW
+        run = min(OW - ow, count - t)
+        oh, od, n = row % OH, row // OH % OD, row // OH // OD
+        k = t
+        for c in range(channel, channel + channels):
+            for kd in range(KD):
+                d = od * stride[0] - pad[0] + kd * dilation[0]
+                for kh in range(KH):
+                    h = oh * stride[1] - pad[1] + kh * dilation[1]
+                    inside = 0 <= d < D and 0 <= h < H
+                    for kw in range(KW):
+                        to = panel[k : k + run]
+                        k += TILE
+                        lo = min(max(low[kw] - ow, 0), run) if inside else run
+                        hi = max(min(high[kw] - ow, run), lo) if inside else run
+                        for i in range(lo):
+                            to[i] = real(0)
+                        if lo < hi:
+                            at = (ow + lo) * stride[2] - pad[2] + kw * dilation[2]
+                            source, target = x[n, c, d, h, at:], to[lo:hi]
+                            if stride[2] == 1:
+                                for i in range(hi - lo):
+                                    target[i] = source[i]
+                            elif stride[2] == 2:
+                                for i in range(hi - lo):
+                                    target[i] = source[2 * i]
+                            else:
+                                for i in range(hi - lo):
+                                    target[i] = source[i * stride[2]]
+                        for i in range(hi, run):
+                            to[i] = real(0)
+        t += run
+
+
+@inline
+def _pad_plane(source, padded, rows, pitch, front, stride_h, stride_w):
+    """padded[i, j, r, q] = source[r * stride_h + i - front[0], q * stride_w + j - front[1]], 0 outside, for i < stride_h,
+    j < stride_w: whatever the stride, the inputs of neighbouring outputs are neighbours."""
+    H, W = source.shape
+    for i in range(stride_h):
+        for j in range(stride_w):
+            lo, hi = _first(front[1] - j, stride_w, pitch), _first(W + front[1] - j, stride_w, pitch)
+            for r in range(rows):
+                at = ((i * stride_w + j) * rows + r) * pitch
+                to = padded[at : at + pitch]
+                h = r * stride_h + i - front[0]
+                if h < 0 or h >= H or lo >= hi:
+                    for q in range(pitch):
+                        to[q] = real(0)
+                    continue
+                for q in range(lo):
+                    to[q] = real(0)
+                line, target = source[h, lo * stride_w + j - front[1] :], to[lo:hi]
+                if stride_w == 1:
+                    for q in range(hi - lo):
+                        target[q] = line[q]
+                elif stride_w == 2:
+                    for q in range(hi - lo):
+                        target[q] = line[2 * q]
+                else:
+                    for q in range(hi - lo):
+                        target[q] = line[q * stride_w]
+                for q in range(hi, pitch):
+                    to[q] = real(0)
+
+
+@inline
+def _layout(KH, KW, rows, pitch, stride, dilation):
+    """Where the taps of a filter are in a padded plane."""
+    offsets = np.empty(KH * KW, np.int64)
+    for kh in range(KH):
+        for kw in range(KW):
+            h, w = kh * dilation[1], kw * dilation[2]
+            phase = h % stride[1] * stride[2] + w % stride[2]
+            offsets[kh * KW + kw] = (phase * rows + h // stride[1]) * pitch + w // stride[2]
+    return offsets
+
+
+@inline
+def _sweep(weights, offsets, padded, length, sums):
+    """sums[q] += the sum over taps of weights[tap] padded[q + offsets[tap]]; three taps in each sweep."""
+    taps = len(offsets)
+    for k in range(0, taps - 2, 3):
+        a, b, c = weights[k], weights[k + 1], weights[k + 2]
+        p = padded[offsets[k] : offsets[k] + length]
+        q = padded[offsets[k + 1] : offsets[k + 1] + length]
+        r = padded[offsets[k + 2] : offsets[k + 2] + length]
+        for i in range(length):
+            sums[i] += a * p[i] + b * q[i] + c * r[i]
+    for k in range(taps - taps % 3, taps):
+        a = weights[k]
+        p = padded[offsets[k] : offsets[k] + length]
+        for i in range(length):
+            sums[i] += a * p[i]
+
+
+@inline
+def _dot(a, b, n, stride):
+    """The sum of a[i] b[i * stride]."""
+    total = real(0)
+    if stride == 1:
+        for i in range(n):
+            total += a[i] * b[i]
+    elif stride == 2:
+        for i in range(n):
+            total += a[i] * b[2 * i]
+    else:
+        for i in range(n):
+            total += a[i] * b[i * stride]
+    return total
+
+
+@inline
+def _add(a, source, source_stride, target, target_stride, n):
+    """target[i * target_stride] += a source[i * source_stride]; one of the strides is 1."""
+    if source_stride == 1 and target_stride == 1:
+        for i in range(n):
+            target[i] += a * source[i]
+    elif source_stride == 2:
+        for i in range(n):
+            target[i] += a * source[2 * i]
+    elif target_stride == 2:
+        for i in range(n):
+            target[2 * i] += a * source[i]
+    else:
+        for i in range(n):
+            target[i * target_stride] += a * source[i * source_stride]
+
+
+@inline
+def _is_flat(taps, stride):
+    """True for a convolution of single elements: whole images are one row."""
+    return taps == 1 and stride == 1
+
+
+# Parallel over groups x tiles of positions x blocks of filters, or images x filters where a group has few filters.
+# A tile's patches are packed once per block and stay in the second cache; rows of outputs lie along the panel.
+# Reads each patch element once per block of filters (packed) and once per four filters (from cache); writes once per DEPTH.
+# Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
+@cpu(over="N*F if F < 4*groups else groups*((N*OD*OH*OW+127)//128)*((F//groups+63)//64)")
+def conv(
+    begin, end, x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
+):  # fmt: skip
+    N, F, CG, KD, KH, KW = x.shape[0], w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]
+    FG, taps = F // groups, KD * KH * KW
+    stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
+    if FG < 4:
+        _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation)
+        return
+    if _is_flat(taps, stride_d * stride_h * stride_w) and x.shape[2:] == y.shape[2:] and pad_d == pad_h == pad_w == 0:
+        x = x.reshape((N, x.shape[1], 1, 1, x.shape[2] * x.shape[3] * x.shape[4]))
+        y = y.reshape((N, F, 1, 1, y.shape[2] * y.shape[3] * y.shape[4]))
+    out = (y.shape[2], y.shape[3], y.shape[4])
+    size = out[0] * out[1] * out[2]
+    tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
+    step = max(DEPTH // taps, 1)  # channels of a panel
+    panel, sums = np.empty(min(step, CG) * taps * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
+    weights, y3 = w.reshape(w.size), y.reshape((N, F, size))
+    packed = -1
+    for unit in range(begin, end):
+        block, tile = unit % blocks, unit // blocks
+        g, first = tile // tiles, tile % tiles * TILE
+        count = min(TILE, N * size - first)
+        f_begin, f_end = g * FG + block * FILTERS, g * FG + min((block + 1) * FILTERS, FG)
+        for channel in range(0, max(CG, 1), step):
+            channels = min(step, CG - channel)
+            if packed != tile or CG > step:
+                _pack(x, g * CG + channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
+                packed = tile
+            for f in range(f_begin, f_end, 4):
+                rows = min(4, f_end - f)
+                for i in range(4):
+                    bias = b[f + min(i, rows - 1)] if len(b) and channel == 0 else real(0)
+                    for t in range(TILE):
+                        sums[t + i * TILE] = bias
+                _multiply(weights, (f * CG + channel) * taps, CG * taps, 1, rows, channels * taps, panel, count, sums)
+                t = 0
+                while t < count:  # a run of positions in one image
+                    n, s = (first + t) // size, (first + t) % size
+                    run = min(size - s, count - t)
+                    for i in range(rows):
+                        to, part = y3[n, f + i, s : s + run], sums[t + i * TILE : t + i * TILE + run]
+                        if channel == 0:
+                            for j in range(run):
+                                to[j] = part[j]
+                        else:
+                            for j in range(run):
+                                to[j] += part[j]
+                    t += run
+
+
+@inline
+def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation):
+    """Filter by filter of every image."""
+    F, CG, KD, KH, KW = w.shape
+    D, H, W, OD, OH, OW = x.shape[2], x.shape[3], x.shape[4], y.shape[2], y.shape[3], y.shape[4]
+    rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
+    flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
+    padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
+    sums = np.empty(OH * pitch if flat else 0, x.dtype)
+    length = (OH - 1) * pitch + OW
+    offsets = _layout(KH, KW, rows, pitch, stride, dilation)
+    for unit in range(begin, end):
+        n, f = unit // F, unit % F
+        bias = b[f] if len(b) else real(0)
+        for od in range(OD):
+            if flat:
+                for i in range(length):
+                    sums[i] = bias
+            else:
+                for oh in range(OH):
+                    for ow in range(OW):
+                        y[n, f, od, oh, ow] = bias
+            for c in range(CG):
+                for kd in range(KD):
+                    d = od * stride[0] - pad[0] + kd * dilation[0]
+                    if d < 0 or d >= D:
+                        continue
+                    plane = x[n, f // FG * CG + c, d]
+                    if flat:
+                        _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                        _sweep(w[f, c, kd].reshape(KH * KW), offsets, padded, length, sums)
+                        continue
+                    for kh in range(KH):
+                        up = pad[1] - kh * dilation[1]
+                        for kw in range(KW):
+                            left = pad[2] - kw * dilation[2]
+                            lo, hi = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                            if lo >= hi:
+                                continue
+                            for oh in range(_first(up, stride[1], OH), _first(H + up, stride[1], OH)):
+                                line = plane[oh * stride[1] - up, lo * stride[2] - left :]
+                                _add(w[f, c, kd, kh, kw], line, stride[2], y[n, f, od, oh, lo:hi], 1, hi - lo)
+            if flat:
+                for oh in range(OH):
+                    to, part = y[n, f, od, oh], sums[oh * pitch : oh * pitch + OW]
+                    for i in range(OW):
+                        to[i] = part[i]
+
+
+# Parallel over images x groups x blocks of channels, or images x channels where a group has few filters.
+# For each tap, four channels of a tile of outputs are summed over all filters in cache, then added where they came from.
+# Reads gy once per block of channels (packed) and once per four channels and tap (from cache); writes gx once per tap.
+# Source: the transposed product of conv (Dumoulin and Visin, arXiv 1603.07285, chapter 4).
+@cpu(over="N*groups*CG if F < 4*groups else N*groups*((CG+15)//16)")
+def conv_grad_input(
+    begin, end, gy, w, b, gx, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
+):  # fmt: skip
+    N, F, CG, KD, KH, KW = gy.shape[0], w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]
+    FG, taps = F // groups, KD * KH * KW
+    stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
+    if FG < 4:
+        _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation)
+        return
+    if _is_flat(taps, stride_d * stride_h * stride_w) and gx.shape[2:] == gy.shape[2:] and pad_d == pad_h == pad_w == 0:
+        gx = gx.reshape((N, gx.shape[1], 1, 1, gx.shape[2] * gx.shape[3] * gx.shape[4]))
+        gy = gy.reshape((N, F, 1, 1, gy.shape[2] * gy.shape[3] * gy.shape[4]))
+    D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
+    size = OD * OH * OW
+    blocks = (CG + 15) // 16
+    panel, sums = np.empty(min(FG, DEPTH) * TILE, gx.dtype), np.empty(4 * TILE, gx.dtype)
+    weights, gy3 = w.reshape(w.size), gy.reshape((N, F, size))
+    for unit in range(begin, end):
+        block, g, n = unit % blocks, unit // blocks % groups, unit // blocks // groups
+        c_begin, c_end = block * 16, min(block * 16 + 16, CG)
+        for c in range(g * CG + c_begin, g * CG + c_end):
+            plane = gx[n, c].reshape(D * H * W)
+            bias = b[c] if len(b) else real(0)
+            for i in range(D * H * W):
+                plane[i] = bias
+        for first in range(0, size, TILE):
+            count = min(TILE, size - first)
+            for start in range(0, FG, DEPTH):
+                depth = min(DEPTH, FG - start)
+                for k in range(depth):
+                    source, to = gy3[n, g * FG + start + k, first : first + count], panel[k * TILE : k * TILE + count]
+                    for t in range(count):
+                        to[t] = source[t]
+                for c in range(c_begin, c_end, 4):
+                    rows = min(4, c_end - c)
+                    for tap in range(taps):
+                        for t in range(4 * TILE):
+                            sums[t] = real(0)
+                        base = ((g * FG + start) * CG + c) * taps + tap
+                        _multiply(weights, base, taps, CG * taps, rows, depth, panel, count, sums)
+                        kd, kh, kw = tap // KW // KH, tap // KW % KH, tap % KW
+                        left = pad[2] - kw * dilation[2]
+                        low, high = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                        t = 0
+                        while t < count:  # a run of positions in one row of outputs
+                            ow, row = (first + t) % OW, (first + t) // OW
+                            run = min(OW - ow, count - t)
+                            d = row // OH * stride[0] - pad[0] + kd * dilation[0]
+                            h = row % OH * stride[1] - pad[1] + kh * dilation[1]
+                            lo, hi = max(low, ow), min(high, ow + run)
+                            if 0 <= d < D and 0 <= h < H and lo < hi:
+                                for i in range(rows):
+                                    part = sums[i * TILE + t + lo - ow : i * TILE + t + hi - ow]
+                                    line = gx[n, g * CG + c + i, d, h, lo * stride[2] - left :]
+                                    _add(real(1), part, 1, line, stride[2], hi - lo)
+                            t += run
+
+
+@inline
+def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
+    """Channel by channel of every image."""
+    F, CG, KD, KH, KW = w.shape
+    FG, C = F // groups, groups * CG
+    D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
+    rows, pitch = H + (KH - 1) * dilation[1], W + (KW - 1) * dilation[2]
+    flat = stride[1] == 1 and stride[2] == 1 and rows * pitch <= 4 * (H * W + OH * OW) + 65536
+    padded, sums = np.empty(rows * pitch if flat else 0, gx.dtype), np.empty(H * pitch if flat else 0, gx.dtype)
+    length = (H - 1) * pitch + W
+    offsets = _layout(KH, KW, rows, pitch, (1, 1, 1), dilation)[::-1].copy()  # the filter turned around
+    for unit in range(begin, end):
+        n, c = unit // C, unit % C
+        g = c // CG
+        bias = b[c] if len(b) else real(0)
+        for d in range(D):
+            if flat:
+                for i in range(length):
+                    sums[i] = bias
+            else:
+                for h in range(H):
+                    for i in range(W):
+                        gx[n, c, d, h, i] = bias
+            for f in range(g * FG, (g + 1) * FG):
+                for kd in range(KD):
+                    at = d + pad[0] - kd * dilation[0]
+                    od = at // stride[0]
+                    if at < 0 or at % stride[0] or od >= OD:
+                        continue
+                    plane = gy[n, f, od]
+                    if flat:
+                        front = ((KH - 1) * dilation[1] - pad[1], (KW - 1) * dilation[2] - pad[2])
+                        _pad_plane(plane, padded, rows, pitch, front, 1, 1)
+                        _sweep(w[f, c - g * CG, kd].reshape(KH * KW), offsets, padded, length, sums)
+                        continue
+                    for kh in range(KH):
+                        up = pad[1] - kh * dilation[1]
+                        for kw in range(KW):
+                            left = pad[2] - kw * dilation[2]
+                            lo, hi = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                            if lo >= hi:
+                                continue
+                            for oh in range(_first(up, stride[1], OH), _first(H + up, stride[1], OH)):
+                                line = gx[n, c, d, oh * stride[1] - up, lo * stride[2] - left :]
+                                _add(w[f, c - g * CG, kd, kh, kw], plane[oh, lo:hi], 1, line, stride[2], hi - lo)
+            if flat:
+                for h in range(H):
+                    to, part = gx[n, c, d, h], sums[h * pitch : h * pitch + W]
+                    for i in range(W):
+                        to[i] = part[i]
+
+
+# Parallel over channels, or over filters where a group has few of them.
+# Tile by tile of positions: the patches of some channels are packed, gy is turned, and the sums for all filters stay in cache.
+# Reads each patch element once (packed) and gy once per DEPTH; writes gw once.
+# Source: as conv.
+@cpu(over="F if F < 4*groups else C")
+def conv_grad_weight(
+    begin, end, gy, x, gw, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w
+):  # fmt: skip
+    N, F, CG, KD, KH, KW = gy.shape[0], gw.shape[0], gw.shape[1], gw.shape[2], gw.shape[3], gw.shape[4]
+    FG, taps = F // groups, KD * KH * KW
+    stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
+    if FG < 4:
+        _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation)
+        return
+    if _is_flat(taps, stride_d * stride_h * stride_w) and x.shape[2:] == gy.shape[2:] and pad_d == pad_h == pad_w == 0:
+        x = x.reshape((N, x.shape[1], 1, 1, x.shape[2] * x.shape[3] * x.shape[4]))
+        gy = gy.reshape((N, F, 1, 1, gy.shape[2] * gy.shape[3] * gy.shape[4]))
+    out = (gy.shape[2], gy.shape[3], gy.shape[4])
+    size = out[0] * out[1] * out[2]
+    gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
+    blocks = (FG + TILE - 1) // TILE
+    step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
+    depth = (step * taps + 3) // 4 * 4
+    panel, turned = np.empty(depth * TILE, x.dtype), np.empty(TILE * TILE, x.dtype)
+    sums = np.empty(blocks * depth * TILE, x.dtype)
+    channel = begin
+    while channel < end:
+        g = channel // CG
+        channels = min(step, end - channel, (g + 1) * CG - channel)
+        for i in range(len(sums)):
+            sums[i] = real(0)
+        for first in range(0, N * size, TILE):
+            count = min(TILE, N * size - first)
+            _pack(x, channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
+            for block in range(blocks):
+                width = min(TILE, FG - block * TILE)
+                t = 0
+                while t < count:  # a run of positions in one image
+                    n, s = (first + t) // size, (first + t) % size
+                    run = min(size - s, count - t)
+                    for i in range(width):
+                        line = gy3[n, g * FG + block * TILE + i, s : s + run]
+                        for j in range(run):
+                            turned[(t + j) * TILE + i] = line[j]
+                    t += run
+                for k in range(0, channels * taps, 4):
+                    part = sums[(block * depth + k) * TILE : (block * depth + k + 4) * TILE]
+                    _multiply(panel, k * TILE, TILE, 1, min(4, channels * taps - k), count, turned, width, part)
+        for block in range(blocks):
+            for i in range(min(TILE, FG - block * TILE)):
+                for c in range(channels):
+                    for k in range(taps):
+                        total = sums[(block * depth + c * taps + k) * TILE + i]
+                        gw3[g * FG + block * TILE + i, channel - g * CG + c, k] = total
+        channel += channels
+
+
+@inline
+def _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation):
+    """Filter by filter: dot products of gy with the shifted input."""
+    CG, KD, KH, KW = gw.shape[1], gw.shape[2], gw.shape[3], gw.shape[4]
+    N, D, H, W, OD, OH, OW = gy.shape[0], x.shape[2], x.shape[3], x.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
+    rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
+    flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
+    padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
+    spread = np.empty(OH * pitch if flat else 0, x.dtype)
+    length = (OH - 1) * pitch + OW
+    offsets = _layout(KH, KW, rows, pitch, stride, dilation)
+    for f in range(begin, end):
+        for c in range(CG):
+            for kd in range(KD):
+                for kh in range(KH):
+                    for kw in range(KW):
+                        gw[f, c, kd, kh, kw] = real(0)
+        for n in range(N):
+            for od in range(OD):
+                if flat:
+                    _pad_plane(gy[n, f, od], spread, OH, pitch, (0, 0), 1, 1)
+                for c in range(CG):
+                    for kd in range(KD):
+                        d = od * stride[0] - pad[0] + kd * dilation[0]
+                        if d < 0 or d >= D:
+                            continue
+                        plane = x[n, f // FG * CG + c, d]
+                        if flat:
+                            _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                        for kh in range(KH):
+                            up = pad[1] - kh * dilation[1]
+                            for kw in range(KW):
+                                left = pad[2] - kw * dilation[2]
+                                if flat:
+                                    gw[f, c, kd, kh, kw] += _dot(spread, padded[offsets[kh * KW + kw] :], length, 1)
+                                    continue
+                                lo, hi = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                                if lo >= hi:
+                                    continue
+                                for oh in range(_first(up, stride[1], OH), _first(H + up, stride[1], OH)):
+                                    line = plane[oh * stride[1] - up, lo * stride[2] - left :]
+                                    gw[f, c, kd, kh, kw] += _dot(gy[n, f, od, oh, lo:hi], line, hi - lo, stride[2])
+
+
+# Parallel over channels. Reads every element once along memory.
+@cpu(over="F")
+def conv_grad_bias(begin, end, gy, gb):
+    N, S = gy.shape[0], gy.shape[2]
+    for f in range(begin, end):
+        total = real(0)
+        for n in range(N):
+            part = real(0)
+            line = gy[n, f]
+            for s in range(S):
+                part += line[s]
+            total += part
+        gb[f] = total
+
+
+# Parallel over the channels of all images. Rows of a column are pieces of rows of the image: reads and writes along W.
+# Writes every output once; the image of a channel is read KH*KW times from cache.
+@cpu(over="N*C")
+def unfold(begin, end, x, cols, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    C, H, W = x.shape[1], x.shape[2], x.shape[3]
+    KH, KW, OH, OW = cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
+    for unit in range(begin, end):
+        n, c = unit // C, unit % C
+        for kh in range(KH):
+            for kw in range(KW):
+                left = pad_w - kw * dilation_w
+                lo = _first(left, stride_w, OW)
+                hi = max(_first(W + left, stride_w, OW), lo)
+                for oh in range(OH):
+                    to, h = cols[n, c, kh, kw, oh], oh * stride_h - pad_h + kh * dilation_h
+                    if h < 0 or h >= H or lo == hi:
+                        for i in range(OW):
+                            to[i] = real(0)
+                        continue
+                    line, target = x[n, c, h, lo * stride_w - left :], to[lo:hi]
+                    for i in range(lo):
+                        to[i] = real(0)
+                    if stride_w == 1:
+                        for i in range(hi - lo):
+                            target[i] = line[i]
+                    else:
+                        for i in range(hi - lo):
+                            target[i] = line[i * stride_w]
+                    for i in range(hi, OW):
+                        to[i] = real(0)
+
+
+# Parallel over the channels of all images. Tap by tap the columns stream through, the image of the channel stays in cache.
+# Reads every column element once, reads and writes an output KH*KW times in cache.
+@cpu(over="N*C")
+def fold(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    C, H, W = x.shape[1], x.shape[2], x.shape[3]
+    KH, KW, OH, OW = cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
+    for unit in range(begin, end):
+        n, c = unit // C, unit % C
+        for h in range(H):
+            for i in range(W):
+                x[n, c, h, i] = real(0)
+        for kh in range(KH):
+            up = pad_h - kh * dilation_h
+            for kw in range(KW):
+                left = pad_w - kw * dilation_w
+                lo, hi = _first(left, stride_w, OW), _first(W + left, stride_w, OW)
+                if lo >= hi:
+                    continue
+                for oh in range(_first(up, stride_h, OH), _first(H + up, stride_h, OH)):
+                    line = x[n, c, oh * stride_h - up, lo * stride_w - left :]
+                    _add(real(1), cols[n, c, kh, kw, oh, lo:hi], 1, line, stride_w, hi - lo)
+
+
+# Parallel over rows of windows. Writes along memory, every output once; the rows of a window are read from cache.
+@cpu(over="N*OH")
+def im2col(begin, end, x, cols, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    C, H, W = x.shape[1], x.shape[2], x.shape[3]
+    OH, OW, KH, KW = cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
+    for unit in range(begin, end):
+        n, oh = unit // OH, unit % OH
+        for ow in range(OW):
+            left = ow * stride_w - pad_w
+            inside = left >= 0 and left + (KW - 1) * dilation_w < W
+            for c in range(C):
+                for kh in range(KH):
+                    to, h = cols[n, oh, ow, c, kh], oh * stride_h - pad_h + kh * dilation_h
+                    if h < 0 or h >= H:
+                        for kw in range(KW):
+                            to[kw] = real(0)
+                    elif inside:
+                        line = x[n, c, h, left:]
+                        for kw in range(KW):
+                            to[kw] = line[kw * dilation_w]
+                    else:
+                        for kw in range(KW):
+                            i = left + kw * dilation_w
+                            to[kw] = x[n, c, h, i] if 0 <= i < W else real(0)
+
+
+# Parallel over the channels of all images: the image of a channel stays in cache while the patches pass by.
+# Reads every patch element once, reads and writes an output KH*KW times in cache.
+@cpu(over="N*C")
+def col2im(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    C, H, W = x.shape[1], x.shape[2], x.shape[3]
+    OH, OW, KH, KW = cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
+    for unit in range(begin, end):
+        n, c = unit // C, unit % C
+        for h in range(H):
+            for i in range(W):
+                x[n, c, h, i] = real(0)
+        for oh in range(OH):
+            for ow in range(OW):
+                for kh in range(KH):
+                    h = oh * stride_h - pad_h + kh * dilation_h
+                    if h < 0 or h >= H:
+                        continue
+                    for kw in range(KW):
+                        i = ow * stride_w - pad_w + kw * dilation_w
+                        if 0 <= i < W:
+                            x[n, c, h, i] += cols[n, oh, ow, c, kh, kw]
