@@ -387,6 +387,95 @@ int hl_dropout_f64(const hl_dropout_plan *plan, const double *x, double *y);
 
 /* ---- pool ---- */
 
+/* The largest element of each window; indices: its place in its plane; offsets: its tap, at most 256 taps. Both may
+ * be NULL. */
+typedef struct {
+    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top,
+        pad_left, dilation_d, dilation_h, dilation_w;
+} hl_max_pool_plan;
+int hl_max_pool_f32(const hl_max_pool_plan *plan, const float *x, float *y, int64_t *indices, uint8_t *offsets);
+int hl_max_pool_f64(const hl_max_pool_plan *plan, const double *x, double *y, int64_t *indices, uint8_t *offsets);
+
+/* Adds each gradient to the element that offsets (as max_pool wrote them) name; gx is 0 elsewhere. */
+typedef struct {
+    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top,
+        pad_left, dilation_d, dilation_h, dilation_w;
+} hl_max_pool_backward_plan;
+int hl_max_pool_backward_f32(const hl_max_pool_backward_plan *plan, const float *gy, const uint8_t *offsets, float *gx);
+int hl_max_pool_backward_f64(const hl_max_pool_backward_plan *plan, const double *gy, const uint8_t *offsets,
+                             double *gx);
+
+/* The largest element of windows that share the input out; indices may be NULL. */
+typedef struct { int64_t M, D, H, W, OD, OH, OW; } hl_adaptive_max_pool_plan;
+int hl_adaptive_max_pool_f32(const hl_adaptive_max_pool_plan *plan, const float *x, float *y, int64_t *indices);
+int hl_adaptive_max_pool_f64(const hl_adaptive_max_pool_plan *plan, const double *x, double *y, int64_t *indices);
+
+/* Adds each gradient to the element that its index, in 0 .. L - 1, names; gx is 0 elsewhere. */
+typedef struct { int64_t M, O, L; } hl_adaptive_max_pool_backward_plan;
+int hl_adaptive_max_pool_backward_f32(const hl_adaptive_max_pool_backward_plan *plan, const float *gy,
+                                      const int64_t *indices, float *gx);
+int hl_adaptive_max_pool_backward_f64(const hl_adaptive_max_pool_backward_plan *plan, const double *gy,
+                                      const int64_t *indices, double *gx);
+
+/* The sum of each window over its divisor (0: its taps, those in the padding too where count_include_pad). */
+typedef struct {
+    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back,
+        pad_top, pad_bottom, pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor;
+} hl_avg_pool_plan;
+int hl_avg_pool_f32(const hl_avg_pool_plan *plan, const float *x, float *y);
+int hl_avg_pool_f64(const hl_avg_pool_plan *plan, const double *x, double *y);
+
+/* Adds each gradient over its divisor to every element of its window. */
+typedef struct {
+    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back,
+        pad_top, pad_bottom, pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor;
+} hl_avg_pool_backward_plan;
+int hl_avg_pool_backward_f32(const hl_avg_pool_backward_plan *plan, const float *gy, float *gx);
+int hl_avg_pool_backward_f64(const hl_avg_pool_backward_plan *plan, const double *gy, double *gx);
+
+/* The mean of windows that share the input out. */
+typedef struct { int64_t M, D, H, W, OD, OH, OW; } hl_adaptive_avg_pool_plan;
+int hl_adaptive_avg_pool_f32(const hl_adaptive_avg_pool_plan *plan, const float *x, float *y);
+int hl_adaptive_avg_pool_f64(const hl_adaptive_avg_pool_plan *plan, const double *x, double *y);
+
+/* Adds each gradient over the size of its window to every element of the window. */
+typedef struct { int64_t M, OD, OH, OW, D, H, W; } hl_adaptive_avg_pool_backward_plan;
+int hl_adaptive_avg_pool_backward_f32(const hl_adaptive_avg_pool_backward_plan *plan, const float *gy, float *gx);
+int hl_adaptive_avg_pool_backward_f64(const hl_adaptive_avg_pool_backward_plan *plan, const double *gy, double *gx);
+
+/* (sum of x^norm)^(1/norm) of each window. */
+typedef struct {
+    int64_t M, D, H, W, OD, OH, OW, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h,
+        dilation_w;
+    double norm;
+} hl_lp_pool_plan;
+int hl_lp_pool_f32(const hl_lp_pool_plan *plan, const float *x, float *y);
+int hl_lp_pool_f64(const hl_lp_pool_plan *plan, const double *x, double *y);
+
+/* The gradient of lp_pool, which gave y. */
+typedef struct {
+    int64_t M, OD, OH, OW, D, H, W, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h,
+        dilation_w;
+    double norm;
+} hl_lp_pool_backward_plan;
+int hl_lp_pool_backward_f32(const hl_lp_pool_backward_plan *plan, const float *gy, const float *x, const float *y,
+                            float *gx);
+int hl_lp_pool_backward_f64(const hl_lp_pool_backward_plan *plan, const double *gy, const double *x, const double *y,
+                            double *gx);
+
+/* y[indices] = x, 0 elsewhere. bad = 1 + the place of the first index outside of 0 .. L - 1, else 0; nothing else is
+ * written then. */
+typedef struct { int64_t M, O, L; } hl_max_unpool_plan;
+int hl_max_unpool_f32(const hl_max_unpool_plan *plan, const float *x, const int64_t *indices, float *y, int64_t *bad);
+int hl_max_unpool_f64(const hl_max_unpool_plan *plan, const double *x, const int64_t *indices, double *y, int64_t *bad);
+
+/* gx = gy[indices]; the indices are in 0 .. L - 1. */
+typedef struct { int64_t M, L, O; } hl_max_unpool_backward_plan;
+int hl_max_unpool_backward_f32(const hl_max_unpool_backward_plan *plan, const float *gy, const int64_t *indices,
+                               float *gx);
+int hl_max_unpool_backward_f64(const hl_max_unpool_backward_plan *plan, const double *gy, const int64_t *indices,
+                               double *gx);
+
 /* ---- rnn ---- */
 
 /* gates[T,N,4H] holds x W_ih^T + b_ih on the way in, the gates i f g o on the way out; b_hh, peephole[3,H] (i o f),

@@ -1,1 +1,816 @@
+/* Pooling over three spatial axes: a missing axis has the size 1, the channels of all images are the planes M.
+ *
+ * One idea carries the forward kernels: the windows of one row of outputs take the same lines of the input. Those lines
+ * are first reduced to one line, whole vectors at a time, and that line then across, tap by tap. With a stride of 2 the
+ * line is kept as its even and its odd elements, so that both steps load whole vectors. A window of K taps costs about
+ * 2 K^(1/2) operations, not K. Outputs near the edges, and strides above 2, go across one by one. */
 #include "simd.h"
+
+/* How windows lie over the axes D, H, W. */
+typedef struct {
+    int64_t size[3], out[3], kernel[3], stride[3], pad[3], after[3], dilation[3];
+    int shared; /* the windows share each axis out: kernel is only the largest number of taps */
+} windows;
+
+/* The taps of a window along one axis that lie inside: the number of the first, how many, and where the first lies. */
+typedef struct { int64_t first, count, at; } taps;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static taps taps_of(const windows *w, int axis, int64_t o)
+{
+    int64_t size = w->size[axis], d = w->dilation[axis];
+    if (w->shared) {
+        int64_t at = o * size / w->out[axis];
+        return (taps){0, ceil_div((o + 1) * size, w->out[axis]) - at, at};
+    }
+    int64_t start = o * w->stride[axis] - w->pad[axis], room = size - 1 - start;
+    int64_t first = start >= 0 ? 0 : d == 1 ? -start : ceil_div(-start, d);
+    int64_t last = min64(w->kernel[axis] - 1, d == 1 ? room : room / d);
+    return (taps){first, last - first + 1, start + first * d};
+}
+
+/* The windows of an adaptive pooling: equal ones without overlap where the sizes divide. */
+static windows share_out(const int64_t size[3], const int64_t out[3])
+{
+    windows w = {.shared = 0};
+    for (int a = 0; a < 3; a++) w.shared |= size[a] % out[a] != 0;
+    for (int a = 0; a < 3; a++) {
+        w.size[a] = size[a];
+        w.out[a] = out[a];
+        w.stride[a] = w.kernel[a] = size[a] / out[a] + (w.shared ? 2 : 0);
+        w.dilation[a] = 1;
+    }
+    return w;
+}
+
+#define KERNEL(p) \
+    .size = {p->D, p->H, p->W}, .out = {p->OD, p->OH, p->OW}, .kernel = {p->kernel_d, p->kernel_h, p->kernel_w}, \
+    .stride = {p->stride_d, p->stride_h, p->stride_w}, .dilation = {p->dilation_d, p->dilation_h, p->dilation_w}
+#define BEFORE(p) .pad = {p->pad_front, p->pad_top, p->pad_left}
+#define AFTER(p) .after = {p->pad_back, p->pad_bottom, p->pad_right}
+
+static int64_t volume(const int64_t n[3]) { return n[0] * n[1] * n[2]; }
+
+/* ---- one row of outputs ---- */
+
+/* The lines of the input that the windows of a row of outputs take. */
+typedef struct {
+    const real *first, *end; /* the first line; what lies behind the whole input */
+    taps d, h;
+    int64_t step_d, step_h; /* from line to line */
+} lines;
+
+static lines lines_of(const windows *w, const real *plane, const real *end, int64_t od, int64_t oh)
+{
+    lines l = {.end = end, .d = taps_of(w, 0, od), .h = taps_of(w, 1, oh)};
+    int64_t H = w->size[1], W = w->size[2];
+    l.first = plane + (l.d.at * H + l.h.at) * W;
+    l.step_d = w->dilation[0] * H * W;
+    l.step_h = w->dilation[1] * W;
+    return l;
+}
+
+/* The reduced line (its even and odd elements where `split`), the taps of every output across, and the outputs whose
+ * taps all lie inside and go by vectors, [lo, hi). */
+typedef struct {
+    void *block;
+    real *even, *odd;
+    ireal *even_id, *odd_id, *id;
+    taps *across;
+    int64_t lo, hi;
+    int split;
+} row_space;
+
+static int take_row(row_space *s, const windows *w, int with_ids)
+{
+    int64_t W = w->size[2], OW = w->out[2], stride = w->stride[2];
+    size_t line = (size_t)round_up(W, 2 * LANES) + 4 * LANES, outs = (size_t)round_up(OW, LANES) + LANES;
+    size_t bytes = line * sizeof(real) * (with_ids ? 2 : 1) + outs * (sizeof(taps) + (with_ids ? sizeof(ireal) : 0));
+    char *p = s->block = hl_take(bytes);
+    if (!p) return HL_NOMEM;
+    s->split = !w->shared && stride == 2;
+    s->even = (real *)p;
+    s->odd = s->even + line / 2;
+    p += line * sizeof(real);
+    s->across = (taps *)p;
+    p += outs * sizeof(taps);
+    s->even_id = (ireal *)p;
+    s->odd_id = s->even_id + line / 2;
+    s->id = s->even_id + line;
+    for (int64_t o = 0; o < OW; o++) s->across[o] = taps_of(w, 2, o);
+    s->lo = s->hi = 0;
+    if (!w->shared && stride <= 2) {
+        while (s->lo < OW && s->across[s->lo].count < w->kernel[2]) s->lo++;
+        s->hi = s->lo;
+        while (s->hi < OW && s->across[s->hi].count == w->kernel[2]) s->hi++;
+    }
+    return HL_OK;
+}
+
+enum { MAXIMUM, SUM, SQUARES, POWERS };
+
+static inline __attribute__((always_inline)) vreal power(vreal x, int64_t n)
+{
+    vreal y = x;
+    for (int64_t i = 1; i < n; i++) y *= x;
+    return y;
+}
+
+/* LANES elements of a line, of which those behind `end` are 0. */
+static inline __attribute__((always_inline)) vreal load_before(const real *p, const real *end, int whole)
+{
+    if (whole || end - p >= LANES) return load(p);
+    return end > p ? load_part(p, end - p, (real)0) : splat((real)0);
+}
+
+/* The lines reduced at the columns [i, i + LANES). check becomes NaN where an element is NaN or infinite. */
+static inline __attribute__((always_inline)) vreal down(int kind, int64_t n, const lines *l, int64_t nd, int64_t nh,
+                                                        int64_t i, int whole, vreal *check)
+{
+    vreal v = splat((real)(kind == MAXIMUM ? -INFINITY : 0));
+    for (int64_t d = 0; d < nd; d++)
+        for (int64_t h = 0; h < nh; h++) {
+            vreal x = load_before(l->first + d * l->step_d + h * l->step_h + i, l->end, whole);
+            if (kind == MAXIMUM) {
+                v = vmax(v, x);
+                *check += x * splat((real)0);
+            } else v += kind == SQUARES ? x * x : kind == POWERS ? power(x, n) : x;
+        }
+    return v;
+}
+
+static inline __attribute__((always_inline)) vreal all_down(int kind, int64_t n, const lines *l, int64_t nd, int64_t nh,
+                                                            int whole, int64_t W, const row_space *s)
+{
+    vreal check = splat((real)0);
+    for (int64_t i = 0; i < W; i += 2 * LANES) {
+        vreal a = down(kind, n, l, nd, nh, i, whole, &check), b = a;
+        if (i + LANES < W) b = down(kind, n, l, nd, nh, i + LANES, whole, &check);
+        store(s->even + (s->split ? i / 2 : i), s->split ? evens(a, b) : a);
+        store(s->split ? s->odd + i / 2 : s->even + i + LANES, s->split ? odds(a, b) : b);
+    }
+    return check;
+}
+
+/* Reduces the lines to one. n is the exponent of POWERS. The result holds a NaN where the lines may. */
+static inline __attribute__((always_inline)) vreal reduce_down(int kind, int64_t n, const lines *l, int64_t W,
+                                                               const row_space *s)
+{
+    int64_t nd = l->d.count, nh = l->h.count;
+    const real *last = l->first + (nd - 1) * l->step_d + (nh - 1) * l->step_h;
+    if (l->end - last < round_up(W, 2 * LANES)) return all_down(kind, n, l, nd, nh, 0, W, s);
+    if (nd == 1 && nh == 2) return all_down(kind, n, l, 1, 2, 1, W, s);
+    if (nd == 1 && nh == 3) return all_down(kind, n, l, 1, 3, 1, W, s);
+    return all_down(kind, n, l, nd, nh, 1, W, s);
+}
+
+/* Stores the first n lanes; the others too where they stay before `limit`: they belong to outputs that come later. */
+static inline __attribute__((always_inline)) void put(real *p, vreal v, int64_t n, const real *limit)
+{
+    if (n >= LANES || limit - p >= LANES) store(p, v);
+    else store_part(p, n, v);
+}
+
+/* Where tap k of output 0 stands in the reduced line; output i stands i elements further. */
+static inline __attribute__((always_inline)) int64_t tap_at(const windows *w, const row_space *s, int64_t k, int *odd)
+{
+    int64_t c = k * w->dilation[2] - w->pad[2];
+    *odd = s->split && (c & 1);
+    return s->split ? c >> 1 : c;
+}
+
+static inline __attribute__((always_inline)) void all_across(int kind, int64_t K, const windows *w, const row_space *s,
+                                                             real divisor, real factor, real *y, const real *limit)
+{
+    for (int64_t i = s->lo; i < s->hi; i += LANES) {
+        vreal v = splat((real)0);
+        for (int64_t k = 0; k < K; k++) {
+            int odd;
+            int64_t at = tap_at(w, s, k, &odd);
+            vreal x = load((odd ? s->odd : s->even) + at + i);
+            v = k == 0 ? x : kind == MAXIMUM ? vmax(v, x) : v + x;
+        }
+        if (kind != MAXIMUM) v = factor != 0 ? v * splat(factor) : v / splat(divisor);
+        put(y + i, v, s->hi - i, limit);
+    }
+}
+
+/* The outputs [lo, hi) of a row, which must come before the others: the last vector may reach into those. */
+static inline __attribute__((always_inline)) void reduce_across(int kind, const windows *w, const row_space *s,
+                                                                real divisor, real factor, real *y, const real *limit)
+{
+    if (w->kernel[2] == 2) all_across(kind, 2, w, s, divisor, factor, y, limit);
+    else if (w->kernel[2] == 3) all_across(kind, 3, w, s, divisor, factor, y, limit);
+    else all_across(kind, w->kernel[2], w, s, divisor, factor, y, limit);
+}
+
+static inline real element(const row_space *s, int64_t at)
+{
+    return s->split ? (at & 1 ? s->odd : s->even)[at >> 1] : s->even[at];
+}
+
+/* ---- maxima ---- */
+
+typedef struct {
+    windows w;
+    int64_t M;
+    const real *x;
+    real *y;
+    int64_t *indices;
+    uint8_t *offsets;
+} max_job;
+
+enum { TABLE = 256 };
+
+/* The plane's place of the tap `id` of a window whose tap 0 stands at `start`. */
+static int64_t place(const windows *w, int64_t start, int64_t id)
+{
+    int64_t kw = id % w->kernel[2], rest = id / w->kernel[2], kh = rest % w->kernel[1], kd = rest / w->kernel[1];
+    return start + (kd * w->dilation[0] * w->size[1] + kh * w->dilation[1]) * w->size[2] + kw * w->dilation[2];
+}
+
+/* Places of all taps of a window at 0, where they are few. */
+static void fill_table(const windows *w, int64_t table[TABLE])
+{
+    int64_t n = volume(w->kernel);
+    for (int64_t id = 0; id < n && n <= TABLE; id++) table[id] = place(w, 0, id);
+}
+
+static int has_nan(const lines *l, int64_t W)
+{
+    for (int64_t d = 0; d < l->d.count; d++)
+        for (int64_t h = 0; h < l->h.count; h++) {
+            const real *x = l->first + d * l->step_d + h * l->step_h;
+            int found = 0;
+            for (int64_t i = 0; i < W; i++) found |= x[i] != x[i];
+            if (found) return 1;
+        }
+    return 0;
+}
+
+/* A row of outputs element by element, for rows with a NaN and windows with too many taps for an ireal. */
+static void max_row_plain(const max_job *j, const lines *l, const row_space *s, int64_t start, int64_t at)
+{
+    const windows *w = &j->w;
+    for (int64_t o = 0; o < w->out[2]; o++) {
+        taps t = s->across[o];
+        real best = 0;
+        int64_t id = -1;
+        for (int64_t d = 0; d < l->d.count; d++)
+            for (int64_t h = 0; h < l->h.count; h++) {
+                const real *x = l->first + d * l->step_d + h * l->step_h + t.at;
+                for (int64_t k = 0; k < t.count; k++) {
+                    real v = x[k * w->dilation[2]];
+                    if (id < 0 || v > best || (v != v && best == best)) {
+                        best = v;
+                        id = ((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2] + t.first + k;
+                    }
+                }
+            }
+        j->y[at + o] = best;
+        if (j->offsets) j->offsets[at + o] = (uint8_t)id;
+        if (j->indices) j->indices[at + o] = place(w, start + t.at - t.first * w->dilation[2], id);
+    }
+}
+
+static void max_row(const max_job *j, const row_space *s, const real *limit, int64_t at)
+{
+    real *y = j->y + at;
+    int64_t d = j->w.dilation[2];
+    reduce_across(MAXIMUM, &j->w, s, (real)1, (real)1, y, limit);
+    for (int64_t o = s->lo ? 0 : s->hi; o < j->w.out[2]; o = o + 1 == s->lo ? s->hi : o + 1) {
+        taps t = s->across[o];
+        real best = element(s, t.at);
+        for (int64_t k = 1; k < t.count; k++) {
+            real v = element(s, t.at + k * d);
+            best = v > best ? v : best;
+        }
+        y[o] = best;
+    }
+}
+
+/* As all_down for a maximum, and the id of each column's largest element: its tap's number less its place across. */
+static inline __attribute__((always_inline)) vreal down_with_ids(const windows *w, const lines *l, int64_t i, vint *id,
+                                                                 vreal *check)
+{
+    vreal best = splat((real)-INFINITY);
+    vint at = (vint){0} - 1;
+    for (int64_t d = 0; d < l->d.count; d++)
+        for (int64_t h = 0; h < l->h.count; h++) {
+            vreal x = load_before(l->first + d * l->step_d + h * l->step_h + i, l->end, 0);
+            ireal line = (ireal)(((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2]);
+            vint larger = (x > best) | (at < 0);
+            best = blend(larger, x, best);
+            at = (larger & line) | (~larger & at);
+            *check += x * splat((real)0);
+        }
+    *id = at;
+    return best;
+}
+
+static vreal reduce_down_with_ids(const windows *w, const lines *l, const row_space *s)
+{
+    vreal check = splat((real)0);
+    for (int64_t i = 0; i < w->size[2]; i += 2 * LANES) {
+        vint m, n;
+        vreal a = down_with_ids(w, l, i, &m, &check), b = a;
+        n = m;
+        if (i + LANES < w->size[2]) b = down_with_ids(w, l, i + LANES, &n, &check);
+        int64_t first = s->split ? i / 2 : i;
+        store(s->even + first, s->split ? evens(a, b) : a);
+        store(s->split ? s->odd + first : s->even + first + LANES, s->split ? odds(a, b) : b);
+        store((real *)s->even_id + first, s->split ? evens((vreal)m, (vreal)n) : (vreal)m);
+        store((real *)(s->split ? s->odd_id + first : s->even_id + first + LANES),
+              s->split ? odds((vreal)m, (vreal)n) : (vreal)n);
+    }
+    return check;
+}
+
+static inline __attribute__((always_inline)) void across_with_ids(int64_t K, const windows *w, const row_space *s,
+                                                                  real *y, const real *limit)
+{
+    for (int64_t i = s->lo; i < s->hi; i += LANES) {
+        vreal best = splat((real)0);
+        vint id = {0};
+        for (int64_t k = 0; k < K; k++) {
+            int odd;
+            int64_t at = tap_at(w, s, k, &odd) + i;
+            vreal x = load((odd ? s->odd : s->even) + at);
+            vint n = (vint)load((const real *)(odd ? s->odd_id : s->even_id) + at) + (ireal)k;
+            vint larger = (x > best) | ((x == best) & (n < id));
+            best = k == 0 ? x : blend(larger, x, best);
+            id = k == 0 ? n : (larger & n) | (~larger & id);
+        }
+        put(y + i, best, s->hi - i, limit);
+        store((real *)s->id + i, (vreal)id);
+    }
+}
+
+static void max_row_with_ids(const max_job *j, const row_space *s, const real *limit, const int64_t *table,
+                             int64_t start, int64_t at)
+{
+    const windows *w = &j->w;
+    real *y = j->y + at;
+    int64_t OW = w->out[2], d = w->dilation[2];
+    if (w->kernel[2] == 2) across_with_ids(2, w, s, y, limit);
+    else if (w->kernel[2] == 3) across_with_ids(3, w, s, y, limit);
+    else across_with_ids(w->kernel[2], w, s, y, limit);
+    for (int64_t o = s->lo ? 0 : s->hi; o < OW; o = o + 1 == s->lo ? s->hi : o + 1) {
+        taps t = s->across[o];
+        real best = 0;
+        ireal id = -1;
+        for (int64_t k = 0; k < t.count; k++) {
+            int64_t c = t.at + k * d;
+            real v = element(s, c);
+            ireal n = (ireal)((s->split ? (c & 1 ? s->odd_id : s->even_id)[c >> 1] : s->even_id[c]) + t.first + k);
+            if (id < 0 || v > best || (v == best && n < id)) {
+                best = v;
+                id = n;
+            }
+        }
+        y[o] = best;
+        s->id[o] = id;
+    }
+    if (j->offsets)
+        for (int64_t o = 0; o < OW; o++) j->offsets[at + o] = (uint8_t)s->id[o];
+    if (!j->indices) return;
+    int few = volume(w->kernel) <= TABLE;
+    for (int64_t o = 0; o < OW; o++) {
+        int64_t first = start + s->across[o].at - s->across[o].first * d;
+        j->indices[at + o] = few ? first + table[s->id[o]] : place(w, first, s->id[o]);
+    }
+}
+
+static int max_rows(int64_t begin, int64_t end, void *context)
+{
+    const max_job *j = context;
+    const windows *w = &j->w;
+    int with_ids = j->indices || j->offsets, fits = volume(w->kernel) <= INT32_MAX;
+    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], table[TABLE];
+    row_space s;
+    if (take_row(&s, w, with_ids)) return HL_NOMEM;
+    if (j->indices) fill_table(w, table);
+    for (int64_t r = begin; r < end; r++) {
+        int64_t od = r / OH % OD, oh = r % OH;
+        const real *plane = j->x + r / OH / OD * inside;
+        lines l = lines_of(w, plane, j->x + j->M * inside, od, oh);
+        int64_t start =
+            ((l.d.at - l.d.first * w->dilation[0]) * w->size[1] + l.h.at - l.h.first * w->dilation[1]) * w->size[2];
+        vreal check = splat((real)0);
+        if (with_ids && fits) check = reduce_down_with_ids(w, &l, &s);
+        else if (!with_ids) check = reduce_down(MAXIMUM, 1, &l, w->size[2], &s);
+        if ((with_ids && !fits) || (lane_bits(check != check) && has_nan(&l, w->size[2])))
+            max_row_plain(j, &l, &s, start, r * OW);
+        else if (with_ids) max_row_with_ids(j, &s, j->y + end * OW, table, start, r * OW);
+        else max_row(j, &s, j->y + end * OW, r * OW);
+    }
+    hl_give(s.block);
+    return HL_OK;
+}
+
+/* Parallel over the rows of outputs. Rows in memory order, so that the lines that two rows share are still in cache.
+ * Every input is read kernel_h / stride_h times, from cache but for the first; every output is written once.
+ * Source: the separation of a maximum over a box into one over lines and one over columns. */
+static int run_max(max_job *j)
+{
+    const windows *w = &j->w;
+    if (!volume(w->out)) return HL_OK;
+    double work =
+        (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
+    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), max_rows, j);
+}
+
+int HL(max_pool)(const hl_max_pool_plan *p, const real *x, real *y, int64_t *indices, uint8_t *offsets)
+{
+    max_job j = {{KERNEL(p), BEFORE(p)}, p->M, x, y, indices, offsets};
+    return run_max(&j);
+}
+
+int HL(adaptive_max_pool)(const hl_adaptive_max_pool_plan *p, const real *x, real *y, int64_t *indices)
+{
+    int64_t size[3] = {p->D, p->H, p->W}, out[3] = {p->OD, p->OH, p->OW};
+    if (!volume(out)) return HL_OK;
+    max_job j = {share_out(size, out), p->M, x, y, indices, NULL};
+    return run_max(&j);
+}
+
+typedef struct {
+    windows w;
+    const real *gy;
+    const uint8_t *offsets;
+    real *gx;
+} max_backward_job;
+
+static int max_backward_planes(int64_t begin, int64_t end, void *context)
+{
+    const max_backward_job *j = context;
+    const windows *w = &j->w;
+    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], stride = w->stride[2],
+            table[TABLE];
+    fill_table(w, table);
+    for (int64_t m = begin; m < end; m++) {
+        real *gx = j->gx + m * inside;
+        memset(gx, 0, (size_t)inside * sizeof(real));
+        for (int64_t r = 0; r < OD * OH; r++) {
+            const real *g = j->gy + (m * OD * OH + r) * OW;
+            const uint8_t *offset = j->offsets + (m * OD * OH + r) * OW;
+            int64_t d = r / OH * w->stride[0] - w->pad[0], h = r % OH * w->stride[1] - w->pad[1];
+            int64_t start = (d * w->size[1] + h) * w->size[2] - w->pad[2];
+            for (int64_t o = 0; o < OW; o++) gx[start + o * stride + table[offset[o]]] += g[o];
+        }
+    }
+    return HL_OK;
+}
+
+/* Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
+ * One read and one write of an element of gx per output, besides the clearing. Source: the chain rule. */
+int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, const uint8_t *offsets, real *gx)
+{
+    max_backward_job j = {{KERNEL(p), BEFORE(p)}, gy, offsets, gx};
+    return hl_parallel_for(p->M, hl_grain((double)volume(j.w.size) + 4 * (double)volume(j.w.out)), max_backward_planes,
+                           &j);
+}
+
+/* ---- places given by indices ---- */
+
+typedef struct {
+    const real *from;
+    const int64_t *indices;
+    real *to;
+    int64_t O, L;
+    int add, *wrong;
+} scatter_job;
+
+static int scatter_planes(int64_t begin, int64_t end, void *context)
+{
+    const scatter_job *j = context;
+    for (int64_t m = begin; m < end; m++) {
+        const real *from = j->from + m * j->O;
+        const int64_t *at = j->indices + m * j->O;
+        real *to = j->to + m * j->L;
+        memset(to, 0, (size_t)j->L * sizeof(real));
+        if (j->add)
+            for (int64_t o = 0; o < j->O; o++) to[at[o]] += from[o];
+        else
+            for (int64_t o = 0; o < j->O; o++) to[at[o]] = from[o];
+    }
+    return HL_OK;
+}
+
+/* Parallel over planes, in memory order inside of one: the order of additions is fixed, and of two stores the last stays.
+ * One read of a value and its index and one write per value, besides the clearing. Source: the chain rule. */
+int HL(adaptive_max_pool_backward)(const hl_adaptive_max_pool_backward_plan *p, const real *gy, const int64_t *indices,
+                                   real *gx)
+{
+    scatter_job j = {.from = gy, .indices = indices, .to = gx, .O = p->O, .L = p->L, .add = 1};
+    return hl_parallel_for(p->M, hl_grain((double)p->L + 4 * (double)p->O), scatter_planes, &j);
+}
+
+static int check_indices(int64_t begin, int64_t end, void *context)
+{
+    const scatter_job *j = context;
+    int wrong = 0;
+    for (int64_t i = begin; i < end; i++) wrong |= (uint64_t)j->indices[i] >= (uint64_t)j->L;
+    if (wrong) __atomic_store_n(j->wrong, 1, __ATOMIC_RELAXED);
+    return HL_OK;
+}
+
+int HL(max_unpool)(const hl_max_unpool_plan *p, const real *x, const int64_t *indices, real *y, int64_t *bad)
+{
+    int wrong = 0;
+    scatter_job j = {.from = x, .indices = indices, .to = y, .O = p->O, .L = p->L, .wrong = &wrong};
+    int64_t n = p->M * p->O;
+    int status = hl_parallel_for(n, hl_grain(1), check_indices, &j);
+    if (status != HL_OK) return status;
+    bad[0] = 0;
+    for (int64_t i = 0; wrong && i < n && !bad[0]; i++)
+        if ((uint64_t)indices[i] >= (uint64_t)p->L) bad[0] = i + 1;
+    if (wrong) return HL_OK;
+    return hl_parallel_for(p->M, hl_grain((double)p->L + 4 * (double)p->O), scatter_planes, &j);
+}
+
+static int gather_planes(int64_t begin, int64_t end, void *context)
+{
+    const scatter_job *j = context;
+    for (int64_t m = begin; m < end; m++)
+        for (int64_t o = m * j->O; o < (m + 1) * j->O; o++) j->to[o] = j->from[m * j->L + j->indices[o]];
+    return HL_OK;
+}
+
+int HL(max_unpool_backward)(const hl_max_unpool_backward_plan *p, const real *gy, const int64_t *indices, real *gx)
+{
+    scatter_job j = {.from = gy, .indices = indices, .to = gx, .O = p->O, .L = p->L};
+    return hl_parallel_for(p->M, hl_grain(4 * (double)p->O), gather_planes, &j);
+}
+
+/* ---- means and norms ---- */
+
+typedef struct {
+    windows w;
+    int64_t M;
+    int include;     /* the padding counts in a mean */
+    int64_t divisor; /* of a mean; 0: the count */
+    real norm;       /* 0: a mean */
+    const real *x;
+    real *y;
+} sum_job;
+
+/* The taps of window o inside of the padded axis. */
+static int64_t padded_count(const windows *w, int axis, int64_t o)
+{
+    int64_t room = w->size[axis] + w->after[axis] - 1 - (o * w->stride[axis] - w->pad[axis]);
+    return min64(w->kernel[axis], room / w->dilation[axis] + 1);
+}
+
+/* What a sum over a window is divided by; the taps that it has along D and H, and along W, are given. */
+static inline real mean_divisor(const sum_job *j, int64_t outer, int64_t across)
+{
+    return (real)(j->divisor ? j->divisor : outer * across);
+}
+
+/* 1 / divisor where that is exact, else 0. */
+static inline real exact_factor(real divisor)
+{
+    int exponent;
+    real mantissa = (real)frexp((double)divisor, &exponent);
+    return mantissa == (real)0.5 || mantissa == (real)-0.5 ? (real)1 / divisor : (real)0;
+}
+
+static int whole_norm(real norm) { return norm >= 1 && norm <= 8 && norm == (real)(int)norm; }
+
+/* x ** norm over the lines, element by element, into the reduced line. */
+static void powers_down(real norm, const lines *l, int64_t W, const row_space *s)
+{
+    for (int64_t i = 0; i < W; i++) {
+        double total = 0;
+        for (int64_t d = 0; d < l->d.count; d++)
+            for (int64_t h = 0; h < l->h.count; h++)
+                total += pow((double)l->first[d * l->step_d + h * l->step_h + i], (double)norm);
+        (s->split ? (i & 1 ? s->odd : s->even) + (i >> 1) : s->even + i)[0] = (real)total;
+    }
+}
+
+static void root(real norm, real *y, int64_t n)
+{
+    if (norm == 2)
+        for (int64_t i = 0; i < n; i++) y[i] = HL_F32 ? sqrtf((float)y[i]) : (real)sqrt((double)y[i]);
+    else if (norm != 1)
+        for (int64_t i = 0; i < n; i++) y[i] = (real)pow((double)y[i], 1 / (double)norm);
+}
+
+static int sum_rows(int64_t begin, int64_t end, void *context)
+{
+    const sum_job *j = context;
+    const windows *w = &j->w;
+    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], W = w->size[2], OW = w->out[2];
+    int64_t kernel = w->kernel[2], dilation = w->dilation[2], all = volume(w->kernel);
+    row_space s;
+    if (take_row(&s, w, 0)) return HL_NOMEM;
+    for (int64_t r = begin; r < end; r++) {
+        int64_t od = r / OH % OD, oh = r % OH;
+        lines l = lines_of(w, j->x + r / OH / OD * inside, j->x + j->M * inside, od, oh);
+        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, &l, W, &s);
+        else if (j->norm == 2) reduce_down(SQUARES, 1, &l, W, &s);
+        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, &l, W, &s);
+        else powers_down(j->norm, &l, W, &s);
+        real *y = j->y + r * OW;
+        int64_t outer = l.d.count * l.h.count;
+        if (j->include) outer = padded_count(w, 0, od) * padded_count(w, 1, oh);
+        real divisor = j->norm != 0 ? (real)1 : mean_divisor(j, outer, kernel);
+        real factor = j->norm != 0 ? (real)all / (real)(outer * kernel) : exact_factor(divisor);
+        reduce_across(SUM, w, &s, divisor, factor, y, j->y + end * OW);
+        for (int64_t o = s.lo ? 0 : s.hi; o < OW; o = o + 1 == s.lo ? s.hi : o + 1) {
+            taps t = s.across[o];
+            real total = 0;
+            for (int64_t k = 0; k < t.count; k++) total += element(&s, t.at + k * dilation);
+            if (j->norm != 0) y[o] = total * ((real)all / (real)(outer * t.count));
+            else y[o] = total / mean_divisor(j, outer, j->include ? padded_count(w, 2, o) : t.count);
+        }
+        if (j->norm != 0) root(j->norm, y, OW);
+    }
+    hl_give(s.block);
+    return HL_OK;
+}
+
+/* The sum of n neighbours, in eight vectors so that loads and not additions set the pace. */
+static real sum_of(const real *x, int64_t n)
+{
+    vreal v[8] = {{0}};
+    int64_t i = 0;
+    for (; i + 8 * LANES <= n; i += 8 * LANES)
+        for (int k = 0; k < 8; k++) v[k] += load(x + i + k * LANES);
+    for (; i + LANES <= n; i += LANES) v[0] += load(x + i);
+    if (i < n) v[1] += load_part(x + i, n - i, (real)0);
+    return sum_lanes(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+}
+
+static int mean_planes(int64_t begin, int64_t end, void *context)
+{
+    const sum_job *j = context;
+    int64_t n = volume(j->w.size);
+    for (int64_t m = begin; m < end; m++) j->y[m] = sum_of(j->x + m * n, n) / mean_divisor(j, n, 1);
+    return HL_OK;
+}
+
+/* Parallel over the rows of outputs, or over planes where a plane has one window. Rows in memory order.
+ * Every input is read kernel_h / stride_h times, from cache but for the first; every output is written once.
+ * Source: the separation of a sum over a box into sums over lines and over columns. */
+static int run_sum(sum_job *j)
+{
+    const windows *w = &j->w;
+    if (!volume(w->out)) return HL_OK;
+    if (j->norm == 0 && volume(w->out) == 1 && !memcmp(w->kernel, w->size, sizeof w->size) &&
+        !(w->pad[0] | w->pad[1] | w->pad[2]))
+        return hl_parallel_for(j->M, hl_grain((double)volume(w->size)), mean_planes, j);
+    double work =
+        (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
+    if (j->norm != 0 && j->norm != 2) work *= 20;
+    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), sum_rows, j);
+}
+
+int HL(avg_pool)(const hl_avg_pool_plan *p, const real *x, real *y)
+{
+    sum_job j = {.w = {KERNEL(p), BEFORE(p), AFTER(p)},
+                 .M = p->M,
+                 .include = p->count_include_pad != 0,
+                 .divisor = p->divisor,
+                 .x = x,
+                 .y = y};
+    return run_sum(&j);
+}
+
+int HL(adaptive_avg_pool)(const hl_adaptive_avg_pool_plan *p, const real *x, real *y)
+{
+    int64_t size[3] = {p->D, p->H, p->W}, out[3] = {p->OD, p->OH, p->OW};
+    if (!volume(out)) return HL_OK;
+    sum_job j = {.w = share_out(size, out), .M = p->M, .x = x, .y = y};
+    return run_sum(&j);
+}
+
+int HL(lp_pool)(const hl_lp_pool_plan *p, const real *x, real *y)
+{
+    sum_job j = {.w = {KERNEL(p)}, .M = p->M, .norm = (real)p->norm, .x = x, .y = y};
+    return run_sum(&j);
+}
+
+typedef struct {
+    windows w;
+    int include;
+    int64_t divisor;
+    real norm;
+    const real *gy, *x, *y;
+    real *gx;
+} spread_job;
+
+/* line[t.at + k * dilation] += g[o] for all taps k of all outputs o. */
+static void spread_across(const windows *w, const taps *across, const real *g, real *line)
+{
+    int64_t OW = w->out[2], d = w->dilation[2], stride = w->stride[2];
+    memset(line, 0, (size_t)w->size[2] * sizeof(real));
+    if (w->shared || stride > 2) {
+        for (int64_t o = 0; o < OW; o++)
+            for (int64_t k = 0; k < across[o].count; k++) line[across[o].at + k * d] += g[o];
+        return;
+    }
+    for (int64_t k = 0; k < w->kernel[2]; k++) {
+        int64_t c = k * d - w->pad[2];
+        int64_t begin = c < 0 ? ceil_div(-c, stride) : 0, end = c < w->size[2] ? (w->size[2] - 1 - c) / stride + 1 : 0;
+        end = min64(end, OW);
+        if (stride == 1)
+            for (int64_t o = begin; o < end; o++) line[c + o] += g[o];
+        else
+            for (int64_t o = begin; o < end; o++) line[c + 2 * o] += g[o];
+    }
+}
+
+/* What each output of a row passes to every element of its window, into g. */
+static void passed_on(const spread_job *j, const taps *across, int64_t od, int64_t oh, taps d, taps h, int64_t at,
+                      real *g)
+{
+    const windows *w = &j->w;
+    int64_t OW = w->out[2], outer = d.count * h.count, all = volume(w->kernel);
+    if (j->include) outer = padded_count(w, 0, od) * padded_count(w, 1, oh);
+    for (int64_t o = 0; o < OW; o++) {
+        if (j->norm != 0) {
+            real y = j->y[at + o], scale = (real)all / (real)(outer * across[o].count);
+            if (j->norm == 1) g[o] = j->gy[at + o] * scale;
+            else if (y == 0) g[o] = 0;
+            else if (j->norm == 2) g[o] = j->gy[at + o] / y * scale;
+            else g[o] = (real)((double)j->gy[at + o] * pow((double)y, 1 - (double)j->norm)) * scale;
+        } else if (j->divisor) g[o] = j->gy[at + o] / (real)j->divisor;
+        else g[o] = j->gy[at + o] / (real)(outer * (j->include ? padded_count(w, 2, o) : across[o].count));
+    }
+}
+
+static int spread_planes(int64_t begin, int64_t end, void *context)
+{
+    const spread_job *j = context;
+    const windows *w = &j->w;
+    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], H = w->size[1], W = w->size[2];
+    taps *across = hl_take((size_t)OW * sizeof(taps) + (size_t)(OW + W) * sizeof(real));
+    if (!across) return HL_NOMEM;
+    real *g = (real *)(across + OW), *line = g + OW;
+    for (int64_t o = 0; o < OW; o++) across[o] = taps_of(w, 2, o);
+    for (int64_t m = begin; m < end; m++) {
+        real *gx = j->gx + m * inside;
+        const real *x = j->x + m * inside;
+        memset(gx, 0, (size_t)inside * sizeof(real));
+        for (int64_t r = 0; r < OD * OH; r++) {
+            taps d = taps_of(w, 0, r / OH), h = taps_of(w, 1, r % OH);
+            passed_on(j, across, r / OH, r % OH, d, h, (m * OD * OH + r) * OW, g);
+            spread_across(w, across, g, line);
+            for (int64_t kd = 0; kd < d.count; kd++)
+                for (int64_t kh = 0; kh < h.count; kh++) {
+                    int64_t at = ((d.at + kd * w->dilation[0]) * H + h.at + kh * w->dilation[1]) * W;
+                    if (j->norm == 0 || j->norm == 1)
+                        for (int64_t i = 0; i < W; i++) gx[at + i] += line[i];
+                    else if (j->norm == 2)
+                        for (int64_t i = 0; i < W; i++) gx[at + i] += line[i] * x[at + i];
+                    else
+                        for (int64_t i = 0; i < W; i++)
+                            if (line[i] != 0) gx[at + i] += line[i] * (real)pow((double)x[at + i], (double)j->norm - 1);
+                }
+        }
+    }
+    hl_give(across);
+    return HL_OK;
+}
+
+/* Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take.
+ * gx is written kernel_h / stride_h times, in cache but for the first; gy is read once. Source: the chain rule. */
+static int run_spread(spread_job *j, int64_t M)
+{
+    const windows *w = &j->w;
+    double lines = (double)w->out[0] * (double)w->out[1] *
+                   (double)(min64(w->kernel[0], w->size[0]) * min64(w->kernel[1], w->size[1]));
+    return hl_parallel_for(M, hl_grain((double)volume(w->size) + lines * (double)w->size[2]), spread_planes, j);
+}
+
+int HL(avg_pool_backward)(const hl_avg_pool_backward_plan *p, const real *gy, real *gx)
+{
+    spread_job j = {.w = {KERNEL(p), BEFORE(p), AFTER(p)},
+                    .include = p->count_include_pad != 0,
+                    .divisor = p->divisor,
+                    .gy = gy,
+                    .x = gx,
+                    .gx = gx};
+    return run_spread(&j, p->M);
+}
+
+int HL(adaptive_avg_pool_backward)(const hl_adaptive_avg_pool_backward_plan *p, const real *gy, real *gx)
+{
+    int64_t size[3] = {p->D, p->H, p->W}, out[3] = {p->OD, p->OH, p->OW};
+    if (!volume(out)) {
+        memset(gx, 0, (size_t)(p->M * volume(size)) * sizeof(real));
+        return HL_OK;
+    }
+    spread_job j = {.w = share_out(size, out), .gy = gy, .x = gx, .gx = gx};
+    return run_spread(&j, p->M);
+}
+
+int HL(lp_pool_backward)(const hl_lp_pool_backward_plan *p, const real *gy, const real *x, const real *y, real *gx)
+{
+    spread_job j = {.w = {KERNEL(p)}, .norm = (real)p->norm, .gy = gy, .x = x, .y = y, .gx = gx};
+    return run_spread(&j, p->M);
+}

@@ -128,6 +128,39 @@ static inline real max_lanes(vreal v)
     return m;
 }
 
+/* Pairs of vectors taken apart and put together: the elements 0, 2, 4 ... of a then b; 1, 3, 5 ...; a0 b0 a1 b1 ... of the
+ * lower halves; of the upper halves. */
+#if defined(__clang__)
+#define HL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define HL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
+#endif
+#if HL_VLEN / (HL_F32 ? 4 : 8) == 16
+#define HL_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define HL_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define HL_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HL_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 8
+#define HL_EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define HL_ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#define HL_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HL_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 4
+#define HL_EVENS 0, 2, 4, 6
+#define HL_ODDS 1, 3, 5, 7
+#define HL_LOW 0, 4, 1, 5
+#define HL_HIGH 2, 6, 3, 7
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 2
+#define HL_EVENS 0, 2
+#define HL_ODDS 1, 3
+#define HL_LOW 0, 2
+#define HL_HIGH 1, 3
+#endif
+static inline __attribute__((always_inline)) vreal evens(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_EVENS); }
+static inline __attribute__((always_inline)) vreal odds(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_ODDS); }
+static inline __attribute__((always_inline)) vreal zip_low(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_LOW); }
+static inline __attribute__((always_inline)) vreal zip_high(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_HIGH); }
+
 /* A store past the cache where the set has one; p aligned to HL_VLEN. Fence with stream_end() before a result is read. */
 static inline __attribute__((always_inline)) void stream(real *p, vreal v)
 {

@@ -13,9 +13,9 @@ import hotloops as hl
 FAMILIES = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool", "lp_pool")
 
 
-@pytest.fixture
-def host_backend():
-    with hl.backend("reference"):
+@pytest.fixture(params=["reference", "c"])
+def host_backend(request):
+    with hl.backend(request.param):
         yield
 
 
