@@ -201,8 +201,9 @@ for dims in (1, 2, 3):
 
 def unpooling(dims):
     def make(rng, dtype):
-        y, indices = getattr(hl, f"max_pool{dims}d")(pooling(dims)(rng, dtype)[0][0], 2, return_indices=True)
-        return [y, indices, 2], {}
+        x = pooling(dims)(rng, dtype)[0][0]
+        y, indices = getattr(hl, f"max_pool{dims}d")(x, 2, return_indices=True)
+        return [y, indices, 2], {"output_size": x.shape[2:]}
 
     return make
 

@@ -186,10 +186,14 @@ class Call:
     # -- what comes in
 
     def floats(self, *, integers: bool = False, **named: Any) -> list[Any]:
-        """The named arrays, contiguous and in one float type (NumPy's promotion over all of them); None stays None.
+        """The named arrays, contiguous and in one float type (NumPy's promotion over all of them); None stays None, but the
+        first is needed.
 
         Integers and booleans are a TypeError unless `integers` allows them; they count as float64.
         """
+        first = next(iter(named))
+        if named[first] is None:
+            host_array(self.op, first, None)  # raises
         present = {n: v for n, v in named.items() if v is not None}
         on_device = {n for n, v in present.items() if is_device(v)}
         if on_device:
