@@ -1,9 +1,13 @@
 """One ordinary call of every op that takes arrays: what the suites over all ops (layouts, hostile arguments) start from.
 
-An entry is a function (rng, dtype) -> (args, kwargs); the float arrays among args are the ones that the suites vary.
+An entry is a function (rng, dtype) -> (args, kwargs); the float arrays among args are the ones that the suites vary. An op
+that can be called with arrays of any one shape, or with such an array and numbers, needs no entry.
 """
 
 from __future__ import annotations
+
+import contextlib
+import inspect
 
 import numpy as np
 
@@ -255,3 +259,27 @@ def cell(gates, state):
 CALLS["lstm_cell"] = cell(4, "pair")
 CALLS["gru_cell"] = cell(3, "one")
 CALLS["rnn_cell"] = cell(1, "one")
+
+
+# -------------------------------------------------------------------------------------------- ops without an entry of their own
+
+
+def _guesses(op):
+    """Calls that a simple op takes: arrays of one shape for all that it needs; an array, then numbers."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = sum(p.default is p.empty and p.kind in kinds for p in op.signature.parameters.values())
+    yield lambda rng, dtype: ([normal(rng, dtype, 3, 4, 5) for _ in range(needed)], {})
+    yield lambda rng, dtype: ([normal(rng, dtype, 3, 4, 5), *[2] * (needed - 1)], {})
+
+
+def _runs(op, guess):
+    with contextlib.suppress(Exception):
+        args, kwargs = guess(np.random.default_rng(0), np.dtype(np.float32))
+        op(*args, **kwargs)
+        return True
+    return False
+
+
+for _name, _op in vars(hl).items():
+    if hasattr(_op, "signature") and not _name.startswith("_") and _name not in CALLS:
+        CALLS |= {_name: guess for guess in _guesses(_op) if _runs(_op, guess)}
