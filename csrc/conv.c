@@ -475,13 +475,22 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
                          const real *from, real *sums, int64_t sums_row)
 {
     int64_t v = 0;
-#define DIRECT_TILES(r, wide) \
+#define DIRECT_WIDE(r, wide) \
     for (; v + wide <= vectors; v += wide) \
-        direct_tile(r, wide, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row); \
-    for (; v < vectors; v++) direct_tile(r, 1, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row)
+    direct_tile(r, wide, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row)
+#define DIRECT_TILES(r, wide) \
+    DIRECT_WIDE(r, wide); \
+    DIRECT_WIDE(r, 1)
     switch (rows) {
-    case 1: DIRECT_TILES(1, 8); break;
-    case 2: DIRECT_TILES(2, 4); break;
+    case 1:
+        DIRECT_WIDE(1, 8);
+        DIRECT_WIDE(1, 4);
+        DIRECT_TILES(1, 2);
+        break;
+    case 2:
+        DIRECT_WIDE(2, 4);
+        DIRECT_TILES(2, 2);
+        break;
     case 3: DIRECT_TILES(3, GEMM_VECTORS); break;
     case 4: DIRECT_TILES(4, GEMM_VECTORS); break;
     case 5: DIRECT_TILES(5, GEMM_VECTORS); break;
@@ -491,6 +500,15 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
     default: DIRECT_TILES(8, GEMM_VECTORS);
 #endif
     }
+}
+
+/* gcc would load again for each use. */
+static inline __attribute__((always_inline)) vreal in_register(vreal v)
+{
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
 }
 
 /* Depthwise, stride and dilation 1 along H: four rows of outputs share what they load of 3 + KH rows of the planes. */
@@ -510,7 +528,7 @@ static inline __attribute__((always_inline)) void rows_tile(const int KH, const 
         for (int h = 0; h < KH + 3; h++, f += from_row)
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) {
-                vreal x = load(f + v * LANES);
+                vreal x = in_register(load(f + v * LANES));
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++)
                     if (h - r >= 0 && h - r < KH) sum[r * vectors + v] += wk[h - r] * x;
@@ -538,13 +556,34 @@ static void direct_rows(const conv_job *j, const box *b, const planes *p, const 
             if (KH == 3) take == 2 ? ROWS_TILE(3, 2) : ROWS_TILE(3, 1);
             else if (KH == 5) take == 2 ? ROWS_TILE(5, 2) : ROWS_TILE(5, 1);
             else take == 2 ? ROWS_TILE(7, 2) : ROWS_TILE(7, 1);
-            for (int64_t i = 0; i < 4 * take; i++) {
-                int64_t row = top + i / take, at = column + i % take * LANES;
-                if (row * W + at + LANES <= H * W) store(y + row * W + at, sums[i]);
-                else store_part(y + row * W + at, W - at, sums[i]);
-            }
+            for (int64_t row = top; row < top + 4; row++)
+                for (int64_t v = 0; v < take; v++) {
+                    int64_t at = column + v * LANES;
+                    vreal sum = sums[(row - top) * take + v];
+                    if (row * W + at + LANES <= H * W) store(y + row * W + at, sum);
+                    else store_part(y + row * W + at, W - at, sum);
+                }
         }
     }
+}
+
+/* From sums by plane position into one filter of y. Where rows of y follow each other, whole vectors are written and what
+ * lies beyond a row is written again by the next; only at the end of the box is part of a vector stored. */
+static void write_rows(const conv_job *j, const box *b, const planes *p, const real *sums, real *y)
+{
+    int64_t W = b->size[2], total = b->size[0] * b->size[1] * W, dense = is_dense(j) && W == j->axes[2].outputs;
+    for (int64_t d = 0; d < b->size[0]; d++)
+        for (int64_t h = 0; h < b->size[1]; h++) {
+            const real *from = sums + (d * p->pitch[1] + h) * p->pitch[2];
+            real *to = y + d * j->y_step[0] + h * j->y_step[1];
+            int64_t left = dense ? total - (d * b->size[1] + h) * W : W;
+            if (j->y_step[2] == 1)
+                for (int64_t w = 0; w < W; w += LANES)
+                    if (w + LANES <= left) store(to + w, load(from + w));
+                    else store_part(to + w, W - w, load(from + w));
+            else
+                for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
+        }
 }
 
 static int direct_tasks(int64_t begin, int64_t end, void *context)
@@ -594,16 +633,8 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
                              scratch, sums, longest);
             }
             for (int64_t r = 0; r < height; r++)
-                for (int64_t row = 0; row < rows; row++) {
-                    const real *from = sums + r * longest + row_base(&b, &p, row);
-                    real *to = j->y + row_target(j, &b, row) + (group * j->filters + f + r) * j->y_channel;
-                    if (j->y_step[2] == 1)
-                        for (int64_t w = 0; w < W; w += LANES)
-                            if (w + LANES <= W) store(to + w, load(from + w));
-                            else store_part(to + w, W - w, load(from + w));
-                    else
-                        for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
-                }
+                write_rows(j, &b, &p, sums + r * longest,
+                           j->y + row_target(j, &b, 0) + (group * j->filters + f + r) * j->y_channel);
         }
     }
     hl_give(scratch);
