@@ -348,7 +348,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     int dense = is_dense(j) && t->grid.split >= 0, flat = t->flat && t->grid.split >= 0;
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
     size_t plane_size = flat ? 0 : planes_size(&largest, &p);
-    size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
+    size_t panel_size = (size_t)(t->depth * (flat ? round_up(positions, LANES) : GEMM_COLUMNS) + LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
     real *scratch =
         hl_take((plane_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
@@ -377,17 +377,24 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, k, k + depth, c0, offsets);
             }
+            if (flat) /* eight channels across the whole box: long runs of memory */
+                for (int64_t r = 0; r < depth; r += 8)
+                    for (int64_t s = 0, step; s < positions; s += step) {
+                        step = gemm_columns(positions - s);
+                        gemm_pack_panel(min64(step, positions - s), step, min64(8, depth - r), x + r * S + s, 1, S,
+                                        panel + s * depth + r * step);
+                    }
             for (int64_t s = 0, step; s < positions; s += step) {
                 step = gemm_columns(positions - s);
                 int64_t width = min64(step, positions - s);
-                if (flat) gemm_pack_panel(width, step, depth, x + s, 1, S, panel);
-                else pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), scratch, step, panel);
+                if (!flat)
+                    pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), scratch, step, panel);
                 gemm_out out = {.c = y + s, .c_row = y_row};
                 if (k) {
                     out.add = out.c;
                     out.add_row = y_row;
                 } else out.row_bias = bias;
-                gemm_block(filters, width, depth, a, panel, &out);
+                gemm_block(filters, width, depth, a, flat ? panel + s * depth : panel, &out);
             }
             k += depth;
         } while (k < K);
