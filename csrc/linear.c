@@ -111,6 +111,11 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
+    /* The lines of C are on their way while the products are summed. */
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
     for (int64_t k = 0; k < K; k++, a += rows, b += b_row) {
         vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
