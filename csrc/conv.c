@@ -178,9 +178,14 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                 int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / W->stride + 1, p->pitch[2]) : 0;
                 for (int64_t rd = 0; rd < p->pitch[0]; rd++, d += D->stride)
                     for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2])
-                        if (d >= 0 && d < D->inputs && h >= 0 && h < H->inputs)
-                            copy_row(x + (d * H->inputs + h) * W->inputs + w + low * W->stride, high - low, W->stride,
-                                     end, row + low);
+                        if (d >= 0 && d < D->inputs && h >= 0 && h < H->inputs) {
+                            const real *from = x + (d * H->inputs + h) * W->inputs + w + low * W->stride;
+                            int64_t columns = high - low;
+                            /* The next channel's row is on its way. */
+                            for (int64_t i = 0; i < columns * W->stride; i += 64 / (int64_t)sizeof(real))
+                                __builtin_prefetch(from + x_channel + i);
+                            copy_row(from, columns, W->stride, end, row + low);
+                        }
             }
         }
 }
@@ -450,17 +455,18 @@ typedef struct {
     real *packed; /* w: by rows as it lies, else [group][part of K][row panels] */
 } direct;
 
-/* sums[rows][vectors] over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
+/* sums[rows][vectors] = (bias or what they are) + the sum over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
  * row, where the planes hold something too; nobody reads those sums. */
 static inline __attribute__((always_inline)) void direct_tile(const int rows, const int vectors, int64_t K,
                                                               const int64_t *offsets, const real *w, const real *from,
-                                                              real *sums, int64_t sums_row)
+                                                              const real *bias, real *sums, int64_t sums_row)
 {
     vreal sum[GEMM_ROWS * 3];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) sum[i * vectors + v] = load(sums + i * sums_row + v * LANES);
+        for (int v = 0; v < vectors; v++)
+            sum[i * vectors + v] = bias ? splat(bias[i]) : load(sums + i * sums_row + v * LANES);
     for (int64_t k = 0; k < K; k++, w += rows) {
         const real *f = from + offsets[k];
         vreal fk[8];
@@ -479,12 +485,12 @@ static inline __attribute__((always_inline)) void direct_tile(const int rows, co
 
 /* All sums of `rows` filters; enough vectors at a time to keep several multiply-adds under way. */
 static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t *offsets, const real *w,
-                         const real *from, real *sums, int64_t sums_row)
+                         const real *from, const real *bias, real *sums, int64_t sums_row)
 {
     int64_t v = 0;
 #define DIRECT_WIDE(r, wide) \
     for (; v + wide <= vectors; v += wide) \
-    direct_tile(r, wide, K, offsets, w, from + v * LANES, sums + v * LANES, sums_row)
+    direct_tile(r, wide, K, offsets, w, from + v * LANES, bias, sums + v * LANES, sums_row)
 #define DIRECT_TILES(r, wide) \
     DIRECT_WIDE(r, wide); \
     DIRECT_WIDE(r, 1)
@@ -554,6 +560,7 @@ static void direct_rows(const conv_job *j, const box *b, const planes *p, const 
     int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
     for (int64_t h = 0; h < H; h += 4) {
         int64_t top = min64(h, H - 4);
+        for (int64_t i = 0; i < 4 * W; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(y + (top + 4) * W + i, 1);
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
             take = vectors % 2 ? 1 : 2;
             int64_t column = (vectors - take) * LANES;
@@ -627,18 +634,18 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
         }
         for (int64_t f = 0, height; f < j->filters; f += height) {
             height = gemm_rows(j->filters - f);
-            for (int64_t r = 0; r < height; r++) {
-                vreal bias = splat(j->bias ? j->bias[group * j->filters + f + r] : 0);
-                for (int64_t v = 0; v < vectors; v++) store(sums + r * longest + v * LANES, bias);
-            }
-            for (int64_t k = 0, depth; k < K; k += depth) {
-                depth = min64(t->depth, K - k);
+            real bias[GEMM_ROWS] = {0};
+            for (int64_t r = 0; r < height && j->bias; r++) bias[r] = j->bias[group * j->filters + f + r];
+            int64_t k = 0;
+            do { /* once for K = 0 */
+                int64_t depth = min64(t->depth, K - k);
                 int64_t c0 = k / taps;
                 if (f == 0 || K > t->depth) fill_planes(j, &b, &p, group, c0, ceil_div(k + depth, taps) - c0, scratch);
                 if (K > t->depth) fill_offsets(j, &p, k, k + depth, c0, offsets);
                 direct_block(height, vectors, depth, offsets, t->packed + (group * K + k) * j->filters + f * depth,
-                             scratch, sums, longest);
-            }
+                             scratch, k ? NULL : bias, sums, longest);
+                k += depth;
+            } while (k < K);
             for (int64_t r = 0; r < height; r++)
                 write_rows(j, &b, &p, sums + r * longest,
                            j->y + row_target(j, &b, 0) + (group * j->filters + f + r) * j->y_channel);
@@ -664,9 +671,9 @@ static int conv_direct(const conv_job *j)
     /* Rows pay where they fill their vectors; narrower images go on from row to row. */
     int64_t W = j->axes[2].outputs;
     int64_t shortest = t.grid.split == 1 ? j->axes[1].outputs - (t.grid.ranges - 1) * t.grid.per : j->axes[1].outputs;
-    t.by_rows = shortest >= 4 && j->channels == 1 && j->axes[0].taps == 1 && (KH == 3 || KH == 5 || KH == 7) &&
-                j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) && t.grid.split < 2 &&
-                t.grid.split != 0 && j->axes[0].outputs == 1 && W * 4 >= round_up(W, LANES) * 3;
+    t.by_rows = shortest >= 4 && j->filters <= 2 && j->channels == 1 && j->axes[0].taps == 1 &&
+                (KH == 3 || KH == 5 || KH == 7) && j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) &&
+                t.grid.split < 2 && t.grid.split != 0 && j->axes[0].outputs == 1 && W * 4 >= round_up(W, LANES) * 3;
     t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
     if (!t.packed) return HL_NOMEM;
     int status = HL_OK;
