@@ -425,7 +425,7 @@ static int conv_product(const conv_job *j)
     t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
     if (!t.packed) return HL_NOMEM;
     int64_t parts = K ? ceil_div(K, t.depth) : 0;
-    int status = hl_parallel_for(j->groups * parts, hl_grain((double)(t.depth * j->filters)), pack_weights, &t);
+    int status = parallel_even(j->groups * parts, (double)(t.depth * j->filters), pack_weights, &t);
     if (status == HL_OK) {
         double work =
             (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
@@ -436,7 +436,7 @@ static int conv_product(const conv_job *j)
             t.tasks *= 2;
         }
         /* 16 products cost what hl_grain counts as one operation. */
-        status = hl_parallel_for(t.tasks, hl_grain(work / (double)t.tasks / 16), product_tasks, &t);
+        status = parallel_even(t.tasks, work / (double)t.tasks / 16, product_tasks, &t);
     }
     hl_give(t.packed);
     return status;
@@ -686,11 +686,12 @@ static int conv_direct(const conv_job *j)
     else {
         product weights = {.j = j, .depth = t.depth, .packed = t.packed};
         int64_t parts = K ? ceil_div(K, t.depth) : 0;
-        status = hl_parallel_for(j->groups * parts, hl_grain((double)(t.depth * j->filters)), pack_weights, &weights);
+        status = parallel_even(j->groups * parts, (double)(t.depth * j->filters), pack_weights, &weights);
     }
+    /* A multiply-add of a vector from the planes costs about four of what hl_grain counts. */
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
-                  (double)(K + 4) / LANES;
-    if (status == HL_OK) status = hl_parallel_for(t.grid.boxes * j->groups, hl_grain(work), direct_tasks, &t);
+                  (double)(K + 4) * 4 / LANES;
+    if (status == HL_OK) status = parallel_even(t.grid.boxes * j->groups, work, direct_tasks, &t);
     hl_give(t.packed);
     return status;
 }
@@ -988,10 +989,10 @@ static int weight_product(weight_job *t)
     int status = HL_OK;
     for (; t->first_box < t->grid.boxes && status == HL_OK; t->first_box += pass) {
         t->boxes = min64(pass, t->grid.boxes - t->first_box);
-        status = hl_parallel_for(t->boxes * j->groups, hl_grain((double)t->box_size), pack_gy, t);
+        status = parallel_even(t->boxes * j->groups, (double)t->box_size, pack_gy, t);
         if (status != HL_OK) break;
         double work = (double)t->rows * (double)t->padded * (double)positions_of(&largest) * (double)t->boxes / 16;
-        status = hl_parallel_for(j->groups * t->row_blocks * t->filter_blocks, hl_grain(work), weight_tasks, t);
+        status = parallel_even(j->groups * t->row_blocks * t->filter_blocks, work, weight_tasks, t);
     }
     hl_give(t->packed);
     return status;
@@ -1090,8 +1091,8 @@ static int weight_direct(weight_job *t)
     hl_note(j->channels == 1 ? "depthwise" : "direct");
     t->rows = min64(K, max64(64, ceil_div(K, 32)));
     t->row_blocks = ceil_div(K, t->rows);
-    double work = (double)t->rows * (double)j->filters * (double)outputs_of(j) * (double)j->images / LANES;
-    return hl_parallel_for(j->groups * t->row_blocks, hl_grain(work), weight_dots, t);
+    double work = (double)t->rows * (double)j->filters * (double)outputs_of(j) * (double)j->images * 4 / LANES;
+    return parallel_even(j->groups * t->row_blocks, work, weight_dots, t);
 }
 
 int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, const real *x, real *gw)
@@ -1149,5 +1150,5 @@ static int bias_filters(int64_t begin, int64_t end, void *context)
 int HL(conv_grad_bias)(const hl_conv_grad_bias_plan *p, const real *gy, real *gb)
 {
     bias_job job = {p, gy, gb};
-    return hl_parallel_for(p->F, hl_grain((double)p->N * (double)p->S / LANES), bias_filters, &job);
+    return parallel_even(p->F, (double)p->N * (double)p->S / LANES, bias_filters, &job);
 }

@@ -44,6 +44,13 @@ typedef struct {
 #define gemm_block HL(gemm_block)
 #define gemm_transpose HL(gemm_transpose)
 
+/* hl_parallel_for in even chunks: not 25 and 7 of 32 items. */
+static inline int parallel_even(int64_t n, double work_per_item, hl_chunk fn, void *context)
+{
+    int64_t chunks = max64((n + hl_grain(work_per_item) - 1) / hl_grain(work_per_item), 1);
+    return hl_parallel_for(n, (n + chunks - 1) / chunks, fn, context);
+}
+
 /* On the calling thread: also inside a chunk of hl_parallel_for. */
 int gemm(const gemm_call *call);
 /* Over the pool, split by blocks of C. */

@@ -164,7 +164,8 @@ TILES(2)
 TILES(3)
 TILE(7, 1)
 TILE(8, 1)
-TILE(7, 2) TILE(8, 2) TILE(7, 3) TILE(8, 3)
+TILE(7, 2)
+TILE(8, 2) TILE(7, 3) TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
     static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 #else
@@ -419,15 +420,15 @@ static int gemm_batched(gemm_job *j)
         j->packed = hl_take((size_t)size * sizeof(real));
         if (!j->packed) return HL_NOMEM;
         int64_t parts = (g.K - 1) / gemm_depth(g.K) + 1;
-        int status = hl_parallel_for(parts * j->column_blocks,
-                                     hl_grain((double)size / (double)(parts * j->column_blocks)), pack_blocks, j);
+        int status =
+            parallel_even(parts * j->column_blocks, (double)size / (double)(parts * j->column_blocks), pack_blocks, j);
         if (status != HL_OK) return hl_give(j->packed), status;
         g.packed_b = j->packed;
     }
     int64_t tasks = j->batches * j->row_blocks * j->column_blocks;
     /* 16 multiplications cost what hl_grain counts as one operation. */
     double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / 16;
-    int status = hl_parallel_for(tasks, hl_grain(work), gemm_blocks, j);
+    int status = parallel_even(tasks, work, gemm_blocks, j);
     hl_give(j->packed);
     return status;
 }

@@ -399,13 +399,11 @@ static int conv_winograd(const conv_job *j)
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     if (t.grid.boxes > 1) t.shared_u = hl_take((size_t)(j->groups * t.group_size) * sizeof(real));
     int status = (t.splits > 1 && !t.shared_v) || (t.grid.boxes > 1 && !t.shared_u) ? HL_NOMEM : HL_OK;
-    if (status == HL_OK && t.shared_v)
-        status = hl_parallel_for(boxes, hl_grain((double)t.box_size / 4), winograd_inputs, &t);
+    if (status == HL_OK && t.shared_v) status = parallel_even(boxes, (double)t.box_size / 4, winograd_inputs, &t);
     if (status == HL_OK && t.shared_u)
-        status = hl_parallel_for(j->groups * blocks, hl_grain((double)t.group_size / (double)blocks / 4),
-                                 winograd_weights, &t);
+        status = parallel_even(j->groups * blocks, (double)t.group_size / (double)blocks / 4, winograd_weights, &t);
     double work = (double)t.T * POINTS * (double)t.C * (double)j->filters / (double)t.splits / 16;
-    if (status == HL_OK) status = hl_parallel_for(boxes * t.splits, hl_grain(work), winograd_tasks, &t);
+    if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
     hl_give(t.shared_u);
     return status;
