@@ -1,0 +1,791 @@
+"""Boxes: overlap measures and their gradients, suppression, RoI pooling, masks.
+
+Every kernel is compiled exact: what is kept is decided by the same roundings as in the reference.
+"""
+
+import math
+
+import numpy as np
+
+from ..compile import cpu, inline, real
+
+# ------------------------------------------------------------------------------------------------------------ one box
+
+
+# Parallel over boxes, in memory order. Reads 4, writes 1.
+@cpu(over="N", exact=True)
+def box_area(begin, end, boxes, area):
+    for i in range(begin, end):
+        area[i] = (boxes[i, 2] - boxes[i, 0]) * (boxes[i, 3] - boxes[i, 1])
+
+
+@cpu(over="N", exact=True)
+def box_area_grad(begin, end, grad, boxes, grad_boxes):
+    for i in range(begin, end):
+        w, h = grad[i] * (boxes[i, 3] - boxes[i, 1]), grad[i] * (boxes[i, 2] - boxes[i, 0])
+        grad_boxes[i, 0], grad_boxes[i, 1], grad_boxes[i, 2], grad_boxes[i, 3] = -w, -h, w, h
+
+
+# Parallel over boxes, in memory order. Reads 4, writes 4. 0 x1 y1 x2 y2, 1 x1 y1 w h, 2 cx cy w h.
+@cpu(over="N", exact=True)
+def box_convert(begin, end, boxes, converted, source, target):
+    half = real(0.5)
+    for i in range(begin, end):
+        for k in range(2):
+            a, b = boxes[i, k], boxes[i, k + 2]
+            first, last = a, b
+            if target == 2:
+                first = (a + b) * half if source == 0 else a + b * half if source == 1 else a
+            elif source == 2:
+                first = a - b * half
+            if target == 0:
+                last = b if source == 0 else a + b if source == 1 else a + b * half
+            elif source == 0:
+                last = b - a
+            converted[i, k], converted[i, k + 2] = first, last
+
+
+@cpu(over="N", exact=True)
+def box_convert_grad(begin, end, grad, grad_boxes, source, target):
+    half = real(0.5)
+    for i in range(begin, end):
+        for k in range(2):
+            g, h = grad[i, k], grad[i, k + 2]
+            first, last = g, h
+            if source == 0 and target == 1:
+                first = g - h
+            elif source == 0 and target == 2:
+                first, last = g * half - h, g * half + h
+            elif source == 1 and target == 0:
+                first = g + h
+            elif source == 1 and target == 2:
+                last = g * half + h
+            elif source == 2 and target == 0:
+                first, last = g + h, (h - g) * half
+            elif source == 2 and target == 1:
+                last = h - g * half
+            grad_boxes[i, k], grad_boxes[i, k + 2] = first, last
+
+
+@cpu(over="N", exact=True)
+def clip_boxes(begin, end, boxes, clipped, height, width):
+    zero = real(0)
+    for i in range(begin, end):
+        for k in range(4):
+            v, limit = boxes[i, k], width if k % 2 == 0 else height
+            v = zero if v < zero else v
+            clipped[i, k] = limit if v > limit else v
+
+
+@cpu(over="N", exact=True)
+def clip_boxes_grad(begin, end, grad, boxes, grad_boxes, height, width):
+    for i in range(begin, end):
+        for k in range(4):
+            v, limit = boxes[i, k], width if k % 2 == 0 else height
+            grad_boxes[i, k] = grad[i, k] if v >= real(0) and v <= limit else real(0)
+
+
+# One thread, without a branch: each index is written and stays if its box does.
+@cpu(over="1", exact=True)
+def remove_small_boxes(begin, end, boxes, keep, count, min_size):
+    n = 0
+    for i in range(boxes.shape[0]):
+        keep[n] = i
+        n += (boxes[i, 2] - boxes[i, 0] >= min_size) & (boxes[i, 3] - boxes[i, 1] >= min_size)
+    count[0] = n
+    keep[n:] = -1
+
+
+# ------------------------------------------------------------------------------------------------------------ overlap
+
+
+@inline(exact=True)
+def _plus(a):
+    return real(0) if a < real(0) else a
+
+
+@inline(exact=True)
+def _ratio(a, b):
+    return a / (real(1) if b == real(0) else b)
+
+
+@inline(exact=True)
+def _shared(low1, high1, low2, high2):
+    """The length that two intervals share; negative where they lie apart."""
+    return (high2 if high2 < high1 else high1) - (low2 if low1 < low2 else low1)
+
+
+@inline(exact=True)
+def _around(low1, high1, low2, high2):
+    """The length of the interval around two."""
+    return (high2 if high1 < high2 else high1) - (low2 if low2 < low1 else low1)
+
+
+@inline(exact=True)
+def _area(x1, y1, x2, y2):
+    return _plus(x2 - x1) * _plus(y2 - y1)
+
+
+@inline(exact=True)
+def _iou(ax1, ay1, ax2, ay2, aa, bx1, by1, bx2, by2, ba):
+    inter = _plus(_shared(ax1, ax2, bx1, bx2)) * _plus(_shared(ay1, ay2, by1, by2))
+    return _ratio(inter, (aa + ba) - inter)
+
+
+@inline(exact=True)
+def _giou(ax1, ay1, ax2, ay2, aa, bx1, by1, bx2, by2, ba):
+    inter = _plus(_shared(ax1, ax2, bx1, bx2)) * _plus(_shared(ay1, ay2, by1, by2))
+    both = (aa + ba) - inter
+    around = _plus(_around(ax1, ax2, bx1, bx2)) * _plus(_around(ay1, ay2, by1, by2))
+    return _ratio(inter, both) - _ratio(around - both, around)
+
+
+@inline(exact=True)
+def _diou(ax1, ay1, ax2, ay2, aa, bx1, by1, bx2, by2, ba, eps):
+    w, h = _plus(_around(ax1, ax2, bx1, bx2)), _plus(_around(ay1, ay2, by1, by2))
+    dx, dy = (ax1 + ax2) * real(0.5) - (bx1 + bx2) * real(0.5), (ay1 + ay2) * real(0.5) - (by1 + by2) * real(0.5)
+    return _iou(ax1, ay1, ax2, ay2, aa, bx1, by1, bx2, by2, ba) - _ratio(dx * dx + dy * dy, w * w + h * h + eps)
+
+
+@inline(exact=True)
+def _ciou(diou, iou, angle, eps):
+    v = real(0.40528473456935109) * angle * angle
+    return diou - _ratio(v, real(1) - iou + v + eps) * v
+
+
+@inline(exact=True)
+def _angle(x1, y1, x2, y2):
+    return real(math.atan2(_plus(x2 - x1), _plus(y2 - y1)))
+
+
+@inline(exact=True)
+def _planes(boxes, kind):
+    """Corners, area and (for CIoU) angle as rows, so that a loop over boxes has unit strides."""
+    planes = np.empty((6, boxes.shape[0]), boxes.dtype)
+    for m in range(boxes.shape[0]):
+        for k in range(4):
+            planes[k, m] = boxes[m, k]
+        planes[4, m] = _area(boxes[m, 0], boxes[m, 1], boxes[m, 2], boxes[m, 3])
+    if kind == 3:
+        for m in range(boxes.shape[0]):
+            planes[5, m] = _angle(boxes[m, 0], boxes[m, 1], boxes[m, 2], boxes[m, 3])
+    return planes
+
+
+# Parallel over boxes1. boxes2 lies in planes: the inner loop has unit strides and vectorises, one loop a measure.
+# Reads 5 values (6 for CIoU) from cache, writes 1 a pair.
+@cpu(over="N", exact=True)
+def box_iou(begin, end, boxes1, boxes2, iou, kind, eps):
+    planes = _planes(boxes2, kind)
+    x1, y1, x2, y2, area, angle = planes[0], planes[1], planes[2], planes[3], planes[4], planes[5]
+    M = boxes2.shape[0]
+    for i in range(begin, end):
+        a, b, c, d = boxes1[i, 0], boxes1[i, 1], boxes1[i, 2], boxes1[i, 3]
+        own, row = _area(a, b, c, d), iou[i]
+        if kind == 0:
+            for m in range(M):
+                row[m] = _iou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m])
+        elif kind == 1:
+            for m in range(M):
+                row[m] = _giou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m])
+        else:
+            for m in range(M):
+                row[m] = _diou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m], eps)
+        if kind == 3:
+            turned = _angle(a, b, c, d)
+            for m in range(M):
+                plain = _iou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m])
+                row[m] = _ciou(row[m], plain, turned - angle[m], eps)
+
+
+@cpu(over="N", exact=True)
+def box_iou_paired(begin, end, boxes1, boxes2, iou, kind, eps):
+    for i in range(begin, end):
+        a, b, c, d = boxes1[i, 0], boxes1[i, 1], boxes1[i, 2], boxes1[i, 3]
+        p, q, r, s = boxes2[i, 0], boxes2[i, 1], boxes2[i, 2], boxes2[i, 3]
+        one, two = _area(a, b, c, d), _area(p, q, r, s)
+        if kind == 1:
+            iou[i] = _giou(a, b, c, d, one, p, q, r, s, two)
+        elif kind == 0:
+            iou[i] = _iou(a, b, c, d, one, p, q, r, s, two)
+        else:
+            diou = _diou(a, b, c, d, one, p, q, r, s, two, eps)
+            if kind == 3:
+                diou = _ciou(diou, _iou(a, b, c, d, one, p, q, r, s, two), _angle(a, b, c, d) - _angle(p, q, r, s), eps)
+            iou[i] = diou
+
+
+@inline(exact=True)
+def _larger(a, b):
+    return real(0.5) if a == b else real(1) if a > b else real(0)
+
+
+@inline(exact=True)
+def _pull(a, i, b, m, g, kind, eps):
+    """g times the derivative of the overlap of boxes a[i] and b[m] by the corners of the first."""
+    ax1, ay1, ax2, ay2 = a[i, 0], a[i, 1], a[i, 2], a[i, 3]
+    bx1, by1, bx2, by2 = b[m, 0], b[m, 1], b[m, 2], b[m, 3]
+    zero, half = real(0), real(0.5)
+    iw, ih = _shared(ax1, ax2, bx1, bx2), _shared(ay1, ay2, by1, by2)
+    wa, ha = _plus(ax2 - ax1), _plus(ay2 - ay1)
+    inter = _plus(iw) * _plus(ih)
+    both = (wa * ha + _area(bx1, by1, bx2, by2)) - inter
+    by_inter = zero if both == zero else g / both
+    by_union = -_ratio(by_inter * inter, both)
+    full_w, full_h = _around(ax1, ax2, bx1, bx2), _around(ay1, ay2, by1, by2)
+    w, h = _plus(full_w), _plus(full_h)
+    by_w, by_h, by_dx, by_dy, by_wa, by_ha = zero, zero, zero, zero, zero, zero
+    if kind == 1:
+        share = zero if w * h == zero else g / (w * h)
+        by_around = -_ratio(share * both, w * h)
+        by_union += share
+        by_w, by_h = by_around * h, by_around * w
+    if kind >= 2:
+        dx, dy = (ax1 + ax2) * half - (bx1 + bx2) * half, (ay1 + ay2) * half - (by1 + by2) * half
+        diagonal = w * w + h * h + eps
+        share = _ratio(real(2) * g, diagonal)
+        far = _ratio(share * (dx * dx + dy * dy), diagonal)
+        by_dx, by_dy, by_w, by_h = -share * dx * half, -share * dy * half, far * w, far * h
+    if kind == 3:
+        angle = _angle(ax1, ay1, ax2, ay2) - _angle(bx1, by1, bx2, by2)
+        v = real(0.40528473456935109) * angle * angle
+        alpha = _ratio(v, real(1) - _ratio(inter, both) + v + eps)
+        turn = _ratio(-g * alpha * real(0.81056946913870217) * angle, wa * wa + ha * ha)
+        by_wa, by_ha = turn * ha, -turn * wa
+    by_inter -= by_union
+    by_iw = by_inter * _plus(ih) if iw >= zero else zero
+    by_ih = by_inter * _plus(iw) if ih >= zero else zero
+    by_wa = by_wa + by_union * ha if ax2 >= ax1 else zero
+    by_ha = by_ha + by_union * wa if ay2 >= ay1 else zero
+    by_w = by_w if full_w >= zero else zero
+    by_h = by_h if full_h >= zero else zero
+    return (
+        by_dx - by_wa - by_iw * _larger(ax1, bx1) - by_w * _larger(bx1, ax1),
+        by_dy - by_ha - by_ih * _larger(ay1, by1) - by_h * _larger(by1, ay1),
+        by_dx + by_wa + by_iw * _larger(bx2, ax2) + by_w * _larger(ax2, bx2),
+        by_dy + by_ha + by_ih * _larger(by2, ay2) + by_h * _larger(ay2, by2),
+    )
+
+
+# Parallel over the boxes whose gradient is asked for; each sums over the other list in order. The rows of grad are walked
+# along memory in both cases. Reads grad once.
+@cpu(over="K", exact=True)
+def box_iou_grad(begin, end, grad, boxes1, boxes2, grad_boxes, kind, eps, second):
+    for i in range(begin, end):
+        for k in range(4):
+            grad_boxes[i, k] = real(0)
+    if second:
+        for n in range(boxes1.shape[0]):
+            for i in range(begin, end):
+                p, q, r, s = _pull(boxes2, i, boxes1, n, grad[n, i], kind, eps)
+                grad_boxes[i, 0] += p
+                grad_boxes[i, 1] += q
+                grad_boxes[i, 2] += r
+                grad_boxes[i, 3] += s
+    else:
+        for i in range(begin, end):
+            for m in range(boxes2.shape[0]):
+                p, q, r, s = _pull(boxes1, i, boxes2, m, grad[i, m], kind, eps)
+                grad_boxes[i, 0] += p
+                grad_boxes[i, 1] += q
+                grad_boxes[i, 2] += r
+                grad_boxes[i, 3] += s
+
+
+@cpu(over="N", exact=True)
+def box_iou_paired_grad(begin, end, grad, boxes1, boxes2, grad_boxes1, grad_boxes2, kind, eps):
+    for i in range(begin, end):
+        p, q, r, s = _pull(boxes1, i, boxes2, i, grad[i], kind, eps)
+        grad_boxes1[i, 0], grad_boxes1[i, 1], grad_boxes1[i, 2], grad_boxes1[i, 3] = p, q, r, s
+        p, q, r, s = _pull(boxes2, i, boxes1, i, grad[i], kind, eps)
+        grad_boxes2[i, 0], grad_boxes2[i, 1], grad_boxes2[i, 2], grad_boxes2[i, 3] = p, q, r, s
+
+
+# Parallel over rows; boxes2 in planes, as in box_iou. Reads 5 values a pair from cache, writes 1 a row.
+@cpu(over="N", exact=True)
+def sparse_box_iou_count(begin, end, boxes1, boxes2, counts, threshold):
+    planes = _planes(boxes2, 0)
+    x1, y1, x2, y2, area = planes[0], planes[1], planes[2], planes[3], planes[4]
+    for i in range(begin, end):
+        a, b, c, d = boxes1[i, 0], boxes1[i, 1], boxes1[i, 2], boxes1[i, 3]
+        own, n = _area(a, b, c, d), 0
+        for m in range(boxes2.shape[0]):
+            n += _iou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m]) > threshold
+        counts[i] = n
+
+
+@cpu(over="N", exact=True)
+def sparse_box_iou(begin, end, boxes1, boxes2, counts, rows, cols, iou, threshold):
+    at = counts[:begin].sum()
+    planes = _planes(boxes2, 0)
+    x1, y1, x2, y2, area = planes[0], planes[1], planes[2], planes[3], planes[4]
+    values = np.empty(boxes2.shape[0], boxes2.dtype)
+    for i in range(begin, end):
+        if not counts[i]:
+            continue
+        a, b, c, d = boxes1[i, 0], boxes1[i, 1], boxes1[i, 2], boxes1[i, 3]
+        own = _area(a, b, c, d)
+        for m in range(boxes2.shape[0]):
+            values[m] = _iou(a, b, c, d, own, x1[m], y1[m], x2[m], y2[m], area[m])
+        for m in range(boxes2.shape[0]):
+            if values[m] > threshold:
+                rows[at], cols[at], iou[at] = i, m, values[m]
+                at += 1
+
+
+# -------------------------------------------------------------------------------------------------------- suppression
+
+
+@inline(exact=True)
+def _by_score(scores, order):
+    """Sorts the indices by decreasing score, NaN last, equal ones as they stand (merge sort)."""
+    n, width = len(order), 1
+    source, target = order, np.empty_like(order)
+    while width < n:
+        for low in range(0, n, 2 * width):
+            middle, high = min(low + width, n), min(low + 2 * width, n)
+            p, q = low, middle
+            for at in range(low, high):
+                take = p >= middle
+                if not take and q < high:
+                    s, t = scores[source[p]], scores[source[q]]
+                    take = t > s or (s != s and t == t)
+                if take:
+                    target[at] = source[q]
+                    q += 1
+                else:
+                    target[at] = source[p]
+                    p += 1
+        source, target = target, source
+        width *= 2
+    return source
+
+
+@inline(exact=True)
+def _cell(centre, low, scale, cells):
+    at = (centre - low) * scale
+    return int(at if at < cells - 1 else cells - 1) if at > 0 else 0
+
+
+@inline(exact=True)
+def _divide(centres, sizes, reach):
+    """Origin, scale and number of the cells of a grid along one axis: about the reach of a middling box each."""
+    low, high = np.percentile(centres, 2), np.percentile(centres, 98)
+    cells = min(max((high - low) / max(reach * np.median(sizes), 1e-300), 1.0), math.sqrt(len(centres)) / 4 + 1)
+    return low, (int(cells) / (high - low) if high > low else 0.0), int(cells)
+
+
+@inline(exact=True)
+def _suppress(boxes, order, alive, threshold, limit):
+    """alive for the boxes of one group, in order of score. A kept box is looked at where its centre lies within the reach of
+    the one that is asked about (see csrc/boxes.c); the cells of a grid hold the kept boxes as chains."""
+    n, t = len(order), float(threshold)
+    reach = (1 - t) * max(1.0, 0.5 / t) if t > 0.05 and t < 1 else 0.0
+    x1, y1, x2, y2, area = (
+        np.empty(n, boxes.dtype),
+        np.empty(n, boxes.dtype),
+        np.empty(n, boxes.dtype),
+        np.empty(n, boxes.dtype),
+        np.empty(n, boxes.dtype),
+    )
+    low_x, scale_x, cells_x, low_y, scale_y, cells_y = 0.0, 0.0, 1, 0.0, 0.0, 1
+    smallest, eps = real(1e-30), 2.4e-7
+    for i in range(n):
+        b = boxes[order[i]]
+        x1[i], y1[i], x2[i], y2[i], area[i] = b[0], b[1], b[2], b[3], _area(b[0], b[1], b[2], b[3])
+    regular = (area > real(0)) & (area < real(np.inf))
+    if reach > 0 and n > 64 and regular.sum() > 64 and area[regular].min() > smallest:
+        cx = 0.5 * x1[regular].astype(np.float64) + 0.5 * x2[regular].astype(np.float64)
+        cy = 0.5 * y1[regular].astype(np.float64) + 0.5 * y2[regular].astype(np.float64)
+        low_x, scale_x, cells_x = _divide(cx, x2[regular].astype(np.float64) - x1[regular], reach)
+        low_y, scale_y, cells_y = _divide(cy, y2[regular].astype(np.float64) - y1[regular], reach)
+    first, following = np.full(cells_x * cells_y, -1, np.int64), np.empty(n, np.int64)
+    kept = 0
+    for i in range(n):
+        if kept == limit:
+            alive[i:] = 0
+            break
+        a, b, c, d, own = x1[i], y1[i], x2[i], y2[i], area[i]
+        hit, cell = False, 0
+        if regular[i] or threshold < 0:
+            from_x, to_x, from_y, to_y = 0, cells_x - 1, 0, cells_y - 1
+            if cells_x * cells_y > 1:
+                w, h = float(c) - float(a), float(d) - float(b)
+                u, v = 0.5 * float(a) + 0.5 * float(c), 0.5 * float(b) + 0.5 * float(d)
+                cell = _cell(v, low_y, scale_y, cells_y) * cells_x + _cell(u, low_x, scale_x, cells_x)
+                r = reach * w * 1.001 + 64 * eps * (abs(float(a)) + abs(float(c)) + w / t)
+                from_x, to_x = _cell(u - r, low_x, scale_x, cells_x), _cell(u + r, low_x, scale_x, cells_x)
+                r = reach * h * 1.001 + 64 * eps * (abs(float(b)) + abs(float(d)) + h / t)
+                from_y, to_y = _cell(v - r, low_y, scale_y, cells_y), _cell(v + r, low_y, scale_y, cells_y)
+            for y in range(from_y, to_y + 1):
+                for x in range(from_x, to_x + 1):
+                    j = first[y * cells_x + x]
+                    while j >= 0 and not hit:
+                        hit = _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
+                        j = following[j]
+                if hit:
+                    break
+        alive[i] = not hit
+        if not hit:
+            kept += 1
+            if regular[i] or threshold < 0:
+                following[i], first[cell] = first[cell], i
+
+
+# One thread. Sorts by score, then stably by group; a group meets only itself. Reads each box once, and per box the kept ones
+# about it. Source: Felzenszwalb et al. (2010), section 7.
+@cpu(over="1", exact=True)
+def nms(begin, end, boxes, scores, groups, keep, count, iou_threshold, score_threshold, max_output):
+    keep[:] = -1
+    count[0] = 0
+    chosen = np.empty(len(scores), np.int64)
+    n = 0
+    for i in range(len(scores)):
+        chosen[n] = i
+        n += score_threshold == -np.inf or scores[i] > score_threshold
+    if n == 0 or max_output <= 0:
+        return
+    order = _by_score(scores, chosen[:n])
+    alive = np.empty(n, np.uint8)
+    if len(groups) == 0:
+        _suppress(boxes, order, alive, iou_threshold, max_output)
+    else:
+        member = groups[order]
+        rank = np.argsort(member, kind="mergesort")
+        part, low = np.empty(n, np.uint8), 0
+        for i in range(1, n + 1):
+            if i == n or member[rank[i]] != member[rank[low]]:
+                _suppress(boxes, order[rank[low:i]], part[low:i], iou_threshold, max_output)
+                low = i
+        for i in range(n):
+            alive[rank[i]] = part[i]
+    kept = 0
+    for i in range(n):
+        if alive[i] and kept < max_output:
+            keep[kept] = order[i]
+            kept += 1
+    count[0] = kept
+
+
+# One thread. One pass lowers the scores, drops what fell below the threshold and finds the next best. Reads 6 values, writes
+# 1 a box for each box taken. Source: Bodla et al., Soft-NMS (2017).
+@cpu(over="1", exact=True)
+def soft_nms(begin, end, boxes, scores, keep, kept_scores, count, gaussian, iou_threshold, sigma, score_threshold):
+    N = len(scores)
+    planes, left = _planes(boxes, 0), scores.copy()
+    x1, y1, x2, y2, area = planes[0], planes[1], planes[2], planes[3], planes[4]
+    dead = real(-np.inf)
+    for i in range(N):
+        left[i] = left[i] if left[i] > score_threshold else dead
+    n = 0
+    for n in range(N + 1):
+        taken, best = -1, dead
+        for i in range(N):
+            if left[i] > best:
+                taken, best = i, left[i]
+        if taken < 0:
+            break
+        keep[n], kept_scores[n], left[taken] = taken, best, dead
+        a, b, c, d, own = x1[taken], y1[taken], x2[taken], y2[taken], area[taken]
+        for i in range(N):
+            iou = _iou(a, b, c, d, own, x1[i], y1[i], x2[i], y2[i], area[i])
+            lowered = real(1)
+            if gaussian:
+                if iou == iou and left[i] > dead:
+                    lowered = real(math.exp(-(iou * iou) / sigma))
+            elif iou > iou_threshold:
+                lowered = real(1) - iou
+            s = left[i] * lowered
+            left[i] = s if s > score_threshold else dead
+    count[0] = n
+    keep[n:] = -1
+    kept_scores[n:] = real(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- RoIs
+
+
+@inline(exact=True)
+def _bad_image(boxes, images, bad):
+    bad[0] = 0
+    for k in range(boxes.shape[0]):
+        image = boxes[k, 0]
+        if not (image >= 0 and image < images and image == math.floor(image)):
+            bad[0] = k + 1
+            return True
+    return False
+
+
+@inline(exact=True)
+def _grid(length, bins, ratio):
+    """Samples along one side of a bin."""
+    if ratio > 0:
+        return ratio
+    return int(min(max(math.ceil(min(length / real(bins), real(1 << 20))), 0), 1 << 20))
+
+
+@inline(exact=True)
+def _taps(start, length, bins, size, grid, starts, low, upper):
+    """The samples of each bin inside the input: starts[p] to starts[p + 1] in low (pixel) and upper (share of the next)."""
+    step, n = length / real(bins), 0
+    between = float(step) / max(grid, 1)
+    for p in range(bins):
+        starts[p] = n
+        first = start + real(p) * step
+        begin, end = 0, grid
+        if between > 0:
+            begin = int(min(max((-1 - float(first)) / between - 2, 0.0), float(grid)))
+            end = int(min(max((size - float(first)) / between + 2, 0.0), float(grid)))
+        for i in range(begin, end):
+            at = first + (real(i) + real(0.5)) * step / real(grid)
+            if at >= real(-1) and at <= real(size):
+                at = max(at, real(0))
+                pixel = min(int(at), size - 1)
+                low[n], upper[n] = pixel, (at - real(pixel) if pixel < size - 1 else real(0))
+                n += 1
+    starts[bins] = n
+
+
+@inline(exact=True)
+def _room(length, bins, size, grid):
+    """More samples than _taps can find along one axis."""
+    between = float(length) / bins / max(grid, 1)
+    inside = (size + 8) / between + 8 if between > 0 else float(grid)
+    return bins * int(min(float(grid), inside) + 1)
+
+
+@inline(exact=True)
+def _sample(plane, y, ly, x, lx):
+    H, W = plane.shape
+    y1, x1 = min(y + 1, H - 1), min(x + 1, W - 1)
+    hy, hx = real(1) - ly, real(1) - lx
+    return plane[y, x] * (hy * hx) + plane[y, x1] * (hy * lx) + plane[y1, x] * (ly * hx) + plane[y1, x1] * (ly * lx)
+
+
+@inline(exact=True)
+def _largest(plane, ys, ly, xs, lx, outside):
+    """The largest sample and its number; -1 for one outside, that counts as 0."""
+    best, which, here = real(0), -1, 0
+    for i in range(len(ys)):
+        for j in range(len(xs)):
+            v = _sample(plane, ys[i], ly[i], xs[j], lx[j])
+            if here == 0 or v > best or (v != v and best == best):
+                best, which = v, here
+            here += 1
+    if here and outside and real(0) > best:
+        best, which = real(0), -1
+    return best, which
+
+
+# Parallel over RoIs: the samples of a RoI are found once for all channels. Reads 4 pixels a sample, writes each bin once.
+# Source: He et al., Mask R-CNN (2017), section 3.
+@cpu(over="K", exact=True)
+def roi_align(begin, end, input, boxes, output, bad, spatial_scale, sampling_ratio, aligned, maximum):
+    N, C, H, W = input.shape
+    PH, PW = output.shape[2], output.shape[3]
+    if _bad_image(boxes, N, bad):
+        return
+    offset = real(0.5) if aligned else real(0)
+    for k in range(begin, end):
+        x1, y1 = boxes[k, 1] * spatial_scale - offset, boxes[k, 2] * spatial_scale - offset
+        w, h = boxes[k, 3] * spatial_scale - offset - x1, boxes[k, 4] * spatial_scale - offset - y1
+        if not aligned:
+            w, h = real(1) if w < real(1) else w, real(1) if h < real(1) else h
+        if not math.isfinite(x1 + y1 + w + h):
+            output[k] = real(np.nan)
+            continue
+        gh, gw = _grid(h, PH, sampling_ratio), _grid(w, PW, sampling_ratio)
+        ry, rx = _room(h, PH, H, gh), _room(w, PW, W, gw)
+        sy, sx = np.empty(PH + 1, np.int64), np.empty(PW + 1, np.int64)
+        ys, ly, xs, lx = np.empty(ry, np.int64), np.empty(ry, boxes.dtype), np.empty(rx, np.int64), np.empty(rx, boxes.dtype)
+        _taps(y1, h, PH, H, gh, sy, ys, ly)
+        _taps(x1, w, PW, W, gw, sx, xs, lx)
+        share = real(1) / real(max(gh * gw, 1))
+        for c in range(C):
+            plane = input[int(boxes[k, 0]), c]
+            for p in range(PH):
+                for q in range(PW):
+                    if maximum:
+                        outside = sy[p + 1] - sy[p] < gh or sx[q + 1] - sx[q] < gw
+                        ny, nx = slice(sy[p], sy[p + 1]), slice(sx[q], sx[q + 1])
+                        output[k, c, p, q] = _largest(plane, ys[ny], ly[ny], xs[nx], lx[nx], outside)[0]
+                    else:
+                        total = real(0)
+                        for i in range(sy[p], sy[p + 1]):
+                            for j in range(sx[q], sx[q + 1]):
+                                total += _sample(plane, ys[i], ly[i], xs[j], lx[j])
+                        output[k, c, p, q] = total * share
+
+
+@inline(exact=True)
+def _spread(plane, y, ly, x, lx, g):
+    H, W = plane.shape
+    y1, x1 = min(y + 1, H - 1), min(x + 1, W - 1)
+    hy, hx = real(1) - ly, real(1) - lx
+    plane[y, x] += g * (hy * hx)
+    plane[y, x1] += g * (hy * lx)
+    plane[y1, x] += g * (ly * hx)
+    plane[y1, x1] += g * (ly * lx)
+
+
+# Parallel over channels; each adds up the RoIs in their order, so that the sums are always the same bits.
+@cpu(over="C", exact=True)
+def roi_align_grad(begin, end, grad, input, boxes, grad_input, bad, spatial_scale, sampling_ratio, aligned, maximum):
+    N, C, H, W = input.shape
+    K, PH, PW = grad.shape[0], grad.shape[2], grad.shape[3]
+    if _bad_image(boxes, N, bad):
+        return
+    grad_input[:, begin:end] = real(0)
+    offset = real(0.5) if aligned else real(0)
+    for k in range(K):
+        x1, y1 = boxes[k, 1] * spatial_scale - offset, boxes[k, 2] * spatial_scale - offset
+        w, h = boxes[k, 3] * spatial_scale - offset - x1, boxes[k, 4] * spatial_scale - offset - y1
+        if not aligned:
+            w, h = real(1) if w < real(1) else w, real(1) if h < real(1) else h
+        if not math.isfinite(x1 + y1 + w + h):
+            continue
+        gh, gw = _grid(h, PH, sampling_ratio), _grid(w, PW, sampling_ratio)
+        ry, rx = _room(h, PH, H, gh), _room(w, PW, W, gw)
+        sy, sx = np.empty(PH + 1, np.int64), np.empty(PW + 1, np.int64)
+        ys, ly, xs, lx = np.empty(ry, np.int64), np.empty(ry, boxes.dtype), np.empty(rx, np.int64), np.empty(rx, boxes.dtype)
+        _taps(y1, h, PH, H, gh, sy, ys, ly)
+        _taps(x1, w, PW, W, gw, sx, xs, lx)
+        share = real(1) / real(max(gh * gw, 1))
+        for c in range(begin, end):
+            n = int(boxes[k, 0])
+            plane, target = input[n, c], grad_input[n, c]
+            for p in range(PH):
+                for q in range(PW):
+                    g = grad[k, c, p, q]
+                    if maximum:
+                        outside = sy[p + 1] - sy[p] < gh or sx[q + 1] - sx[q] < gw
+                        ny, nx = slice(sy[p], sy[p + 1]), slice(sx[q], sx[q + 1])
+                        which = _largest(plane, ys[ny], ly[ny], xs[nx], lx[nx], outside)[1]
+                        if which >= 0:
+                            i, j = sy[p] + which // (sx[q + 1] - sx[q]), sx[q] + which % (sx[q + 1] - sx[q])
+                            _spread(target, ys[i], ly[i], xs[j], lx[j], g)
+                    else:
+                        for i in range(sy[p], sy[p + 1]):
+                            for j in range(sx[q], sx[q + 1]):
+                                _spread(target, ys[i], ly[i], xs[j], lx[j], g * share)
+
+
+@inline(exact=True)
+def _whole(v):
+    """A coordinate rounded to a pixel, halves away from 0."""
+    v = v + (real(0.5) if v > real(0) else real(-0.5))
+    return int(min(max(math.trunc(min(max(v, real(-(1 << 24))), real(1 << 24))), -(1 << 24)), 1 << 24))
+
+
+@inline(exact=True)
+def _edges(low, high, bins, size, edges):
+    """The pixels [edges[p, 0], edges[p, 1]) of each bin along one axis."""
+    start = _whole(low)
+    step = real(max(_whole(high) - start + 1, 1)) / real(bins)
+    for p in range(bins):
+        edges[p, 0] = min(max(start + int(math.floor(real(p) * step)), 0), size)
+        edges[p, 1] = min(max(start + int(math.ceil(real(p + 1) * step)), 0), size)
+
+
+@inline(exact=True)
+def _largest_pixel(plane, rows, cols):
+    """Row and column of the first of the largest pixels (of the first NaN); -1, -1 for an empty bin."""
+    best, row, col = real(0), -1, -1
+    for y in range(rows[0], rows[1]):
+        for x in range(cols[0], cols[1]):
+            v = plane[y, x]
+            if row < 0 or v > best or (v != v and best == best):
+                best, row, col = v, y, x
+    return row, col
+
+
+# Parallel over RoIs: edges are found once for all channels. Reads the pixels of each bin, writes it once.
+# Source: Girshick, Fast R-CNN (2015), section 2.1.
+@cpu(over="K", exact=True)
+def roi_pool(begin, end, input, boxes, output, bad, spatial_scale):
+    N, C, H, W = input.shape
+    PH, PW = output.shape[2], output.shape[3]
+    if _bad_image(boxes, N, bad):
+        return
+    ys, xs = np.empty((PH, 2), np.int64), np.empty((PW, 2), np.int64)
+    for k in range(begin, end):
+        s = boxes[k] * spatial_scale
+        if s[1] != s[1] or s[2] != s[2] or s[3] != s[3] or s[4] != s[4]:
+            output[k] = real(np.nan)
+            continue
+        _edges(s[2], s[4], PH, H, ys)
+        _edges(s[1], s[3], PW, W, xs)
+        for c in range(C):
+            plane = input[int(boxes[k, 0]), c]
+            for p in range(PH):
+                for q in range(PW):
+                    y, x = _largest_pixel(plane, ys[p], xs[q])
+                    output[k, c, p, q] = plane[y, x] if y >= 0 else real(0)
+
+
+# Parallel over channels; each adds up the RoIs in their order.
+@cpu(over="C", exact=True)
+def roi_pool_grad(begin, end, grad, input, boxes, grad_input, bad, spatial_scale):
+    N, C, H, W = input.shape
+    K, PH, PW = grad.shape[0], grad.shape[2], grad.shape[3]
+    if _bad_image(boxes, N, bad):
+        return
+    grad_input[:, begin:end] = real(0)
+    ys, xs = np.empty((PH, 2), np.int64), np.empty((PW, 2), np.int64)
+    for k in range(K):
+        s = boxes[k] * spatial_scale
+        if s[1] != s[1] or s[2] != s[2] or s[3] != s[3] or s[4] != s[4]:
+            continue
+        _edges(s[2], s[4], PH, H, ys)
+        _edges(s[1], s[3], PW, W, xs)
+        n = int(boxes[k, 0])
+        for c in range(begin, end):
+            for p in range(PH):
+                for q in range(PW):
+                    y, x = _largest_pixel(input[n, c], ys[p], xs[q])
+                    if y >= 0:
+                        grad_input[n, c, y, x] += grad[k, c, p, q]
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+# Parallel over masks1. The bytes of two masks, 0 or 1, are multiplied and summed: unit strides, vectorises.
+@cpu(over="A", exact=True)
+def mask_iou(begin, end, masks1, masks2, iou):
+    B, P = masks2.shape
+    areas = np.empty(B, np.int64)
+    for b in range(B):
+        total = 0
+        for p in range(P):
+            total += masks2[b, p]
+        areas[b] = total
+    for a in range(begin, end):
+        own = 0
+        for p in range(P):
+            own += masks1[a, p]
+        for b in range(B):
+            inter = 0
+            for p in range(P):
+                inter += masks1[a, p] & masks2[b, p]
+            iou[a, b] = real(inter / max(own + areas[b] - inter, 1))
+
+
+# Parallel over masks, row by row: from the left to the first pixel, from the right to the last one known.
+@cpu(over="N", exact=True)
+def masks_to_boxes(begin, end, masks, boxes):
+    H, W = masks.shape[1], masks.shape[2]
+    for n in range(begin, end):
+        left, right, top, bottom = W, -1, -1, -1
+        for y in range(H):
+            x = 0
+            while x < W and not masks[n, y, x]:
+                x += 1
+            if x == W:
+                continue
+            top, bottom, left = y if top < 0 else top, y, min(left, x)
+            x = W - 1
+            while x > right and not masks[n, y, x]:
+                x -= 1
+            right = max(right, x)
+        boxes[n, 0], boxes[n, 1], boxes[n, 2], boxes[n, 3] = (left, top, right, bottom) if top >= 0 else (0, 0, 0, 0)
