@@ -18,7 +18,7 @@ def _steps(T, lengths, reverse):
 
 def _sigmoid(x):
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e) + 0 * x
+    return np.where(x >= 0, 1, e) / (1 + e)
 
 
 def _limit(x, clip):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,24 +55,12 @@ class _Run:
     biases: int  # bias arrays of a layer: 0 or 2
 
 
-def _start(
-    kind: str,
-    op: str,
-    input: Any,
-    hx: Any,
-    weights: Any,
-    *,
-    num_layers: Any = None,
-    bidirectional: Any = False,
-    batch_first: Any = False,
-    lengths: Any = None,
-    peephole: Any = None,
-    options: dict[str, Any],
-) -> _Run:
-    """Checks all arguments of a layer call and brings its arrays into one float type."""
+def _start(kind: str, op: str, a: Any, options: dict[str, Any]) -> _Run:
+    """Checks the arguments `a` of a layer call and brings its arrays into one float type."""
     call = Call(op)
-    directions = 2 if _check.flag(op, "bidirectional", bidirectional) else 1
-    batch_first = _check.flag(op, "batch_first", batch_first)
+    hx, weights, peephole = a.hx, a.weights, getattr(a, "peephole", None)
+    directions = 2 if _check.flag(op, "bidirectional", a.bidirectional) else 1
+    batch_first = _check.flag(op, "batch_first", a.batch_first)
     if not isinstance(weights, list | tuple) or not weights:
         raise TypeError(
             f"{op}: weights must be a list of arrays (w_ih, w_hh, b_ih, b_hh per layer and direction), {_check.shown(weights)} came"
@@ -84,7 +73,7 @@ def _start(
             raise TypeError(f"{op}: hx must be None or a pair of arrays (h0, c0), one of them is None")
     else:
         h0, c0 = hx, None
-    named = {"input": input, "h0": h0, "c0": c0, "peephole": peephole}
+    named = {"input": a.input, "h0": h0, "c0": c0, "peephole": peephole}
     arrays = call.floats(**named, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     x, h0, c0, peephole = arrays[:4]
     flat = arrays[4:]
@@ -93,7 +82,7 @@ def _start(
             raise TypeError(f"{op}: weights[{i}] must be an array, None came (leave both biases out of every layer)")
     biases = 2 if len(flat) > 2 and flat[2].ndim == 1 else 0
     each = 2 + biases
-    layers = _check.integer(op, "num_layers", num_layers, 1) if num_layers is not None else len(flat) // (each * directions)
+    layers = len(flat) // (each * directions) if a.num_layers is None else _check.integer(op, "num_layers", a.num_layers, 1)
     if len(flat) != layers * directions * each or not layers:
         raise ValueError(
             f"{op}: weights has {len(flat)} arrays; {max(layers, 1)} layers in {directions} direction(s) with {each} arrays each"
@@ -130,8 +119,8 @@ def _start(
             )
         peephole = peephole.reshape((count, 3, H))
     steps = None
-    if lengths is not None:
-        steps = call.indices("lengths", lengths)
+    if a.lengths is not None:
+        steps = call.indices("lengths", a.lengths)
         if tuple(steps.shape) != (N,):
             raise ValueError(f"{op}: lengths has the shape {tuple(steps.shape)}, one length per sample, ({N},), is needed")
         for n, length in enumerate(call.get(steps)):
@@ -259,11 +248,12 @@ def _state(run: _Run, h: Any) -> Any:
     return h.reshape((h.shape[0], run.H)) if run.unbatched else h
 
 
-def _results(run: _Run, training: bool) -> Any:
+def _sequence(kind: str, a: Any, options: dict[str, Any], training: bool) -> tuple[Any, _Run]:
+    run = _start(kind, kind, a, options)
     y, h_n, c_n = _forward(run, training)
     finish = run.call.finish
     h = finish(_state(run, h_n))
-    return finish(_output(run, y)), (h, finish(_state(run, c_n))) if run.kind == "lstm" else h
+    return (finish(_output(run, y)), (h, finish(_state(run, c_n))) if kind == "lstm" else h), run
 
 
 def _gradient(g: Any, saved: _Run, a: Any) -> tuple[Any, ...]:
@@ -282,7 +272,7 @@ def _gradient(g: Any, saved: _Run, a: Any) -> tuple[Any, ...]:
     gx = _output(run, gx)
     gh0, gc0 = _state(run, gh0), _state(run, gc0)
     if peepholes is not None:
-        peepholes = peepholes.reshape(a.peephole.shape)
+        peepholes = peepholes.reshape(np.shape(a.peephole))
     hx = None if a.hx is None else (gh0, gc0) if run.kind == "lstm" else gh0
     return (gx, hx, weights, peepholes) if run.kind == "lstm" else (gx, hx, weights)
 
@@ -290,60 +280,21 @@ def _gradient(g: Any, saved: _Run, a: Any) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------------------------------------- sequences
 
 
-def _start_lstm(a: Any) -> _Run:
+def _lstm_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    """The result of a call of `lstm` with the arguments `a`, and the run with what its gradient needs."""
     clip = 0.0 if a.clip is None else _check.number("lstm", "clip", a.clip, 0.0)
     if a.clip is not None and clip == 0.0:
         raise ValueError("lstm: clip must be more than 0, 0 came")
-    return _start(
-        "lstm",
-        "lstm",
-        a.input,
-        a.hx,
-        a.weights,
-        num_layers=a.num_layers,
-        bidirectional=a.bidirectional,
-        batch_first=a.batch_first,
-        lengths=a.lengths,
-        peephole=a.peephole,
-        options={"clip": clip},
-    )
+    return _sequence("lstm", a, {"clip": clip}, training)
 
 
-def _start_gru(a: Any) -> _Run:
-    return _start(
-        "gru",
-        "gru",
-        a.input,
-        a.hx,
-        a.weights,
-        num_layers=a.num_layers,
-        bidirectional=a.bidirectional,
-        batch_first=a.batch_first,
-        lengths=a.lengths,
-        options={"reset_after": int(_check.flag("gru", "reset_after", a.reset_after))},
-    )
+def _gru_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    return _sequence("gru", a, {"reset_after": int(_check.flag("gru", "reset_after", a.reset_after))}, training)
 
 
-def _start_rnn(a: Any) -> _Run:
-    return _start(
-        "rnn",
-        "rnn",
-        a.input,
-        a.hx,
-        a.weights,
-        num_layers=a.num_layers,
-        bidirectional=a.bidirectional,
-        batch_first=a.batch_first,
-        lengths=a.lengths,
-        options={"relu": int(_check.one_of("rnn", "nonlinearity", a.nonlinearity, ("tanh", "relu")) == "relu")},
-    )
-
-
-class _Arguments:
-    """The arguments of a call by name, as the functions above read them."""
-
-    def __init__(self, **named: Any):
-        self.__dict__.update(named)
+def _rnn_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    relu = _check.one_of("rnn", "nonlinearity", a.nonlinearity, ("tanh", "relu")) == "relu"
+    return _sequence("rnn", a, {"relu": int(relu)}, training)
 
 
 @op
@@ -403,7 +354,7 @@ def lstm(
     >>> output.shape, h.shape
     ((5, 2, 4), (1, 2, 4))
     """
-    return _results(_start_lstm(_Arguments(**locals())), False)
+    return _lstm_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 @op
@@ -454,7 +405,7 @@ def gru(
     >>> output.shape
     (5, 2, 4)
     """
-    return _results(_start_gru(_Arguments(**locals())), False)
+    return _gru_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 @op
@@ -504,41 +455,51 @@ def rnn(
     >>> output.any()
     np.False_
     """
-    return _results(_start_rnn(_Arguments(**locals())), False)
-
-
-def _recorded(start: Any) -> Any:
-    """The recorded call of a sequence: its result, and its layers with what their gradients need."""
-
-    def forward(a: Any) -> tuple[Any, _Run]:
-        run = start(a)
-        return _results(run, True), run
-
-    return forward
-
-
-_lstm_forward, _gru_forward, _rnn_forward = (_recorded(start) for start in (_start_lstm, _start_gru, _start_rnn))
+    return _rnn_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
 
 
-def _start_cell(kind: str, a: Any, options: dict[str, Any]) -> _Run:
+def _lstm_cell_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    return _cell("lstm", a, {"clip": 0.0}, training)
+
+
+def _gru_cell_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    return _cell("gru", a, {"reset_after": int(_check.flag("gru_cell", "reset_after", a.reset_after))}, training)
+
+
+def _rnn_cell_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
+    relu = _check.one_of("rnn_cell", "nonlinearity", a.nonlinearity, ("tanh", "relu")) == "relu"
+    return _cell("rnn", a, {"relu": int(relu)}, training)
+
+
+def _cell(kind: str, a: Any, options: dict[str, Any], training: bool) -> tuple[Any, _Run]:
     """A cell is its layer over one step."""
-    op = f"{kind}_cell"
-    pair = kind == "lstm"
-    if pair and a.hx is not None and not (isinstance(a.hx, list | tuple) and len(a.hx) == 2):
-        raise TypeError(f"{op}: hx must be None or a pair (h, c), {_check.shown(a.hx)} came")
+    op, pair, hx = f"{kind}_cell", kind == "lstm", a.hx
+    if pair and hx is not None and not (isinstance(hx, list | tuple) and len(hx) == 2):
+        raise TypeError(f"{op}: hx must be None or a pair (h, c), {_check.shown(hx)} came")
     if (a.b_ih is None) != (a.b_hh is None):
         raise TypeError(f"{op}: b_ih and b_hh must both be given or both be left out")
-    weights = [a.w_ih, a.w_hh] + ([] if a.b_ih is None else [a.b_ih, a.b_hh])
     for name in ("w_ih", "w_hh"):
         if getattr(a, name) is None:
             raise TypeError(f"{op}: {name} must be an array, None came")
-    x = _with_axis(op, "input", a.input)
-    states = [None if s is None else _with_axis(op, "hx", s) for s in (a.hx if pair and a.hx is not None else [a.hx])]
-    hx = None if a.hx is None else tuple(states) if pair else states[0]
-    return _start(kind, op, x, hx, weights, num_layers=1, options=options)
+    if hx is not None:
+        hx = tuple(_with_axis(op, "hx", s) for s in hx) if pair else _with_axis(op, "hx", hx)
+    layer = SimpleNamespace(
+        input=_with_axis(op, "input", a.input),
+        hx=hx,
+        weights=[a.w_ih, a.w_hh] + ([] if a.b_ih is None else [a.b_ih, a.b_hh]),
+        num_layers=1,
+        bidirectional=False,
+        batch_first=False,
+        lengths=None,
+    )
+    run = _start(kind, op, layer, options)
+    _, h_n, c_n = _forward(run, training)
+    shape = (run.H,) if run.unbatched else (run.N, run.H)
+    h = run.call.finish(h_n.reshape(shape))
+    return (h, run.call.finish(c_n.reshape(shape))) if pair else h, run
 
 
 def _with_axis(op: str, name: str, value: Any) -> Any:
@@ -549,13 +510,6 @@ def _with_axis(op: str, name: str, value: Any) -> Any:
     return array.reshape((1, *array.shape))
 
 
-def _cell_results(run: _Run, training: bool) -> Any:
-    _, h_n, c_n = _forward(run, training)
-    shape = (run.H,) if run.unbatched else (run.N, run.H)
-    h = run.call.finish(h_n.reshape(shape))
-    return (h, run.call.finish(c_n.reshape(shape))) if run.kind == "lstm" else h
-
-
 def _cell_gradient(g: Any, saved: _Run, a: Any) -> tuple[Any, ...]:
     run = saved
     gh, gc = g if run.kind == "lstm" else (g, None)
@@ -563,7 +517,7 @@ def _cell_gradient(g: Any, saved: _Run, a: Any) -> tuple[Any, ...]:
     [gh, gc] = call.more_floats(gh=gh, gc=gc)
     states = [None if s is None else s.reshape((1, run.N, run.H)) for s in (gh, gc)]
     gx, gh0, gc0, weights, _ = _backward(run, None, *states)
-    gx = gx.reshape(a.input.shape)
+    gx = gx.reshape(np.shape(a.input))
     shape = (run.H,) if run.unbatched else (run.N, run.H)
     gh0, gc0 = gh0.reshape(shape), gc0.reshape(shape)
     hx = None if a.hx is None else (gh0, gc0) if run.kind == "lstm" else gh0
@@ -602,7 +556,7 @@ def lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh:
     >>> h.shape
     (2, 4)
     """
-    return _cell_results(_start_cell("lstm", _Arguments(**locals()), {"clip": 0.0}), False)
+    return _lstm_cell_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 @op
@@ -638,7 +592,7 @@ def gru_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: 
     >>> hl.gru_cell(np.zeros((2, 3)), None, np.ones((12, 3)), np.ones((12, 4))).shape
     (2, 4)
     """
-    return _cell_results(_start_gru_cell(_Arguments(**locals())), False)
+    return _gru_cell_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 @op
@@ -673,33 +627,7 @@ def rnn_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: 
     >>> hl.rnn_cell(np.zeros(3), None, np.ones((2, 3)), np.ones((2, 2)), np.zeros(2), np.zeros(2))
     array([0., 0.])
     """
-    return _cell_results(_start_rnn_cell(_Arguments(**locals())), False)
-
-
-def _start_lstm_cell(a: Any) -> _Run:
-    return _start_cell("lstm", a, {"clip": 0.0})
-
-
-def _start_gru_cell(a: Any) -> _Run:
-    return _start_cell("gru", a, {"reset_after": int(_check.flag("gru_cell", "reset_after", a.reset_after))})
-
-
-def _start_rnn_cell(a: Any) -> _Run:
-    relu = _check.one_of("rnn_cell", "nonlinearity", a.nonlinearity, ("tanh", "relu")) == "relu"
-    return _start_cell("rnn", a, {"relu": int(relu)})
-
-
-def _recorded_cell(start: Any) -> Any:
-    def forward(a: Any) -> tuple[Any, _Run]:
-        run = start(a)
-        return _cell_results(run, True), run
-
-    return forward
-
-
-_lstm_cell_forward, _gru_cell_forward, _rnn_cell_forward = (
-    _recorded_cell(start) for start in (_start_lstm_cell, _start_gru_cell, _start_rnn_cell)
-)
+    return _rnn_cell_forward(SimpleNamespace(**locals()), training=False)[0]
 
 
 # -------------------------------------------------------------------------------------------------- orders of the gates

@@ -64,6 +64,7 @@ CASES = {
     + with_values(LSTM[2:5:2], "clip", clip=0.5)
     + [
         case("saturated", **SATURATED, gates=lambda rng, shape, dtype: np.resize(np.repeat([-200, 200, 0, 200], 3), shape)),
+        case("infinite", **SATURATED, gates=lambda rng, shape, dtype: np.resize(np.repeat([-np.inf, np.inf, 0, np.inf], 3), shape)),
         case(
             "nan", **SATURATED, gates=lambda rng, shape, dtype: np.where(np.arange(np.prod(shape)) == 5, np.nan, 1).reshape(shape)
         ),
