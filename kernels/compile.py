@@ -48,7 +48,7 @@ class Inline:
     def bound(self, dtype: Any, target: str) -> Any:
         if (target, dtype) not in self._bound:
             function = _bind(self._float64 if dtype is np.float64 else self.function, dtype, target)
-            self._bound[target, dtype] = _cpu_inline(function, self.exact) if target == "cpu" else cuda.jit(device=True)(function)
+            self._bound[target, dtype] = _cpu_inline(function, self.exact) if target == "cpu" else _cuda_inline(function)
         return self._bound[target, dtype]
 
     def __call__(self, *args: Any) -> Any:
@@ -64,6 +64,13 @@ def _cpu_inline(function: Callable[..., Any], exact: bool) -> Any:
     import numba
 
     return numba.njit(fastmath=set() if exact else FASTMATH, nogil=True)(function)
+
+
+def _cuda_inline(function: Callable[..., Any]) -> Any:
+    if simulated():  # the simulator's own device functions lose `cuda` when several threads are inside one
+        return function
+    function.__globals__["cuda"] = _import_cuda()
+    return cuda.jit(device=True)(function)
 
 
 def _max(a: Any, b: Any) -> Any:
@@ -218,18 +225,25 @@ def _import_cuda() -> Any:
 
 
 class _Cuda:
-    """`cuda` in a kernel's text, imported on first use."""
+    """`cuda` in a kernel's text, imported on first use; in the simulator, what the kernel that runs calls `cuda`."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_import_cuda(), name)
+        module = _import_cuda()
+        running = module.simulator.kernel._get_kernel_context() if simulated() else None
+        return getattr(module if running is None else running, name)
 
 
 cuda: Any = _Cuda()
 
 
+def simulated() -> bool:
+    """True where Numba's simulator stands in for a GPU."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
 def block(threads: int) -> int:
     """The threads of a block: `threads` (a power of two), but 4 in Numba's simulator, where each is a Python thread."""
-    return 4 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else threads
+    return 4 if simulated() else threads
 
 
 gpu_kernels: list[GpuKernel] = []
