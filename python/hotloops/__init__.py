@@ -69,6 +69,9 @@ from .pool import (
 )
 
 # rnn
+from .rnn import gru, gru_cell, gru_gates_from_onnx, gru_gates_to_onnx, lstm, lstm_cell, lstm_gates_from_onnx, lstm_gates_to_onnx
+from .rnn import rnn, rnn_cell
+
 __version__ = "0.1.0"
 
 _LAZY = {"show_config": "_config", "warmup": "_config", "bench": "bench"}  # imported when first asked for

@@ -928,3 +928,11 @@ for _dims in (1, 2, 3):
     tie(getattr(pool, f"max_unpool{_dims}d"), "input", pool._max_unpool_gradient, pool._max_unpool_forward(_dims))
 tie(pool.global_avg_pool2d, "input", pool._adaptive_avg_pool_gradient(2))
 # rnn
+from . import rnn  # noqa: E402
+
+tie(rnn.lstm, ("input", "hx", "weights", "peephole"), rnn._gradient, rnn._lstm_forward)
+tie(rnn.gru, ("input", "hx", "weights"), rnn._gradient, rnn._gru_forward)
+tie(rnn.rnn, ("input", "hx", "weights"), rnn._gradient, rnn._rnn_forward)
+for _kind in ("lstm", "gru", "rnn"):
+    _wrt = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+    tie(getattr(rnn, f"{_kind}_cell"), _wrt, rnn._cell_gradient, getattr(rnn, f"_{_kind}_cell_forward"))

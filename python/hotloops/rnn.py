@@ -147,7 +147,7 @@ def _forward(run: _Run, training: bool) -> tuple[Any, Any, Any]:
     """(output [T, N, directions H], h_n, c_n); with `training` each layer keeps what its gradient needs."""
     call, T, N, H, G = run.call, run.T, run.N, run.H, _GATES[run.kind]
     h_n = call.empty((len(run.layers), N, H))
-    c_n = call.empty((len(run.layers), N, H)) if run.kind == "lstm" else None
+    c_n: Any = call.empty((len(run.layers), N, H)) if run.kind == "lstm" else None
     x = run.layers[0].x
     for first in range(0, len(run.layers), run.directions):
         outputs = []
@@ -159,6 +159,7 @@ def _forward(run: _Run, training: bool) -> tuple[Any, Any, Any]:
             kept = call.empty((T, N, H)) if training and run.kind != "rnn" else None
             previous = call.empty((T, N, H)) if training else None
             common = (layer.w_hh, layer.b_hh)
+            arrays: tuple[Any, ...]
             if run.kind == "lstm":
                 arrays = (gates, layer.h0, layer.c0, *common, layer.peephole, run.lengths, y, h_n[k], c_n[k], kept, previous)
             elif run.kind == "gru":
