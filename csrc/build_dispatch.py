@@ -3,12 +3,13 @@
 usage: build_dispatch.py hotloops.h dispatch.c ISA [ISA ...]
 """
 
+import pathlib
 import re
 import sys
 
 header, output, *built = sys.argv[1:]
 isas = [isa for isa in ("baseline", "neon", "avx2", "avx512") if isa in built]  # from the lowest
-text = re.sub(r"/\*.*?\*/", "", open(header).read(), flags=re.S)
+text = re.sub(r"/\*.*?\*/", "", pathlib.Path(header).read_text(), flags=re.S)
 prototypes = re.findall(r"^int (hl_\w+_f(?:32|64))\(([^)]*)\);", text, flags=re.M)
 
 USABLE = {  # lowest first
@@ -57,4 +58,4 @@ __attribute__((constructor)) static void init(void)
 for name, args in prototypes:
     names = ", ".join(re.sub(r".*?(\w+)$", r"\1", arg.strip()) for arg in args.split(","))
     out += [f"int {name}({args}) {{ return active->{name}({names}); }}"]
-open(output, "w").write("\n".join(out) + "\n")
+pathlib.Path(output).write_text("\n".join(out) + "\n")

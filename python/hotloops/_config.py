@@ -28,7 +28,8 @@ def version(package: str) -> str:
 
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
-        fields = dict(line.split(":", 1) for line in open("/proc/cpuinfo") if ":" in line)
+        with open("/proc/cpuinfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines if ":" in line)
         for key in ("model name", "Model", "Hardware"):
             for field, value in fields.items():
                 if field.strip() == key:

@@ -37,26 +37,31 @@ def _from_machine() -> int:
     return max(1, count if quota == math.inf else min(count, math.ceil(quota)))
 
 
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
 def _cgroup_quota() -> float:
     """Processors' worth of time that the control group (version 2 or 1) allows; infinity when it sets no limit."""
     quota = math.inf
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in open("/proc/self/cgroup"):
-            number, controllers, path = line.rstrip("\n").split(":", 2)
+        for line in _read("/proc/self/cgroup").splitlines():
+            number, controllers, path = line.split(":", 2)
             if number == "0":  # version 2: every ancestor may set a limit
                 parts = [p for p in path.split("/") if p]
                 folders = ["/sys/fs/cgroup/" + "/".join(parts[:k]) for k in range(len(parts), -1, -1)]
                 for folder in folders:
                     with contextlib.suppress(OSError):
-                        limit, period = open(f"{folder}/cpu.max").read().split()
+                        limit, period = _read(f"{folder}/cpu.max").split()
                         if limit != "max":
                             quota = min(quota, int(limit) / int(period))
             elif "cpu" in controllers.split(","):
                 for folder in (f"/sys/fs/cgroup/cpu{path}", "/sys/fs/cgroup/cpu"):
                     with contextlib.suppress(OSError):
-                        limit_us = int(open(f"{folder}/cpu.cfs_quota_us").read())
+                        limit_us = int(_read(f"{folder}/cpu.cfs_quota_us"))
                         if limit_us > 0:
-                            quota = min(quota, limit_us / int(open(f"{folder}/cpu.cfs_period_us").read()))
+                            quota = min(quota, limit_us / int(_read(f"{folder}/cpu.cfs_period_us")))
     return quota
 
 
