@@ -241,6 +241,11 @@ def simulated() -> bool:
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
+def blocks(n: int, threads: int) -> int:
+    """How many blocks of so many threads cover n elements."""
+    return (n + threads - 1) // threads
+
+
 def block(threads: int) -> int:
     """The threads of a block: `threads` (a power of two), but 4 in Numba's simulator, where each is a Python thread."""
     return 4 if simulated() else threads
