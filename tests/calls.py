@@ -282,4 +282,4 @@ def _runs(op, guess):
 
 for _name, _op in vars(hl).items():
     if hasattr(_op, "signature") and not _name.startswith("_") and _name not in CALLS:
-        CALLS |= {_name: guess for guess in _guesses(_op) if _runs(_op, guess)}
+        CALLS.update([(_name, guess) for guess in _guesses(_op) if _runs(_op, guess)][:1])

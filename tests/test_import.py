@@ -40,7 +40,9 @@ def test_a_call_in_c_needs_no_numba():
 
 
 def test_import_prints_nothing():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import hotloops; hotloops.get_num_threads()"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import hotloops; hotloops.get_num_threads()"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
