@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from compare import assert_oracle, assert_same, assert_same_bits
@@ -20,7 +22,7 @@ def draw(*shape, seed=0, dtype=np.float64):
 def test_parameters_of_a_small_network(host_backend):
     """20 inputs, layers of 50, 100 and 3: outputs times inputs weights, and one bias an output."""
     sizes, x, count = (20, 50, 100, 3), draw(4, 20), 0
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         w, b = draw(outputs, inputs), draw(outputs)
         x, count = hl.linear(x, w, b), count + w.size + b.size
     assert x.shape == (4, 3)
@@ -59,7 +61,7 @@ def test_linear_gradients(host_backend):
     ],
 )
 def test_bad_linear(arguments, error):
-    with pytest.raises(error, match="linear: (input|weight|bias)"):
+    with pytest.raises(error, match=r"linear: (input|weight|bias)"):
         hl.linear(*arguments)
 
 

@@ -120,7 +120,8 @@ class _Attention:
         self._shapes(q, k, v, _check.flag(_NAME, "enable_gqa", enable_gqa))
         self.mask_shape = None if mask is None else tuple(mask.shape)
         mask = self._mask(mask)
-        self.bias, self.allowed = (None, mask) if hides else (mask, None)
+        self.bias: Any = None if hides else mask
+        self.allowed: Any = mask if hides else None
         L, S, D = self.q.shape[2], self.k.shape[2], self.q.shape[3]
         left, right = self._window(window, L + S)
         if _check.flag(_NAME, "is_causal", is_causal):

@@ -868,15 +868,13 @@ def _dot(variable: Variable) -> str:
 
 # ---------------------------------------------------------------------------------- one line per op: op, inputs, gradient
 
-from . import activation, boxes, conv  # noqa: E402 - the table needs the functions above
+from . import activation, attention, boxes, conv, linear, pool, rnn  # type: ignore[no-redef] # noqa: E402 - the table needs the above
 
 # activation
 tie(activation.softmax, "input", activation._softmax_gradient)
 tie(activation.log_softmax, "input", activation._log_softmax_gradient)
 tie(activation.logsumexp, "input", activation._logsumexp_gradient)
 # attention
-from . import attention  # noqa: E402
-
 tie(
     attention.scaled_dot_product_attention,
     ("query", "key", "value", "attn_mask"),
@@ -906,14 +904,10 @@ tie(conv.fold, "input", conv._fold_gradient)
 tie(conv.im2col, "input", conv._im2col_gradient)
 tie(conv.col2im, "cols", conv._col2im_gradient)
 # linear
-from . import linear  # noqa: E402
-
 tie(linear.linear, ("input", "weight", "bias"), linear._linear_gradient)
 tie(linear.matmul, ("a", "b"), linear._matmul_gradient)
 tie(linear.dropout, "input", linear._dropout_gradient, linear._dropout_forward)
 # pool
-from . import pool  # noqa: E402
-
 for _dims in (1, 2, 3):
     tie(getattr(pool, f"max_pool{_dims}d"), "input", pool._max_pool_gradient, pool._max_pool_forward(_dims))
     tie(
@@ -928,8 +922,6 @@ for _dims in (1, 2, 3):
     tie(getattr(pool, f"max_unpool{_dims}d"), "input", pool._max_unpool_gradient, pool._max_unpool_forward(_dims))
 tie(pool.global_avg_pool2d, "input", pool._adaptive_avg_pool_gradient(2))
 # rnn
-from . import rnn  # noqa: E402
-
 tie(rnn.lstm, ("input", "hx", "weights", "peephole"), rnn._gradient, rnn._lstm_forward)
 tie(rnn.gru, ("input", "hx", "weights"), rnn._gradient, rnn._gru_forward)
 tie(rnn.rnn, ("input", "hx", "weights"), rnn._gradient, rnn._rnn_forward)

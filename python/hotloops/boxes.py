@@ -707,7 +707,7 @@ def _rois(op: str, boxes: Any, images: int, dtype: Any) -> Any:
     return array if array.dtype.kind == "f" else array.astype(dtype)
 
 
-def _pooling(call: Call, input: Any, boxes: Any, output_size: Any) -> tuple[Any, Any, tuple[int, int]]:
+def _pooling(call: Call, input: Any, boxes: Any, output_size: Any) -> tuple[Any, Any, tuple[int, ...]]:
     """Input and RoIs in one float type, and the bins."""
     name = call.op
     x = input if hasattr(input, "shape") and hasattr(input, "dtype") else host_array(name, "input", input)
