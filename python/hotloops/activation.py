@@ -150,7 +150,7 @@ def logsumexp(input: Any, axis: int | tuple[int, ...], keepdims: bool = False, *
     --------
     >>> import numpy as np, hotloops as hl
     >>> hl.logsumexp(np.array([[0.0, 0.0], [1000.0, 1000.0]]), 1).round(4)
-    array([6.931000e-01, 1.000693e+03])
+    array([6.9310000e-01, 1.0006931e+03])
     """
     _check.needed("logsumexp", input=input)
     call = Call("logsumexp", out)

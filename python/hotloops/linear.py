@@ -199,7 +199,7 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, *, rng: Any = Non
     --------
     >>> import numpy as np, hotloops as hl
     >>> hl.dropout(np.ones(6), 0.5, rng=1)
-    array([2., 2., 0., 2., 0., 0.])
+    array([2., 0., 2., 2., 2., 2.])
     """
     p, seed = _dropout_choice(p, training, rng)
     return _dropout(input, p, seed, out)
