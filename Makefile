@@ -84,7 +84,7 @@ $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: | $(VENV)/.tools
 # Debian keeps parts of Python in packages of their own: ensurepip in python3-venv, Python.h in python3-dev.
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
-	@$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python .ci/get_pip.py
 	@header=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h; test -e $$header || \
 	  { test $$(id -u) = 0 && apt-get install -y -q python3-dev; } || \
