@@ -212,6 +212,11 @@ def _find_cache_folder() -> str:
     return folder
 
 
+def is_kept(name: str) -> bool:
+    """Whether the cache folder holds machine code of the CPU kernel of that name, for one float type at least."""
+    return bool(cache_folder()) and any(pathlib.Path(cache_folder()).glob(f"*/*.{name}-*.nbi"))
+
+
 # ---------------------------------------------------------------------------------------------------------- the GPU
 
 

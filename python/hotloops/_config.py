@@ -7,7 +7,11 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterable
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,7 +185,7 @@ def warmup(families: str | Iterable[str] | None = None, *, progress: Callable[[s
     families : str or list of str, optional
         Families of kernels, such as "conv" or ["conv", "pool"]; all of them when left out.
     progress : callable, optional
-        Called before each kernel as `progress(name, done, total)`.
+        Called as `progress(name, done, total)` while it works.
 
     Returns
     -------
@@ -203,10 +207,47 @@ def warmup(families: str | Iterable[str] | None = None, *, progress: Callable[[s
     numba = _dispatch.adapter("numba")
     if numba.status():
         raise _dispatch.BackendUnavailableError(f"warmup: {numba.status()}")
-    kernels = [record for record in spec.all_kernels().values() if record.family in wanted and numba.find(record) is not None]
-    jobs = [(record, np.dtype(dtype)) for record in kernels for dtype in (np.float32, np.float64)]
-    for done, (record, dtype) in enumerate(jobs):
+    names = [record.name for record in spec.all_kernels().values() if record.family in wanted and numba.find(record) is not None]
+    compile_kernels(names, ("float32", "float64"), progress)
+    return 2 * len(names)
+
+
+def compile_kernels(names: Sequence[str], dtypes: Sequence[str], progress: Callable[[str, int, int], object] | None = None) -> None:
+    """Compiles Numba kernels for the CPU: what is not in the cache folder yet in one process per processor, since the compiler
+    works on one kernel at a time in each; then all of them are taken from there.
+    """
+    from .kernels.compile import cache_folder, is_kept
+
+    new = [name for name in names if not is_kept(name)]
+    processes = min(_threads.get_num_threads(), len(new) // 2)
+    if cache_folder() and processes > 1 and sys.executable:
+        _compile_in_processes(new, dtypes, processes, progress)
+    numba = _dispatch.adapter("numba")
+    for done, name in enumerate(names):
         if progress is not None:
-            progress(f"{record.name}, {dtype}", done, len(jobs))
-        numba.prepare(record, dtype)
-    return len(jobs)
+            progress(name, done, len(names))
+        for dtype in dtypes:
+            numba.prepare(spec.find(name), np.dtype(dtype))
+
+
+def _compile_in_processes(names: Sequence[str], dtypes: Sequence[str], processes: int, progress: Any) -> None:
+    code = "import sys, hotloops._config as c; [(c.compile_kernels([n], sys.argv[1].split()), print(n)) for n in sys.argv[2:]]"
+    command = [sys.executable, "-P", "-u", "-c", code, " ".join(dtypes)]
+    found: queue.Queue[str | None] = queue.Queue()
+
+    def follow(share: Sequence[str]) -> None:
+        """What fails here fails again, and is raised, when this process asks for the kernel."""
+        with subprocess.Popen([*command, *share], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            for line in process.stdout or ():
+                found.put(line.strip())
+        found.put(None)
+
+    followers = [threading.Thread(target=follow, args=(names[k::processes],), daemon=True) for k in range(processes)]
+    for follower in followers:
+        follower.start()
+    ended = done = 0
+    while ended < processes:
+        name = found.get()
+        ended, done = (ended + 1, done) if name is None else (ended, done + 1)
+        if progress is not None and name is not None:
+            progress(name, done, len(names))

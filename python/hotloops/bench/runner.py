@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import _config, _dispatch, _threads
+from ..kernels import spec
 from . import peaks as _peaks
 from .workloads import Inputs, Workload
 
@@ -173,6 +174,16 @@ def traced(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
 def allowed_error(choices: Iterable[Any]) -> float:
     """What the records of these kernels allow between two backends: each may be that far from the truth."""
     return 2 * sum(choice.error + float(np.finfo(choice.dtype).eps) for choice in choices)
+
+
+def kernels_of(workloads: Iterable[Workload]) -> list[str]:
+    """The kernels with a Numba version that these workloads run."""
+    names: dict[str, None] = {}
+    for workload in workloads:
+        with contextlib.suppress(Exception), _dispatch.backend("reference"):  # shown when the workload itself is run
+            _, choices = traced(make_call(workload, workload.make(small=True), "reference"))
+            names |= dict.fromkeys(c.kernel for c in choices)
+    return [name for name in names if _dispatch.adapter("numba").find(spec.find(name)) is not None]
 
 
 def make_call(workload: Workload, inputs: Inputs, backend: str) -> Callable[[], Any]:
@@ -398,6 +409,10 @@ def run(
         failures=[],
     )
     note = _Notes(report, progress, len(threads) * (len(workloads) + 2))
+    if "numba" in backends:
+        _config.compile_kernels(
+            kernels_of(workloads), ("float32",), lambda name, n, total: note.step(f"compiling {name}, {n} of {total}")
+        )
     _measure_peaks(report, threads, note)
     for workload in workloads:
         task = None
