@@ -661,7 +661,7 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
 static int conv_direct(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps, KH = j->axes[1].taps;
-    hl_note(j->channels == 1 ? "depthwise" : "direct");
+    hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
     /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
     direct t = {.j = j, .grid = make_grid(j, 4096 / gemm_rows(j->filters)), .depth = part_depth(j->channels, taps)};
     if (t.grid.split < 0) { /* one image a box */
@@ -998,7 +998,7 @@ static int weight_product(weight_job *t)
     return status;
 }
 
-/* sums[k] += gy * patches over one row of W outputs, up to eight k; gy is zero beyond the row, what the planes hold there
+/* sums[k] += gy * patches over one row of W outputs, up to nine k; gy is zero beyond the row, what the planes hold there
  * is masked away (it may be infinite). */
 static inline __attribute__((always_inline)) void dot_row(const int count, int64_t W, const real *gy, const real *from,
                                                           const int64_t *offsets, vreal *sums)
@@ -1006,14 +1006,14 @@ static inline __attribute__((always_inline)) void dot_row(const int count, int64
     int64_t s = 0;
     for (; s + LANES <= W; s += LANES) {
         vreal g = load(gy + s);
-#pragma GCC unroll 8
+#pragma GCC unroll 9
         for (int i = 0; i < count; i++) sums[i] += g * load(from + offsets[i] + s);
     }
     if (s == W) return;
     vint inside;
     for (int i = 0; i < LANES; i++) inside[i] = s + i < W ? -1 : 0;
     vreal g = load(gy + s);
-#pragma GCC unroll 8
+#pragma GCC unroll 9
     for (int i = 0; i < count; i++) sums[i] += g * blend(inside, load(from + offsets[i] + s), splat((real)0));
 }
 
@@ -1029,11 +1029,12 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
     int64_t lines = largest.images * largest.size[0] * largest.size[1], pitch = round_up(largest.size[2], LANES);
     size_t plane_size = planes_size(&largest, &p), gy_size = (size_t)(lines * pitch);
     size_t sums_size = (size_t)(t->rows * j->filters * LANES);
-    real *scratch = hl_take((plane_size + gy_size + sums_size) * sizeof(real) + (size_t)t->rows * sizeof(int64_t));
+    real *scratch =
+        hl_take((plane_size + gy_size + sums_size) * sizeof(real) + (size_t)(t->rows + lines) * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
     real *gy = scratch + plane_size;
     vreal *sums = (vreal *)(gy + gy_size);
-    int64_t *offsets = (int64_t *)(gy + gy_size + sums_size);
+    int64_t *offsets = (int64_t *)(gy + gy_size + sums_size), *bases = offsets + t->rows;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / t->row_blocks, r0 = i % t->row_blocks * t->rows, rows = min64(t->rows, K - r0);
         int64_t c0 = r0 / taps, channels = ceil_div(r0 + rows, taps) - c0;
@@ -1046,28 +1047,25 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
             memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
             fill_planes(j, &b, &p, group, c0, channels, scratch);
             fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
+            for (int64_t r = 0; r < lines; r++) bases[r] = row_base(&b, &p, r);
             for (int64_t f = 0; f < j->filters; f++) {
                 vreal *sum = sums + f * t->rows;
                 for (int64_t r = 0; r < lines; r++) {
                     int64_t h = r % b.size[1] + b.first[1], d = r / b.size[1] % b.size[0] + b.first[0];
                     int64_t image = r / b.size[1] / b.size[0] + b.image;
-                    real *to = gy + r * pitch;
-                    memcpy(to,
-                           t->gy + ((image * j->groups + group) * j->filters + f) * S +
-                               (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2],
-                           (size_t)W * sizeof(real));
-                    for (int64_t w = W; w < pitch; w++) to[w] = 0;
+                    copy_row(t->gy + ((image * j->groups + group) * j->filters + f) * S +
+                                 (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2],
+                             W, 1, t->gy + j->images * j->groups * j->filters * S, gy + r * pitch);
                 }
                 for (int64_t k = 0, count; k < rows; k += count) {
-                    count = min64(rows - k, 8);
-                    vreal part[8];
+                    count = rows - k >= 9 ? 9 : rows - k >= 3 ? 3 : 1; /* the taps of 3x3, of one row of it */
+                    vreal part[9];
                     memcpy(part, sum + k, (size_t)count * sizeof(vreal));
                     for (int64_t r = 0; r < lines; r++) {
-                        const real *base = scratch + row_base(&b, &p, r);
-                        if (count == 8) dot_row(8, W, gy + r * pitch, base, offsets + k, part);
-                        else
-                            for (int64_t q = 0; q < count; q++)
-                                dot_row(1, W, gy + r * pitch, base, offsets + k + q, part + q);
+                        const real *base = scratch + bases[r], *g = gy + r * pitch;
+                        if (count == 9) dot_row(9, W, g, base, offsets + k, part);
+                        else if (count == 3) dot_row(3, W, g, base, offsets + k, part);
+                        else dot_row(1, W, g, base, offsets + k, part);
                     }
                     memcpy(sum + k, part, (size_t)count * sizeof(vreal));
                 }
@@ -1088,8 +1086,9 @@ static int weight_direct(weight_job *t)
 {
     const conv_job *j = t->j;
     int64_t K = j->channels * taps_of(j);
-    hl_note(j->channels == 1 ? "depthwise" : "direct");
-    t->rows = min64(K, max64(64, ceil_div(K, 32)));
+    hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
+    t->grid = make_grid(j, 4096); /* planes as in conv_direct */
+    t->rows = min64(K, max64(63, ceil_div(K, 32)));
     t->row_blocks = ceil_div(K, t->rows);
     double work = (double)t->rows * (double)j->filters * (double)outputs_of(j) * (double)j->images * 4 / LANES;
     return parallel_even(j->groups * t->row_blocks, work, weight_dots, t);
