@@ -206,6 +206,19 @@ def test_gradient_highway(host_backend):
     assert_same_bits(pullback((zero[0], (zero[1], gc)))[0], gc, "gradient")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("clip", [0.25, 1.0, 3.0, 100.0])
+def test_cut_gates_have_no_gradient(clip, dtype, host_backend):
+    """Where every gate's argument is beyond the clip the gradient of each is exactly 0, in vectors and their tails."""
+    H = 37
+    weights = [np.zeros((4 * H, D), dtype), np.zeros((4 * H, H), dtype), np.resize(np.array([-1e3, 1e3], dtype), 4 * H)]
+    (y, _), pullback = hl.vjp(
+        lambda b: hl.lstm(np.ones((T, N, D), dtype), None, [*weights[:2], b, np.zeros(4 * H, dtype)], clip=clip), weights[2]
+    )
+    states = np.ones((1, N, H), dtype)
+    assert not pullback((np.ones_like(y), (states, states)))[0].any()
+
+
 @pytest.mark.parametrize(("eigenvalue", "steps"), [(0.5, 30), (0.9, 50), (1.0, 50), (1.1, 50), (2.0, 30)])
 def test_gradients_vanish_and_explode(eigenvalue, steps, host_backend):
     """A rotation times `eigenvalue` in every step: the gradient's norm is eigenvalue ** steps of what it was."""
