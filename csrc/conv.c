@@ -902,7 +902,7 @@ static void weight_rows(int64_t rows, int64_t vectors, const real *from, const i
 static int64_t weight_filter_cut(const weight_job *t, int64_t i)
 {
     int64_t F = t->j->filters;
-    return i == t->filter_blocks ? F : F / t->filter_blocks * i / GEMM_COLUMNS * GEMM_COLUMNS;
+    return i == t->filter_blocks ? F : (F / t->filter_blocks * i + GEMM_COLUMNS / 2) / GEMM_COLUMNS * GEMM_COLUMNS;
 }
 
 /* One block of rows (channel, tap) of one group against one block of filters, over all boxes of this pass. */
@@ -973,12 +973,12 @@ static int weight_product(weight_job *t)
     int64_t K = j->channels * taps_of(j);
     t->flat = is_flat(j);
     hl_note(t->flat ? "matrix product" : "implicit gemm");
-    /* At least 48 rows to a block, so that gy is not read from memory for too little work; 32 blocks are enough. */
-    t->row_blocks = ceil_div(K, max64(48, ceil_div(K, 32)));
+    /* At least 72 rows to a block, so that gy is not read from memory for too little work; 32 blocks are enough. */
+    t->row_blocks = ceil_div(K, max64(72, ceil_div(K, 32)));
     t->rows = round_up(ceil_div(K, t->row_blocks), GEMM_ROWS);
     t->row_blocks = ceil_div(K, t->rows);
     t->filter_blocks = 1;
-    while (j->groups * t->row_blocks * t->filter_blocks < 8 && j->filters / t->filter_blocks >= 4 * GEMM_COLUMNS)
+    while (j->groups * t->row_blocks * t->filter_blocks < 8 && j->filters / t->filter_blocks >= 2 * GEMM_COLUMNS)
         t->filter_blocks *= 2;
     t->padded = round_up(ceil_div(j->filters, t->filter_blocks), LANES) + 2 * GEMM_COLUMNS;
     box largest = box_at(j, &t->grid, 0);
