@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import _dispatch
+from .. import _config, _dispatch
 from ..kernels import spec
-from .runner import allowed_error, arrays, difference, make_call, traced, usable_backends
+from .runner import allowed_error, arrays, difference, kernels_of, make_call, traced, usable_backends
 from .workloads import Inputs, Workload
 
 
@@ -51,6 +51,8 @@ def run(workloads: Sequence[Workload], progress: Callable[[str, int, int], objec
     ways = variants()
     names = [f"{backend}-{isa}" if isa else backend for backend, isa in ways]
     found: dict[str, dict[str, Any]] = {name: {"right": 0, "wrong": []} for name in ("reference", *names)}
+    if ("numba", None) in ways:
+        _config.compile_kernels(kernels_of(workloads), ("float32", "float64"), progress)
     broken = found["reference"]["wrong"]
     kernels: set[str] = set()
     for done, workload in enumerate(workloads):
