@@ -95,6 +95,8 @@ def _bind(function: Callable[..., Any], dtype: Any, target: str) -> Callable[...
             names[name] = dtype
         elif isinstance(value, Inline):
             names[name] = value.bound(dtype, target)
+        elif isinstance(value, _Cuda):
+            names[name] = _import_cuda()
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__qualname__, copy.__module__, copy.__doc__ = function.__qualname__, function.__module__, function.__doc__
     return copy
@@ -271,9 +273,7 @@ class GpuKernel:
         gpu_kernels.append(self)
 
     def bound(self, dtype: Any) -> Callable[..., None]:
-        function = _bind(self.function, dtype, "cuda")
-        function.__globals__["cuda"] = _import_cuda()
-        return function
+        return _bind(self.function, dtype, "cuda")
 
     def types(self, dtype: Any) -> tuple[Any, ...]:
         import numba.types as nt

@@ -248,6 +248,9 @@ def aligned_cases(extra=()):
         made("many_maximum", C=20, K=60, H=20, W=23, PH=3, PW=4, boxes=rois(2, 20), maximum=1),
         made("not_finite", K=7, boxes=spoilt_rois(2, 9), sampling_ratio=0),
         made("no_rois", K=0),
+        made("small", N=1, C=2, H=4, W=5, PW=2, K=2, boxes=rois(1, 4)),
+        made("small_aligned", N=1, C=1, H=5, W=4, K=3, sampling_ratio=0, aligned=1, boxes=rois(1, 4)),
+        made("small_maximum", N=1, C=1, H=4, W=4, K=2, maximum=1, boxes=rois(1, 4)),
         *extra,
     ]
 
@@ -265,6 +268,7 @@ def pooled_cases():
         made("channels", C=37, K=5, PH=4, PW=2),
         made("many", C=70, K=60, H=20, W=23, PH=8, PW=8, boxes=whole_rois(2, 20)),
         made("no_rois", K=0),
+        made("small", N=2, C=2, H=4, W=5, PW=2, K=3, boxes=whole_rois(2, 4)),
     ]
 
 
