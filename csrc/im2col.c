@@ -242,15 +242,37 @@ int HL(im2col)(const hl_im2col_plan *p, const real *x, real *cols)
 
 enum { CHANNELS = 8 }; /* added to together: their part of a patch is a few whole cache lines */
 
+/* Adds `channels` patches of one window, [channels, KH, taps], to the rows [top, bottom) of their images. */
+static inline __attribute__((always_inline)) void add_patch(const job *j, const real *from, int64_t channels,
+                                                            int64_t oh, int64_t left, int64_t top, int64_t bottom,
+                                                            const int64_t taps, real *to)
+{
+    const axis *h = &j->h, *w = &j->w;
+    int inside = left >= 0 && left + (taps - 1) * w->dilation < w->inputs;
+    for (int64_t k = 0; k < channels; k++, to += h->inputs * w->inputs)
+        for (int64_t kh = 0; kh < h->taps; kh++, from += taps) {
+            int64_t row = input_at(h, oh, kh);
+            if (row < top || row >= bottom) continue;
+            if (inside) {
+                real *line = to + row * w->inputs + left;
+                for (int64_t kw = 0; kw < taps; kw++) line[kw * w->dilation] += from[kw];
+            } else
+                for (int64_t kw = 0; kw < taps; kw++) {
+                    int64_t column = left + kw * w->dilation;
+                    if (column >= 0 && column < w->inputs) to[row * w->inputs + column] += from[kw];
+                }
+        }
+}
+
 static int col2im_bands(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int64_t blocks = (j->channels + CHANNELS - 1) / CHANNELS, taps = h->taps * w->taps;
+    int64_t blocks = (j->channels + CHANNELS - 1) / CHANNELS, taps = h->taps * w->taps, image = h->inputs * w->inputs;
     for (int64_t i = begin; i < end; i++) {
         int64_t top = i % j->bands * j->band_rows, bottom = min64(top + j->band_rows, h->inputs);
-        int64_t c = i / j->bands % blocks * CHANNELS, n = i / j->bands / blocks;
-        int64_t channels = min64(CHANNELS, j->channels - c), image = h->inputs * w->inputs;
+        int64_t c = i / j->bands % blocks * CHANNELS, n = i / j->bands / blocks,
+                channels = min64(CHANNELS, j->channels - c);
         real *to = j->to + (n * j->channels + c) * image;
         for (int64_t k = 0; k < channels; k++) zero(to + k * image + top * w->inputs, (bottom - top) * w->inputs);
         int64_t first = first_output(h, h->taps - 1, top), last = first_output(h, 0, bottom);
@@ -258,17 +280,12 @@ static int col2im_bands(int64_t begin, int64_t end, void *context)
             for (int64_t ow = 0; ow < w->outputs; ow++) {
                 const real *from = j->from + (((n * h->outputs + oh) * w->outputs + ow) * j->channels + c) * taps;
                 int64_t left = input_at(w, ow, 0);
-                for (int64_t k = 0; k < channels; k++)
-                    for (int64_t kh = 0; kh < h->taps; kh++) {
-                        int64_t row = input_at(h, oh, kh);
-                        if (row < top || row >= bottom) continue;
-                        real *line = to + k * image + row * w->inputs;
-                        const real *values = from + (k * h->taps + kh) * w->taps;
-                        for (int64_t kw = 0; kw < w->taps; kw++) {
-                            int64_t column = left + kw * w->dilation;
-                            if (column >= 0 && column < w->inputs) line[column] += values[kw];
-                        }
-                    }
+                switch (w->taps) { /* as in im2col */
+                case 1: add_patch(j, from, channels, oh, left, top, bottom, 1, to); break;
+                case 3: add_patch(j, from, channels, oh, left, top, bottom, 3, to); break;
+                case 5: add_patch(j, from, channels, oh, left, top, bottom, 5, to); break;
+                default: add_patch(j, from, channels, oh, left, top, bottom, w->taps, to);
+                }
             }
     }
     return HL_OK;

@@ -44,6 +44,9 @@ SHAPES = {
     "depthwise_stride": geometry(4, (9, 9), 8, (3, 3), groups=4, stride=2, pad=1),
     "volume": geometry(2, (3, 4, 5), 3, (2, 3, 2), n=2, pad=(1, 0, 1), stride=(1, 2, 1), dilation=(2, 1, 1)),
     "tall_filters": geometry(1, (2, 2), 13, (2, 2)),
+    "deep": geometry(9, (3, 3), 2, (3, 3), stride=2, pad=1),
+    "deep_groups": geometry(16, (3, 2), 4, (2, 2), groups=2, stride=(2, 1), pad=1),
+    "many_positions": geometry(1, (6, 6), 8, (1, 1)),
     "no_images": geometry(2, (4, 4), 3, (3, 3), n=0),
     "no_channels": geometry(0, (4, 4), 3, (3, 3)),
 }
