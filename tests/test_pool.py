@@ -13,12 +13,6 @@ import hotloops as hl
 FAMILIES = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool", "lp_pool")
 
 
-@pytest.fixture(params=["reference", "c"])
-def host_backend(request):
-    with hl.backend(request.param):
-        yield
-
-
 OPS = [f"{family}{dims}d" for family in FAMILIES for dims in (1, 2, 3)]
 FLOATS = [np.float32, np.float64]
 
