@@ -442,6 +442,24 @@ typedef struct {
     real *gx;
 } max_backward_job;
 
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* Two lines of gx from a row of windows of 2 x 2 that lie side by side: written once, whole vectors at a time. */
+static void pairs_back(const real *g, const uint8_t *offset, real *gx, int64_t W, int64_t OW)
+{
+    int64_t o = 0;
+    for (; o + LANES <= OW; o += LANES) {
+        vint at = __builtin_convertvector(*(const bytes *)(offset + o), vint), value = (vint)load(g + o);
+        for (int h = 0; h < 2; h++) {
+            vreal left = (vreal)(value & (at == 2 * h)), right = (vreal)(value & (at == 2 * h + 1));
+            store(gx + h * W + 2 * o, zip_low(left, right));
+            store(gx + h * W + 2 * o + LANES, zip_high(left, right));
+        }
+    }
+    for (; o < OW; o++)
+        for (int k = 0; k < 4; k++) gx[k / 2 * W + 2 * o + k % 2] = offset[o] == k ? g[o] : (real)0;
+}
+
 static int max_backward_planes(int64_t begin, int64_t end, void *context)
 {
     const max_backward_job *j = context;
@@ -449,8 +467,16 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], stride = w->stride[2],
             table[TABLE];
     fill_table(w, table);
+    int pairs =
+        w->kernel[0] == 1 && w->kernel[1] == 2 && w->kernel[2] == 2 && w->dilation[1] == 1 && w->dilation[2] == 1;
+    pairs = pairs && w->size[0] == OD && w->size[1] == 2 * OH && w->size[2] == 2 * OW && !(w->pad[1] | w->pad[2]);
     for (int64_t m = begin; m < end; m++) {
         real *gx = j->gx + m * inside;
+        if (pairs) {
+            for (int64_t r = m * OD * OH; r < (m + 1) * OD * OH; r++)
+                pairs_back(j->gy + r * OW, j->offsets + r * OW, j->gx + r * 4 * OW, 2 * OW, OW);
+            continue;
+        }
         memset(gx, 0, (size_t)inside * sizeof(real));
         for (int64_t r = 0; r < OD * OH; r++) {
             const real *g = j->gy + (m * OD * OH + r) * OW;

@@ -70,3 +70,34 @@ def _mix(h):
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return h ^ (h >> 16)
+
+
+# ------------------------------------------------------------------------------------- windows of a pooling along one axis
+
+
+@inline
+def pool_taps(o, size, kernel, stride, pad, dilation):
+    """(number of the first tap inside, how many are, where the first lies) of window o."""
+    start = o * stride - pad
+    first = 0 if start >= 0 else (dilation - 1 - start) // dilation
+    last = min(kernel - 1, (size - 1 - start) // dilation)
+    return first, last - first + 1, start + first * dilation
+
+
+@inline
+def pool_count(o, size, kernel, stride, pad, pad_after, dilation):
+    """The taps of window o inside of the padded axis."""
+    return min(kernel, (size + pad_after - 1 - (o * stride - pad)) // dilation + 1)
+
+
+@inline
+def pool_share(o, size, windows):
+    """(start, end) of window o of those that share an axis out."""
+    return o * size // windows, ((o + 1) * size + windows - 1) // windows
+
+
+@inline
+def pool_windows(position, windows, kernel, stride, dilation):
+    """[begin, end): the taps with which windows may lie over a position of the padded axis."""
+    begin = position - (windows - 1) * stride
+    return 0 if begin <= 0 else (begin + dilation - 1) // dilation, min(kernel, position // dilation + 1)

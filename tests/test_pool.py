@@ -39,7 +39,7 @@ def test_by_hand(host_backend):
     assert indices.tolist() == [[[5, 7], [8, 15]]]
     assert hl.avg_pool2d(X, 2).tolist() == [[[3.5, 5.5], [4.75, 4.5]]]
     assert hl.max_pool2d(X, 3, 2, 1).tolist() == [[[6, 8], [9, 8]]]
-    assert hl.avg_pool2d(X, 3, 2, 1).tolist() == [[[14 / 9, 30 / 9], [30 / 9, 5]]]
+    assert_oracle(hl.avg_pool2d(X, 3, 2, 1), np.array([[[14 / 9, 30 / 9], [30 / 9, 5]]]))
     assert hl.avg_pool2d(X, 3, 2, 1, count_include_pad=False).tolist() == [[[3.5, 5], [5, 5]]]
     assert hl.global_avg_pool2d(X).tolist() == [[[73 / 16]]]
     assert hl.adaptive_avg_pool2d(X, (1, 2)).tolist() == [[[33 / 8, 40 / 8]]]
@@ -71,7 +71,7 @@ def test_paddings(host_backend):
     x = normal(2, 6, 7)
     inside = np.pad(x, ((0, 0), (1, 0), (0, 1)))
     expected = hl.avg_pool2d(inside, (3, 2), 1)
-    assert_same(hl.avg_pool2d(x, (3, 2), 1, ((1, 0), (0, 1))), expected, "pairs")
+    assert_oracle(hl.avg_pool2d(x, (3, 2), 1, ((1, 0), (0, 1))), expected, what="pairs")
     assert_same(hl.max_pool2d(x, 3, 1, "same"), hl.max_pool2d(x, 3, 1, 1), "same")
     assert_same(hl.max_pool2d(x, 2, padding="valid"), hl.max_pool2d(x, 2), "valid")
     assert hl.max_pool2d(x, 2, padding="same").shape == (2, 3, 4)

@@ -7,21 +7,7 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
-
-
-@inline
-def _taps(o, size, kernel, stride, pad, dilation):
-    """(number of the first tap inside, how many are, where the first lies) of window o."""
-    start = o * stride - pad
-    first = 0 if start >= 0 else (dilation - 1 - start) // dilation
-    last = min(kernel - 1, (size - 1 - start) // dilation)
-    return first, last - first + 1, start + first * dilation
-
-
-@inline
-def _share(o, size, windows):
-    """(start, end) of window o of those that share an axis out."""
-    return o * size // windows, ((o + 1) * size + windows - 1) // windows
+from ..scalars import pool_count, pool_share, pool_taps
 
 
 @inline
@@ -55,12 +41,6 @@ def _split(line, even, odd):
         even[i], odd[i] = line[2 * i], line[2 * i + 1]
     if len(line) % 2:
         even[pairs] = line[2 * pairs]
-
-
-@inline
-def _count(o, size, kernel, stride, pad, pad_after, dilation):
-    """The taps of window o inside of the padded axis."""
-    return min(kernel, (size + pad_after - 1 - (o * stride - pad)) // dilation + 1)
 
 
 # Parallel over rows of outputs, in memory order. A window of K taps costs about 2 sqrt(K) comparisons, by selection and
@@ -98,8 +78,8 @@ def max_pool(
     lo, hi = _interior(W, OW, kernel_w, stride_w, pad_left, dilation_w)
     for r in range(begin, end):
         m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        kd, nd, d0 = _taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
-        kh, nh, h0 = _taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
+        kd, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
+        kh, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
         row, inner = y[m, od, oh], y[m, od, oh, lo:hi]
         line[:] = x[m, d0, h0]
         if not with_taps:
@@ -129,7 +109,7 @@ def max_pool(
             for i in range(OW):
                 if lo <= i < hi:
                     continue
-                _, nw, w0 = _taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
+                _, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
                 best = line[w0]
                 for w in range(1, nw):
                     v = line[w0 + w * dilation_w]
@@ -172,7 +152,7 @@ def max_pool(
                     inner[i] = v if take else best
                     best_ids[lo + i] = n if take else at
         for i in range(OW):
-            kw, nw, w0 = _taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
+            kw, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
             if not lo <= i < hi:
                 best, at = line[w0], ids[w0] + kw
                 for w in range(1, nw):
@@ -236,9 +216,9 @@ def adaptive_max_pool(begin, end, x, y, indices):
     line, places = np.empty(W, x.dtype), np.empty(W, np.int64)
     for m in range(begin, end):
         for od in range(OD):
-            d0, d1 = _share(od, D, OD)
+            d0, d1 = pool_share(od, D, OD)
             for oh in range(OH):
-                h0, h1 = _share(oh, H, OH)
+                h0, h1 = pool_share(oh, H, OH)
                 line[:] = x[m, d0, h0]
                 places[:] = (d0 * H + h0) * W
                 for d in range(d0, d1):
@@ -251,7 +231,7 @@ def adaptive_max_pool(begin, end, x, y, indices):
                             line[w] = v if take else best
                             places[w] = first if take else at
                 for ow in range(OW):
-                    w0, w1 = _share(ow, W, OW)
+                    w0, w1 = pool_share(ow, W, OW)
                     best, at = line[w0], places[w0] + w0
                     for w in range(w0 + 1, w1):
                         v, n = line[w], places[w] + w
@@ -305,12 +285,12 @@ def avg_pool(
     lo, hi = _interior(W, OW, kernel_w, stride_w, pad_left, dilation_w)
     for r in range(begin, end):
         m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        _, nd, d0 = _taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
-        _, nh, h0 = _taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
+        _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
+        _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
         outer = nd * nh
         if count_include_pad:
-            outer = _count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
-            outer *= _count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
+            outer = pool_count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
+            outer *= pool_count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
         row = y[m, od, oh]
         line[:] = x[m, d0, h0]
         for d in range(nd):
@@ -337,11 +317,11 @@ def avg_pool(
         for i in range(OW):
             if lo <= i < hi:
                 continue
-            _, nw, w0 = _taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
+            _, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
             total = real(0)
             for w in range(nw):
                 total += line[w0 + w * dilation_w]
-            across = _count(i, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
+            across = pool_count(i, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
             row[i] = total / real(divisor if divisor else outer * across)
 
 
@@ -376,17 +356,17 @@ def avg_pool_backward(
     for m in range(begin, end):
         gx[m] = real(0)
         for od in range(OD):
-            _, nd, d0 = _taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
+            _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
             for oh in range(OH):
-                _, nh, h0 = _taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
+                _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
                 outer = nd * nh
                 if count_include_pad:
-                    outer = _count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
-                    outer *= _count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
+                    outer = pool_count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
+                    outer *= pool_count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
                 line[:] = real(0)
                 for ow in range(OW):
-                    _, nw, w0 = _taps(ow, W, kernel_w, stride_w, pad_left, dilation_w)
-                    across = _count(ow, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
+                    _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, pad_left, dilation_w)
+                    across = pool_count(ow, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
                     g = gy[m, od, oh, ow] / real(divisor if divisor else outer * across)
                     for w in range(nw):
                         line[w0 + w * dilation_w] += g
@@ -405,9 +385,9 @@ def adaptive_avg_pool(begin, end, x, y):
     line = np.empty(W, x.dtype)
     for m in range(begin, end):
         for od in range(OD):
-            d0, d1 = _share(od, D, OD)
+            d0, d1 = pool_share(od, D, OD)
             for oh in range(OH):
-                h0, h1 = _share(oh, H, OH)
+                h0, h1 = pool_share(oh, H, OH)
                 line[:] = real(0)
                 for d in range(d0, d1):
                     for h in range(h0, h1):
@@ -415,7 +395,7 @@ def adaptive_avg_pool(begin, end, x, y):
                         for w in range(W):
                             line[w] += taps[w]
                 for ow in range(OW):
-                    w0, w1 = _share(ow, W, OW)
+                    w0, w1 = pool_share(ow, W, OW)
                     total = real(0)
                     for w in range(w0, w1):
                         total += line[w]
@@ -431,12 +411,12 @@ def adaptive_avg_pool_backward(begin, end, gy, gx):
     for m in range(begin, end):
         gx[m] = real(0)
         for od in range(OD):
-            d0, d1 = _share(od, D, OD)
+            d0, d1 = pool_share(od, D, OD)
             for oh in range(OH):
-                h0, h1 = _share(oh, H, OH)
+                h0, h1 = pool_share(oh, H, OH)
                 line[:] = real(0)
                 for ow in range(OW):
-                    w0, w1 = _share(ow, W, OW)
+                    w0, w1 = pool_share(ow, W, OW)
                     g = gy[m, od, oh, ow] / real((d1 - d0) * (h1 - h0) * (w1 - w0))
                     for w in range(w0, w1):
                         line[w] += g
@@ -470,8 +450,8 @@ def lp_pool(
     line = np.empty(W, x.dtype)
     for r in range(begin, end):
         m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        _, nd, d0 = _taps(od, D, kernel_d, stride_d, 0, dilation_d)
-        _, nh, h0 = _taps(oh, H, kernel_h, stride_h, 0, dilation_h)
+        _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, 0, dilation_d)
+        _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, 0, dilation_h)
         line[:] = real(0)
         for d in range(nd):
             for h in range(nh):
@@ -483,7 +463,7 @@ def lp_pool(
                     for w in range(W):
                         line[w] += taps[w] ** norm
         for ow in range(OW):
-            _, nw, w0 = _taps(ow, W, kernel_w, stride_w, 0, dilation_w)
+            _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, 0, dilation_w)
             total = real(0)
             for w in range(nw):
                 total += line[w0 + w * dilation_w]
@@ -517,12 +497,12 @@ def lp_pool_backward(
     for m in range(begin, end):
         gx[m] = real(0)
         for od in range(OD):
-            _, nd, d0 = _taps(od, D, kernel_d, stride_d, 0, dilation_d)
+            _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, 0, dilation_d)
             for oh in range(OH):
-                _, nh, h0 = _taps(oh, H, kernel_h, stride_h, 0, dilation_h)
+                _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, 0, dilation_h)
                 line[:] = real(0)
                 for ow in range(OW):
-                    _, nw, w0 = _taps(ow, W, kernel_w, stride_w, 0, dilation_w)
+                    _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, 0, dilation_w)
                     root = y[m, od, oh, ow]
                     g = gy[m, od, oh, ow] * (real(kernel_d * kernel_h * kernel_w) / real(nd * nh * nw))
                     if norm == real(2):

@@ -157,7 +157,8 @@ def adaptive_max_pool(x, y, indices):
 # adds them all, in order: no two threads write one element, and the sums are the same in every run.
 @gpu("real[:,:], i64[:,:], real[:,:]")
 def _scatter_add(gy, indices, gx):
-    values, places = cuda.shared.array(THREADS, real), cuda.shared.array(THREADS, "int64")
+    values = cuda.shared.array(THREADS, real)
+    places = cuda.shared.array(THREADS, "int64")
     t = cuda.threadIdx.x
     O, L = gy.shape[1], gx.shape[1]
     for m in range(cuda.blockIdx.x, gy.shape[0], cuda.gridDim.x):
@@ -476,13 +477,12 @@ def _lp_pool_backward(gy, x, y, gx, kd, kh, kw, sd, sh, sw, dd, dh, dw, norm):
                                 taps *= pool_taps(ow, W, kw, sw, 0, dw)[1]
                                 g, root = gy[m, od, oh, ow], y[m, od, oh, ow]
                                 if norm != real(1):
-                                    g *= power
-                                    if norm == real(2):
-                                        g /= root
-                                    else:
-                                        g *= math.pow(root, real(1) - norm)
                                     if root == real(0):
                                         g = real(0)
+                                    elif norm == real(2):
+                                        g *= power / root
+                                    else:
+                                        g *= power * math.pow(root, real(1) - norm)
                                 total += g * (real(kd * kh * kw) / real(taps))
         gx[m, d, h, w] = total
 
