@@ -307,7 +307,8 @@ int HL(softmax_backward)(const hl_softmax_backward_plan *p, const real *gy, cons
 
 int HL(log_softmax_backward)(const hl_log_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, log_softmax_backward_row, log_softmax_backward_column, 0});
+    return slices(
+        &(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, log_softmax_backward_row, log_softmax_backward_column, 0});
 }
 
 typedef struct {
@@ -325,7 +326,8 @@ static int logsumexp_backward_rows(int64_t begin, int64_t end, void *context)
         const real *x = j->x + row * length, *gy = j->gy + m * I, *y = j->y + m * I;
         for (int64_t i = 0; i < length; i += LANES) {
             int64_t n = min64(LANES, length - i);
-            vreal g = I == 1 ? splat(gy[0]) : take(gy + i, n, (real)0), low = I == 1 ? splat(y[0]) : take(y + i, n, (real)0);
+            vreal g = I == 1 ? splat(gy[0]) : take(gy + i, n, (real)0),
+                  low = I == 1 ? splat(y[0]) : take(y + i, n, (real)0);
             put(j->gx + row * length + i, n, g * vexp(take(x + i, n, (real)0) - low));
         }
     }
@@ -337,5 +339,6 @@ int HL(logsumexp_backward)(const hl_logsumexp_backward_plan *p, const real *gy, 
 {
     logsumexp_backward_job job = {p, gy, x, y, gx};
     int64_t length = p->I == 1 ? p->K : p->I;
-    return hl_parallel_for(p->I == 1 ? p->M : p->M * p->K, hl_grain(6.0 * (double)length), logsumexp_backward_rows, &job);
+    return hl_parallel_for(p->I == 1 ? p->M : p->M * p->K, hl_grain(6.0 * (double)length), logsumexp_backward_rows,
+                           &job);
 }

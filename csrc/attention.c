@@ -7,7 +7,10 @@
 #include "random.h"
 #include "vmath.h"
 
-enum { ROWS = 48, KEYS = 192 }; /* multiples of every register tile; one tile with its keys and values fills a third of 1 MiB */
+enum {
+    ROWS = 48,
+    KEYS = 192
+}; /* multiples of every register tile; one tile with its keys and values fills a third of 1 MiB */
 
 typedef struct {
     int64_t B, H, L, D, G, S, E, MB, MH, ML;
@@ -24,10 +27,7 @@ typedef struct {
 
 static int64_t tiles(const job *j) { return (j->S + KEYS - 1) / KEYS; }
 static int64_t tile_keys(const job *j, int64_t s0) { return min64(KEYS, j->S - s0); }
-static int hides(const job *j)
-{
-    return j->bias || j->allowed || j->left < j->L || j->right < j->S;
-}
+static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L || j->right < j->S; }
 static int64_t key_head(const job *j, int64_t b, int64_t h) { return b * j->G + h / (j->H / j->G); }
 
 static int has_nonfinite(const real *x, int64_t n)
@@ -44,12 +44,15 @@ static int has_nonfinite(const real *x, int64_t n)
 /* The rows of the masks for query l of head (b, h); NULL where there is none. */
 static const real *bias_row(const job *j, int64_t b, int64_t h, int64_t l)
 {
-    return j->bias ? j->bias + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S : NULL;
+    return j->bias
+               ? j->bias + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S
+               : NULL;
 }
 static const uint8_t *allowed_row(const job *j, int64_t b, int64_t h, int64_t l)
 {
-    return j->allowed ? j->allowed + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S
-                      : NULL;
+    return j->allowed
+               ? j->allowed + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S
+               : NULL;
 }
 
 /* Products of query l with keys [s0, s0 + n) become scores: scaled, capped, with their bias; -inf where hidden. `capped`, when
@@ -163,7 +166,8 @@ static void careful_query(const job *j, int64_t b, int64_t h, int64_t l, real *r
 }
 
 /* y[rows] are unnormalised sums; divides them, writes lse, and makes rows again where something hidden may have come in. */
-static int finish_queries(const job *j, int64_t b, int64_t h, int64_t first, int64_t rows, const real *top, const real *total)
+static int finish_queries(const job *j, int64_t b, int64_t h, int64_t first, int64_t rows, const real *top,
+                          const real *total)
 {
     real *careful = NULL;
     for (int64_t i = 0; i < rows; i++) {
@@ -208,8 +212,14 @@ static int pack_keys(job *j)
 /* scores[rows][KEYS] = q k^T for `rows` queries from `first` on. */
 static int products(const job *j, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t s0, real *scores)
 {
-    gemm_call g = {.M = rows, .N = tile_keys(j, s0), .K = j->D, .a = j->q + ((b * j->H + h) * j->L + first) * j->D, .a_row = j->D,
-                   .a_col = 1, .packed_b = j->packed_k + key_head(j, b, h) * packed_size(j) + s0 * j->D, .c = scores,
+    gemm_call g = {.M = rows,
+                   .N = tile_keys(j, s0),
+                   .K = j->D,
+                   .a = j->q + ((b * j->H + h) * j->L + first) * j->D,
+                   .a_row = j->D,
+                   .a_col = 1,
+                   .packed_b = j->packed_k + key_head(j, b, h) * packed_size(j) + s0 * j->D,
+                   .c = scores,
                    .c_row = KEYS};
     return gemm(&g);
 }
@@ -222,7 +232,8 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
     if (!scores) return HL_NOMEM;
     int status = HL_OK;
     for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS, rows = min64(ROWS, j->L - first);
+        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS,
+                rows = min64(ROWS, j->L - first);
         real top[ROWS], total[ROWS], *y = j->y + ((b * j->H + h) * j->L + first) * j->E;
         const real *v = j->v + key_head(j, b, h) * j->S * j->E;
         for (int64_t i = 0; i < rows; i++) top[i] = (real)-INFINITY, total[i] = 0;
@@ -243,8 +254,18 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
                     for (int64_t e = 0; e < j->E; e++) y[i * j->E + e] *= shrink;
                 drop_weights(j, b, h, first + i, s0, n, row);
             }
-            gemm_call g = {.M = rows, .N = j->E, .K = n, .a = scores, .a_row = KEYS, .a_col = 1, .b = v + s0 * j->E,
-                           .b_row = j->E, .b_col = 1, .c = y, .c_row = j->E, .accumulate = s0 > start};
+            gemm_call g = {.M = rows,
+                           .N = j->E,
+                           .K = n,
+                           .a = scores,
+                           .a_row = KEYS,
+                           .a_col = 1,
+                           .b = v + s0 * j->E,
+                           .b_row = j->E,
+                           .b_col = 1,
+                           .c = y,
+                           .c_row = j->E,
+                           .accumulate = s0 > start};
             if (status == HL_OK) status = gemm(&g);
         }
         if (status == HL_OK) status = finish_queries(j, b, h, first, rows, top, total);
@@ -288,8 +309,16 @@ static int few_queries(int64_t begin, int64_t end, void *context)
         finish_scores(j, b, h, l, 0, j->S, row, NULL);
         real top = row_max(row, j->S), total = row_exp(row, j->S, top == (real)-INFINITY ? 0 : top);
         drop_weights(j, b, h, l, 0, j->S, row);
-        gemm_call g = {.M = 1, .N = j->E, .K = j->S, .a = row, .a_row = j->S, .a_col = 1,
-                       .b = j->v + key_head(j, b, h) * j->S * j->E, .b_row = j->E, .b_col = 1, .c = j->y + task * j->E,
+        gemm_call g = {.M = 1,
+                       .N = j->E,
+                       .K = j->S,
+                       .a = row,
+                       .a_row = j->S,
+                       .a_col = 1,
+                       .b = j->v + key_head(j, b, h) * j->S * j->E,
+                       .b_row = j->E,
+                       .b_col = 1,
+                       .c = j->y + task * j->E,
                        .c_row = j->E};
         status = gemm(&g);
         if (status == HL_OK) status = finish_queries(j, b, h, l, 1, &top, &total);
@@ -300,9 +329,23 @@ static int few_queries(int64_t begin, int64_t end, void *context)
 
 static job forward_job(const hl_attention_plan *p)
 {
-    return (job){.B = p->B, .H = p->H, .L = p->L, .D = p->D, .G = p->G, .S = p->S, .E = p->E, .MB = p->MB, .MH = p->MH, .ML = p->ML,
-                 .scale = (real)p->scale, .softcap = (real)p->softcap, .left = p->left, .right = p->right, .drop = p->drop,
-                 .keep_scale = (real)p->keep_scale, .seed = p->seed};
+    return (job){.B = p->B,
+                 .H = p->H,
+                 .L = p->L,
+                 .D = p->D,
+                 .G = p->G,
+                 .S = p->S,
+                 .E = p->E,
+                 .MB = p->MB,
+                 .MH = p->MH,
+                 .ML = p->ML,
+                 .scale = (real)p->scale,
+                 .softcap = (real)p->softcap,
+                 .left = p->left,
+                 .right = p->right,
+                 .drop = p->drop,
+                 .keep_scale = (real)p->keep_scale,
+                 .seed = p->seed};
 }
 
 /* Parallel over blocks of ROWS queries (or, of few queries, over queries). q and y move once, packed keys and values once per
@@ -333,7 +376,8 @@ static int weight_blocks(int64_t begin, int64_t end, void *context)
     if (!scores) return HL_NOMEM;
     int status = HL_OK;
     for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS, rows = min64(ROWS, j->L - first);
+        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS,
+                rows = min64(ROWS, j->L - first);
         for (int64_t s0 = 0; s0 < j->S && status == HL_OK; s0 += KEYS) {
             int64_t n = tile_keys(j, s0);
             status = products(j, b, h, first, rows, s0, scores);
@@ -357,13 +401,29 @@ static int weight_blocks(int64_t begin, int64_t end, void *context)
 int HL(attention_weights)(const hl_attention_weights_plan *p, const real *q, const real *k, const real *bias,
                           const uint8_t *allowed, const real *lse, real *w)
 {
-    job j = {.B = p->B, .H = p->H, .L = p->L, .D = p->D, .G = p->G, .S = p->S, .MB = p->MB, .MH = p->MH, .ML = p->ML,
-             .scale = (real)p->scale, .softcap = (real)p->softcap, .left = p->left, .right = p->right,
-             .q = q, .k = k, .bias = bias, .allowed = allowed, .lse_in = lse, .w = w};
+    job j = {.B = p->B,
+             .H = p->H,
+             .L = p->L,
+             .D = p->D,
+             .G = p->G,
+             .S = p->S,
+             .MB = p->MB,
+             .MH = p->MH,
+             .ML = p->ML,
+             .scale = (real)p->scale,
+             .softcap = (real)p->softcap,
+             .left = p->left,
+             .right = p->right,
+             .q = q,
+             .k = k,
+             .bias = bias,
+             .allowed = allowed,
+             .lse_in = lse,
+             .w = w};
     int status = pack_keys(&j);
     if (status == HL_OK)
-        status = hl_parallel_for(j.B * j.H * ((j.L + ROWS - 1) / ROWS), hl_grain((double)(j.S * (j.D + 32)) * ROWS / 16),
-                                 weight_blocks, &j);
+        status = hl_parallel_for(j.B * j.H * ((j.L + ROWS - 1) / ROWS),
+                                 hl_grain((double)(j.S * (j.D + 32)) * ROWS / 16), weight_blocks, &j);
     hl_give(j.packed_k);
     return status;
 }
@@ -386,11 +446,19 @@ static int take_workspace(const job *j, workspace *w)
 
 /* For `rows` queries and the tile at s0, whose values are packed: the weights after dropout, and the gradient of the scores
  * with their bias. Hidden pairs get 0 whatever the products are. */
-static int score_gradient(const job *j, const workspace *w, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t s0)
+static int score_gradient(const job *j, const workspace *w, int64_t b, int64_t h, int64_t first, int64_t rows,
+                          int64_t s0)
 {
     int64_t n = tile_keys(j, s0), query = (b * j->H + h) * j->L + first;
-    gemm_call g = {.M = rows, .N = n, .K = j->E, .a = j->gy + query * j->E, .a_row = j->E, .a_col = 1, .packed_b = w->packed_v,
-                   .c = w->ds, .c_row = KEYS};
+    gemm_call g = {.M = rows,
+                   .N = n,
+                   .K = j->E,
+                   .a = j->gy + query * j->E,
+                   .a_row = j->E,
+                   .a_col = 1,
+                   .packed_b = w->packed_v,
+                   .c = w->ds,
+                   .c_row = KEYS};
     int status = products(j, b, h, first, rows, s0, w->weights);
     if (status == HL_OK) status = gemm(&g);
     if (status != HL_OK) return status;
@@ -399,36 +467,48 @@ static int score_gradient(const job *j, const workspace *w, int64_t b, int64_t h
         real kept[KEYS], delta = dot(j->gy + (query + i) * j->E, j->y_in + (query + i) * j->E, j->E);
         finish_scores(j, b, h, first + i, s0, n, weights, w->capped + i * KEYS);
         if (j->drop) {
-            for (int64_t s = 0; s < n; s++) kept[s] = 1;
+            for (int64_t s = 0; s < KEYS; s++) kept[s] = 1;
             drop_weights(j, b, h, first + i, s0, n, kept);
         }
-        const vreal low = splat((real)-INFINITY);
+        /* Whole vectors: what lies beyond n is scratch too, and nobody reads it. No score is above lse. */
+        const vreal low = splat((real)-INFINITY), below = splat(lse);
         for (int64_t s = 0; s < n; s += LANES) {
-            int64_t lanes = min64(LANES, n - s);
-            vreal score = load_part(weights + s, lanes, (real)-INFINITY), weight = vexp(score - splat(lse));
-            vreal factor = j->drop ? load_part(kept + s, lanes, (real)0) : splat((real)1);
-            vreal gradient = weight * (load_part(ds + s, lanes, (real)0) * factor - splat(delta));
-            vint hidden = (score == low) | (splat(lse) == low);
-            store_part(weights + s, lanes, blend(hidden, splat((real)0), weight * factor));
-            store_part(ds + s, lanes, blend(hidden, splat((real)0), gradient));
+            vreal score = load(weights + s), weight = vexp_below(score - below);
+            vreal factor = j->drop ? load(kept + s) : splat((real)1);
+            vint seen = (score > low) | (score != score);
+            if (lse == (real)-INFINITY) seen = (vint){0};
+            vreal gradient = weight * (load(ds + s) * factor - splat(delta));
+            store(weights + s, blend(seen, weight * factor, splat((real)0)));
+            store(ds + s, blend(seen, gradient, splat((real)0)));
         }
     }
     return HL_OK;
 }
 
 /* c[m] += sum of w[m, k] x[k] without the products of weights 0. */
-static void product_of_seen(int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col, const real *x, real *c)
+static void product_of_seen(int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col, const real *x,
+                            real *c)
 {
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k++)
             if (w[m * w_row + k * w_col] != 0) add_scaled(c + m * N, w[m * w_row + k * w_col], x + k * N, N);
 }
-static int add_product(int careful, int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col, const real *x,
-                       real *c)
+static int add_product(int careful, int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col,
+                       const real *x, real *c)
 {
     if (careful) return product_of_seen(M, K, N, w, w_row, w_col, x, c), HL_OK;
-    gemm_call g = {.M = M, .N = N, .K = K, .a = w, .a_row = w_row, .a_col = w_col, .b = x, .b_row = N, .b_col = 1, .c = c,
-                   .c_row = N, .accumulate = 1};
+    gemm_call g = {.M = M,
+                   .N = N,
+                   .K = K,
+                   .a = w,
+                   .a_row = w_row,
+                   .a_col = w_col,
+                   .b = x,
+                   .b_row = N,
+                   .b_col = 1,
+                   .c = c,
+                   .c_row = N,
+                   .accumulate = 1};
     return gemm(&g);
 }
 
@@ -447,7 +527,8 @@ static int key_heads(int64_t begin, int64_t end, void *context)
         memset(gk, 0, (size_t)(S * D) * sizeof(real));
         memset(gv, 0, (size_t)(S * E) * sizeof(real));
         memset(gq, 0, (size_t)(repeat * L * D) * sizeof(real));
-        int careful = hides(j) && (has_nonfinite(k, S * D) || has_nonfinite(q, repeat * L * D) || has_nonfinite(gy, repeat * L * E));
+        int careful = hides(j) && (has_nonfinite(k, S * D) || has_nonfinite(q, repeat * L * D) ||
+                                   has_nonfinite(gy, repeat * L * E));
         for (int64_t s0 = 0; s0 < S && status == HL_OK; s0 += KEYS) {
             int64_t n = tile_keys(j, s0);
             gemm_pack_b(E, n, v + s0 * E, 1, E, w.packed_v);
@@ -480,8 +561,9 @@ static int key_heads(int64_t begin, int64_t end, void *context)
 /* Parallel over key heads; a task takes the query heads of its group one after the other, so that no one else adds to its
  * gradients. Packed keys and values move once per head, queries once per tile of keys. The weights are made again from lse.
  * Source: Dao et al., FlashAttention (2022), appendix B. */
-int HL(attention_backward)(const hl_attention_backward_plan *p, const real *q, const real *k, const real *v, const real *bias,
-                           const uint8_t *allowed, const real *y, const real *lse, const real *gy, real *gq, real *gk, real *gv)
+int HL(attention_backward)(const hl_attention_backward_plan *p, const real *q, const real *k, const real *v,
+                           const real *bias, const uint8_t *allowed, const real *y, const real *lse, const real *gy,
+                           real *gq, real *gk, real *gv)
 {
     hl_attention_plan forward;
     memcpy(&forward, p, sizeof forward);
@@ -521,8 +603,8 @@ static int mask_tiles(int64_t begin, int64_t end, void *context)
 }
 
 /* Parallel over tiles of keys of the mask; a task adds up all batches, heads and queries that share its elements. */
-int HL(attention_grad_bias)(const hl_attention_grad_bias_plan *p, const real *q, const real *k, const real *v, const real *bias,
-                            const real *y, const real *lse, const real *gy, real *gbias)
+int HL(attention_grad_bias)(const hl_attention_grad_bias_plan *p, const real *q, const real *k, const real *v,
+                            const real *bias, const real *y, const real *lse, const real *gy, real *gbias)
 {
     hl_attention_plan forward;
     memcpy(&forward, p, sizeof forward);
