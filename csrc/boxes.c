@@ -101,7 +101,8 @@ static int convert_chunk(int64_t begin, int64_t end, void *context)
     const box_job *j = context;
     for (int64_t i = 4 * begin; i < 4 * end; i += 4)
         for (int k = 0; k < 2; k++)
-            convert_axis(j->boxes[i + k], j->boxes[i + k + 2], j->source, j->target, j->out + i + k, j->out + i + k + 2);
+            convert_axis(j->boxes[i + k], j->boxes[i + k + 2], j->source, j->target, j->out + i + k,
+                         j->out + i + k + 2);
     return HL_OK;
 }
 static int convert_grad_chunk(int64_t begin, int64_t end, void *context)
@@ -109,7 +110,8 @@ static int convert_grad_chunk(int64_t begin, int64_t end, void *context)
     const box_job *j = context;
     for (int64_t i = 4 * begin; i < 4 * end; i += 4)
         for (int k = 0; k < 2; k++)
-            convert_axis_grad(j->grad[i + k], j->grad[i + k + 2], j->source, j->target, j->out + i + k, j->out + i + k + 2);
+            convert_axis_grad(j->grad[i + k], j->grad[i + k + 2], j->source, j->target, j->out + i + k,
+                              j->out + i + k + 2);
     return HL_OK;
 }
 
@@ -149,8 +151,7 @@ int HL(clip_boxes)(const hl_clip_boxes_plan *p, const real *boxes, real *clipped
 }
 int HL(clip_boxes_grad)(const hl_clip_boxes_grad_plan *p, const real *grad, const real *boxes, real *grad_boxes)
 {
-    box_job job = {
-        .grad = grad, .boxes = boxes, .out = grad_boxes, .height = (real)p->height, .width = (real)p->width};
+    box_job job = {.grad = grad, .boxes = boxes, .out = grad_boxes, .height = (real)p->height, .width = (real)p->width};
     return hl_parallel_for(p->N, hl_grain(14), clip_grad_chunk, &job);
 }
 
@@ -172,9 +173,7 @@ int HL(remove_small_boxes)(const hl_remove_small_boxes_plan *p, const real *boxe
 /* ---- overlap ---- */
 
 /* A box, or LANES of them, with what is computed once for it. */
-typedef struct {
-    vreal x1, y1, x2, y2, area, cx, cy, angle;
-} vbox;
+typedef struct { vreal x1, y1, x2, y2, area, cx, cy, angle; } vbox;
 enum { PLANES = 8 };
 
 /* The planes of one box: corners, area, centre, angle (the last two only where the measure needs them). */
@@ -208,7 +207,8 @@ static real *make_planes(const real *boxes, int64_t n, int64_t kind, int64_t *st
 
 INLINE vbox load_planes(const real *p, int64_t stride, int64_t kind)
 {
-    vbox v = {load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride), load(p + 4 * stride), {0}, {0}, {0}};
+    vbox v = {load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride), load(p + 4 * stride), {0}, {0},
+              {0}};
     if (kind >= DIOU) {
         v.cx = load(p + 5 * stride);
         v.cy = load(p + 6 * stride);
@@ -218,7 +218,8 @@ INLINE vbox load_planes(const real *p, int64_t stride, int64_t kind)
 }
 INLINE vbox splat_box(const real d[PLANES])
 {
-    return (vbox){splat(d[0]), splat(d[1]), splat(d[2]), splat(d[3]), splat(d[4]), splat(d[5]), splat(d[6]), splat(d[7])};
+    return (vbox){splat(d[0]), splat(d[1]), splat(d[2]), splat(d[3]),
+                  splat(d[4]), splat(d[5]), splat(d[6]), splat(d[7])};
 }
 
 INLINE vreal plus(vreal a) { return vmax(a, splat((real)0)); }
@@ -342,8 +343,8 @@ int HL(box_iou)(const hl_box_iou_plan *p, const real *boxes1, const real *boxes2
     job.planes = planes;
     job.streamed = (double)p->N * (double)p->M * sizeof(real) > STREAM_BYTES;
     int64_t blocks = (p->M - 1) / COLUMNS + 1;
-    int status = hl_parallel_for(
-        blocks * p->N, hl_grain((double)min64(p->M, COLUMNS) * (p->kind == IOU ? 2 : 4) + 16), iou_chunk, &job);
+    int status = hl_parallel_for(blocks * p->N, hl_grain((double)min64(p->M, COLUMNS) * (p->kind == IOU ? 2 : 4) + 16),
+                                 iou_chunk, &job);
     hl_give(planes);
     return status;
 }
@@ -351,7 +352,10 @@ int HL(box_iou)(const hl_box_iou_plan *p, const real *boxes1, const real *boxes2
 /* Up to LANES boxes in memory order, as a vector of boxes; empty ones behind them. */
 INLINE vbox gather_boxes(const real *boxes, int64_t n, int64_t kind)
 {
-    union { vreal v[PLANES]; real a[PLANES][LANES]; } u = {{{0}}};
+    union {
+        vreal v[PLANES];
+        real a[PLANES][LANES];
+    } u = {{{0}}};
     for (int64_t i = 0; i < n; i++) {
         real d[PLANES] = {0};
         describe(boxes + 4 * i, kind, d);
@@ -441,10 +445,7 @@ INLINE void pull(const vbox *a, const vbox *b, vreal g, int64_t kind, vreal eps,
     out[3] = by_dy + by_ha + by_ih * larger(b->y2, a->y2) + by_h * larger(a->y2, b->y2);
 }
 
-INLINE vreal load_some(const real *p, int64_t n)
-{
-    return n >= LANES ? load(p) : load_part(p, n, (real)0);
-}
+INLINE vreal load_some(const real *p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n, (real)0); }
 
 /* Rows [begin, end) of boxes1: each sums over the boxes of the other list, LANES at a time. */
 INLINE void grad_rows(int64_t begin, int64_t end, const overlap_job *j, int64_t kind)
@@ -468,7 +469,10 @@ INLINE void grad_columns(int64_t begin, int64_t end, const overlap_job *j, int64
     for (int64_t m = begin * LANES; m < end * LANES; m += LANES) {
         int64_t n = min64(LANES, j->M - m);
         vbox a = load_planes(j->planes + m, j->stride, kind);
-        union { vreal v[4]; real a[4][LANES]; } sum = {{{0}, {0}, {0}, {0}}};
+        union {
+            vreal v[4];
+            real a[4][LANES];
+        } sum = {{{0}, {0}, {0}, {0}}};
         vreal part[4];
         for (int64_t i = 0; i < j->N; i++) {
             real d[PLANES] = {0};
@@ -481,8 +485,8 @@ INLINE void grad_columns(int64_t begin, int64_t end, const overlap_job *j, int64
             for (int k = 0; k < 4; k++) j->out[4 * (m + l) + k] = sum.a[k][l];
     }
 }
-#define EACH_KIND(f)                            \
-    if (j->kind == IOU) f(begin, end, j, IOU);  \
+#define EACH_KIND(f) \
+    if (j->kind == IOU) f(begin, end, j, IOU); \
     else if (j->kind == GIOU) f(begin, end, j, GIOU); \
     else if (j->kind == DIOU) f(begin, end, j, DIOU); \
     else f(begin, end, j, CIOU)
@@ -499,16 +503,23 @@ static int grad_chunk(int64_t begin, int64_t end, void *context)
 }
 
 /* Parallel over the boxes whose gradient is asked for; each sums over the other list in a fixed order. Reads grad once. */
-int HL(box_iou_grad)(
-    const hl_box_iou_grad_plan *p, const real *grad, const real *boxes1, const real *boxes2, real *grad_boxes)
+int HL(box_iou_grad)(const hl_box_iou_grad_plan *p, const real *grad, const real *boxes1, const real *boxes2,
+                     real *grad_boxes)
 {
-    overlap_job job = {.boxes1 = boxes1, .grad = grad, .out = grad_boxes, .N = p->N, .M = p->M, .kind = p->kind,
-                       .second = p->second, .eps = (real)p->eps};
+    overlap_job job = {.boxes1 = boxes1,
+                       .grad = grad,
+                       .out = grad_boxes,
+                       .N = p->N,
+                       .M = p->M,
+                       .kind = p->kind,
+                       .second = p->second,
+                       .eps = (real)p->eps};
     real *planes = make_planes(boxes2, p->M, p->kind, &job.stride);
     if (!planes) return HL_NOMEM;
     job.planes = planes;
-    int status = p->second ? hl_parallel_for(round_up(p->M, LANES) / LANES, hl_grain((double)p->N * 80), grad_chunk, &job)
-                           : hl_parallel_for(p->N, hl_grain((double)p->M * 8), grad_chunk, &job);
+    int status = p->second
+                     ? hl_parallel_for(round_up(p->M, LANES) / LANES, hl_grain((double)p->N * 80), grad_chunk, &job)
+                     : hl_parallel_for(p->N, hl_grain((double)p->M * 8), grad_chunk, &job);
     hl_give(planes);
     return status;
 }
@@ -520,7 +531,10 @@ INLINE void grad_pairs(int64_t begin, int64_t end, const overlap_job *j, int64_t
         vbox a = gather_boxes(j->boxes1 + 4 * i, n, kind), b = gather_boxes(j->boxes2 + 4 * i, n, kind);
         vreal g = load_some(j->grad + i, n);
         for (int side = 0; side < 2; side++) {
-            union { vreal v[4]; real a[4][LANES]; } u;
+            union {
+                vreal v[4];
+                real a[4][LANES];
+            } u;
             pull(side ? &b : &a, side ? &a : &b, g, kind, splat(j->eps), u.v);
             real *to = (side ? j->out2 : j->out) + 4 * i;
             for (int64_t l = 0; l < n; l++)
@@ -537,10 +551,15 @@ static int grad_pairs_chunk(int64_t begin, int64_t end, void *context)
 
 /* Parallel over pairs, in memory order. Reads 9, writes 8. */
 int HL(box_iou_paired_grad)(const hl_box_iou_paired_grad_plan *p, const real *grad, const real *boxes1,
-    const real *boxes2, real *grad_boxes1, real *grad_boxes2)
+                            const real *boxes2, real *grad_boxes1, real *grad_boxes2)
 {
-    overlap_job job = {.boxes1 = boxes1, .boxes2 = boxes2, .grad = grad, .out = grad_boxes1, .out2 = grad_boxes2,
-                       .kind = p->kind, .eps = (real)p->eps};
+    overlap_job job = {.boxes1 = boxes1,
+                       .boxes2 = boxes2,
+                       .grad = grad,
+                       .out = grad_boxes1,
+                       .out2 = grad_boxes2,
+                       .kind = p->kind,
+                       .eps = (real)p->eps};
     return hl_parallel_for(p->N, round_up(hl_grain(40), LANES), grad_pairs_chunk, &job);
 }
 
@@ -586,8 +605,8 @@ static int sparse_count_chunk(int64_t begin, int64_t end, void *context)
 
 /* Parallel over rows. boxes2 lies in planes; a vector with no pair near the threshold costs no division. Reads boxes2 once
  * per row from cache, writes 1 number a row. */
-int HL(sparse_box_iou_count)(
-    const hl_sparse_box_iou_count_plan *p, const real *boxes1, const real *boxes2, int64_t *counts)
+int HL(sparse_box_iou_count)(const hl_sparse_box_iou_count_plan *p, const real *boxes1, const real *boxes2,
+                             int64_t *counts)
 {
     sparse_job job = {.boxes1 = boxes1, .M = p->M, .threshold = (real)p->threshold, .counts = counts};
     real *planes = make_planes(boxes2, p->M, IOU, &job.stride);
@@ -613,7 +632,10 @@ static int sparse_chunk(int64_t begin, int64_t end, void *context)
             unsigned bits = above(&a, &b, t);
             if (j->M - m < LANES) bits &= (1u << (j->M - m)) - 1;
             if (!bits) continue;
-            union { vreal v; real a[LANES]; } iou = {.v = measure(&a, &b, IOU, t)};
+            union {
+                vreal v;
+                real a[LANES];
+            } iou = {.v = measure(&a, &b, IOU, t)};
             for (; bits && at < stop; bits &= bits - 1, at++) {
                 int lane = __builtin_ctz(bits);
                 j->rows[at] = i;
@@ -627,9 +649,10 @@ static int sparse_chunk(int64_t begin, int64_t end, void *context)
 
 /* As the count; rows with nothing to find are passed over. Writes 3 values a pair. */
 int HL(sparse_box_iou)(const hl_sparse_box_iou_plan *p, const real *boxes1, const real *boxes2, const int64_t *counts,
-    int64_t *rows, int64_t *cols, real *iou)
+                       int64_t *rows, int64_t *cols, real *iou)
 {
-    sparse_job job = {.boxes1 = boxes1, .M = p->M, .threshold = (real)p->threshold, .rows = rows, .cols = cols, .iou = iou};
+    sparse_job job = {
+        .boxes1 = boxes1, .M = p->M, .threshold = (real)p->threshold, .rows = rows, .cols = cols, .iou = iou};
     int64_t *offsets = hl_take((size_t)(p->N + 1) * sizeof(int64_t));
     real *planes = make_planes(boxes2, p->M, IOU, &job.stride);
     int status = HL_NOMEM;
@@ -648,35 +671,31 @@ int HL(sparse_box_iou)(const hl_sparse_box_iou_plan *p, const real *boxes1, cons
 /* ---- sorting ---- */
 
 /* A key to sort by and where it came from; 32 bits count the boxes of a float32 call (2^32 of them are 64 GB). */
-typedef struct {
-    ukey key, index;
-} ranked;
-typedef struct {
-    uint64_t key, index;
-} grouped;
+typedef struct { ukey key, index; } ranked;
+typedef struct { uint64_t key, index; } grouped;
 
 /* Stable sort by `bits` low bits of the key, digit by digit from the lowest; a digit that all keys share is passed over.
  * The result is in a or b, which is returned. */
-#define RADIX_SORT(NAME, ITEM)                                                      \
-    static ITEM *NAME(ITEM *a, ITEM *b, int64_t n, int bits)                        \
-    {                                                                               \
-        const int digit = n < 8192 ? 8 : 11;                                        \
-        const uint64_t mask = ((uint64_t)1 << digit) - 1;                           \
-        for (int shift = 0; shift < bits; shift += digit) {                         \
-            int64_t count[2048] = {0}, sum = 0;                                     \
-            for (int64_t i = 0; i < n; i++) count[a[i].key >> shift & mask]++;      \
-            if (n && count[a[0].key >> shift & mask] == n) continue;                \
-            for (uint64_t d = 0; d <= mask; d++) {                                  \
-                int64_t c = count[d];                                               \
-                count[d] = sum;                                                     \
-                sum += c;                                                           \
-            }                                                                       \
+#define RADIX_SORT(NAME, ITEM) \
+    static ITEM *NAME(ITEM *a, ITEM *b, int64_t n, int bits) \
+    { \
+        const int digit = n < 8192 ? 8 : 11; \
+        const uint64_t mask = ((uint64_t)1 << digit) - 1; \
+        for (int shift = 0; shift < bits; shift += digit) { \
+            int64_t count[2048] = {0}, sum = 0; \
+            for (int64_t i = 0; i < n; i++) count[a[i].key >> shift & mask]++; \
+            if (n && count[a[0].key >> shift & mask] == n) continue; \
+            for (uint64_t d = 0; d <= mask; d++) { \
+                int64_t c = count[d]; \
+                count[d] = sum; \
+                sum += c; \
+            } \
             for (int64_t i = 0; i < n; i++) b[count[a[i].key >> shift & mask]++] = a[i]; \
-            ITEM *swap = a;                                                         \
-            a = b;                                                                  \
-            b = swap;                                                               \
-        }                                                                           \
-        return a;                                                                   \
+            ITEM *swap = a; \
+            a = b; \
+            b = swap; \
+        } \
+        return a; \
     }
 RADIX_SORT(sort_ranked, ranked)
 RADIX_SORT(sort_grouped, grouped)
@@ -684,7 +703,10 @@ RADIX_SORT(sort_grouped, grouped)
 /* Ascending in the key is descending in the score: both zeros alike, NaN last. */
 INLINE ukey score_key(real score)
 {
-    union { real f; ukey u; } v = {.f = score + (real)0};
+    union {
+        real f;
+        ukey u;
+    } v = {.f = score + (real)0};
     const ukey sign = (ukey)1 << (8 * sizeof(ukey) - 1);
     if (score != score) return ~(ukey)0;
     return v.u & sign ? v.u : v.u ^ (ukey)~sign;
@@ -712,8 +734,14 @@ INLINE vbox splat_field(const segment *s, int64_t i)
 /* Block of LANES kept boxes: [FIELDS][LANES]. */
 INLINE vbox load_block(const real *block)
 {
-    return (vbox){load(block), load(block + LANES), load(block + 2 * LANES), load(block + 3 * LANES),
-                  load(block + 4 * LANES), {0}, {0}, {0}};
+    return (vbox){load(block),
+                  load(block + LANES),
+                  load(block + 2 * LANES),
+                  load(block + 3 * LANES),
+                  load(block + 4 * LANES),
+                  {0},
+                  {0},
+                  {0}};
 }
 /* Box i becomes lane `lane` of the block; a block begins with its lane 0, the others empty. */
 INLINE void add_to_block(real *block, int64_t lane, const segment *s, int64_t i)
@@ -840,7 +868,8 @@ static int suppress_by_grid(const segment *s)
         }
         cell[i] = -1;
         if (!regular(area)) continue;
-        cell[i] = (int32_t)(cell_of(&grid[1], centre_of(s, 1, i)) * grid[0].cells + cell_of(&grid[0], centre_of(s, 0, i)));
+        cell[i] =
+            (int32_t)(cell_of(&grid[1], centre_of(s, 1, i)) * grid[0].cells + cell_of(&grid[0], centre_of(s, 0, i)));
         used[cell[i]]++;
     }
     start[0] = 0;
@@ -865,7 +894,8 @@ static int suppress_by_grid(const segment *s)
         int64_t low[2], high[2];
         for (int axis = 0; axis < 2; axis++) {
             double w = size_of(s, axis, i), c = centre_of(s, axis, i);
-            double magnitude = fabs((double)s->boxes[axis * s->stride + i]) + fabs((double)s->boxes[(axis + 2) * s->stride + i]);
+            double magnitude =
+                fabs((double)s->boxes[axis * s->stride + i]) + fabs((double)s->boxes[(axis + 2) * s->stride + i]);
             double r = reach * w * 1.001 + 64 * (double)EPSILON * (magnitude + w / t);
             low[axis] = cell_of(&grid[axis], c - r);
             high[axis] = cell_of(&grid[axis], c + r);
@@ -944,7 +974,7 @@ static int bits_of(uint64_t range) { return range ? 64 - __builtin_clzll(range) 
  * boxes); a group's boxes lie in planes by decreasing score. A box meets only kept boxes near it (a grid over the centres),
  * LANES at a time, until one suppresses it. Reads each box once, writes the indices. Source: Felzenszwalb et al. (2010). */
 int HL(nms)(const hl_nms_plan *p, const real *boxes, const real *scores, const int64_t *groups, int64_t *keep,
-    int64_t *count)
+            int64_t *count)
 {
     const int64_t N = p->N;
     for (int64_t i = 0; i < N; i++) keep[i] = -1;
@@ -1011,7 +1041,7 @@ out:
  * below the threshold and finds the next best, LANES at a time. Reads 6 values, writes 1 a box for each box taken.
  * Source: Bodla et al., Soft-NMS (2017). */
 int HL(soft_nms)(const hl_soft_nms_plan *p, const real *boxes, const real *scores, int64_t *keep, real *kept_scores,
-    int64_t *count)
+                 int64_t *count)
 {
     const int64_t N = p->N;
     int64_t stride, n = 0;
@@ -1049,8 +1079,14 @@ int HL(soft_nms)(const hl_soft_nms_plan *p, const real *boxes, const real *score
         }
         real top = max_lanes(best);
         if (!(top > -(real)INFINITY)) break;
-        union { vreal v; real a[LANES]; } value = {.v = best};
-        union { vint v; ireal a[LANES]; } block = {.v = at};
+        union {
+            vreal v;
+            real a[LANES];
+        } value = {.v = best};
+        union {
+            vint v;
+            ireal a[LANES];
+        } block = {.v = at};
         taken = INT64_MAX;
         for (int l = 0; l < LANES; l++)
             if (value.a[l] == top) taken = min64(taken, (int64_t)block.a[l] * LANES + l);
@@ -1080,11 +1116,11 @@ typedef struct {
     const real *input, *boxes, *grad;
     real *out;
     int64_t N, C, H, W, K, PH, PW;
-    int64_t groups;                  /* of LANES channels */
+    int64_t groups; /* of LANES channels */
     const int64_t *order, *of_image; /* the RoIs by image: order[of_image[n] .. of_image[n + 1]) */
-    const int64_t *starts;           /* the taps of bin (k, i) begin at starts[k * (PH + PW) + i]; rows first, then columns */
+    const int64_t *starts; /* the taps of bin (k, i) begin at starts[k * (PH + PW) + i]; rows first, then columns */
     const tap *taps;
-    const real *share;  /* 1 / samples of a bin of RoI k; NaN where the RoI is not finite */
+    const real *share; /* 1 / samples of a bin of RoI k; NaN where the RoI is not finite */
     const int32_t *edges; /* of roi_pool: begin and end of each bin */
     const uint8_t *outside; /* a bin has samples outside the input */
     int maximum, pool;
@@ -1167,7 +1203,8 @@ typedef struct {
 static region find_region(const real *box, real scale, int64_t ratio, int64_t aligned, int64_t PH, int64_t PW)
 {
     real offset = aligned ? (real)0.5 : (real)0;
-    real x1 = box[1] * scale - offset, y1 = box[2] * scale - offset, x2 = box[3] * scale - offset, y2 = box[4] * scale - offset;
+    real x1 = box[1] * scale - offset, y1 = box[2] * scale - offset, x2 = box[3] * scale - offset,
+         y2 = box[4] * scale - offset;
     region r = {x1, y1, x2 - x1, y2 - y1, ratio, ratio, 0};
     if (!aligned) {
         r.w = rmax(r.w, (real)1);
@@ -1219,7 +1256,7 @@ static int make_table(tap_table *t, const roi_job *j, real scale, int64_t ratio,
                 if (fill) t->starts[k * bins + b] = at;
                 if (r.finite)
                     at += bin_taps(first, step, vertical ? r.grid_h : r.grid_w, vertical ? j->H : j->W, j->maximum,
-                        fill ? t->taps + at : NULL, &missed);
+                                   fill ? t->taps + at : NULL, &missed);
                 t->outside[k * bins + b] = (uint8_t)missed;
             }
         }
@@ -1259,12 +1296,13 @@ INLINE vreal sample(const real *slab, int64_t W, const tap *y, const tap *x)
     const real *top = slab + y[0].pixel * W * LANES, *bottom = slab + y[1].pixel * W * LANES;
     const int64_t left = x[0].pixel * LANES, right = x[1].pixel * LANES;
     return load(top + left) * splat(y[0].weight * x[0].weight) + load(top + right) * splat(y[0].weight * x[1].weight) +
-           load(bottom + left) * splat(y[1].weight * x[0].weight) + load(bottom + right) * splat(y[1].weight * x[1].weight);
+           load(bottom + left) * splat(y[1].weight * x[0].weight) +
+           load(bottom + right) * splat(y[1].weight * x[1].weight);
 }
 
 /* The largest sample of a bin, and which (-1: one outside, that counts as 0). */
 INLINE vreal largest_sample(const real *slab, int64_t W, const tap *y, const tap *y_end, const tap *x, const tap *x_end,
-    int outside, vint *which)
+                            int outside, vint *which)
 {
     vreal best = splat((real)0);
     vint at = {0}, here = {0};
@@ -1280,7 +1318,7 @@ INLINE vreal largest_sample(const real *slab, int64_t W, const tap *y, const tap
     if (outside || !any) {
         vint better = any ? beats(splat((real)0), best) : ~(vint){0};
         best = blend(better, splat((real)0), best);
-        at = (vint)blend(better, (vreal)~(vint){0}, (vreal)at);
+        at = (vint)blend(better, (vreal) ~(vint){0}, (vreal)at);
     }
     *which = at;
     return best;
@@ -1289,11 +1327,13 @@ INLINE vreal largest_sample(const real *slab, int64_t W, const tap *y, const tap
 INLINE vreal align_bin(const roi_job *j, const real *slab, int64_t k, int64_t ph, int64_t pw)
 {
     const int64_t *s = j->starts + k * (j->PH + j->PW);
-    const tap *y = j->taps + s[ph], *y_end = j->taps + s[ph + 1], *x = j->taps + s[j->PH + pw], *x_end = j->taps + s[j->PH + pw + 1];
+    const tap *y = j->taps + s[ph], *y_end = j->taps + s[ph + 1], *x = j->taps + s[j->PH + pw],
+              *x_end = j->taps + s[j->PH + pw + 1];
     if (j->maximum) {
         vint which;
         const uint8_t *missed = j->outside + k * (j->PH + j->PW);
-        return largest_sample(slab, j->W, y, y_end, x, x_end, missed[ph] | missed[j->PH + pw], &which) * splat(j->share[k]);
+        return largest_sample(slab, j->W, y, y_end, x, x_end, missed[ph] | missed[j->PH + pw], &which) *
+               splat(j->share[k]);
     }
     vreal sum = splat((real)0);
     for (; y < y_end; y++) {
@@ -1346,7 +1386,8 @@ static int roi_chunk(int64_t begin, int64_t end, void *context)
 {
     const roi_job *j = context;
     const int64_t pixels = j->H * j->W, count = j->PH * j->PW;
-    real *slab = hl_take((size_t)(pixels * LANES) * sizeof(real)), *bins = hl_take((size_t)(count * LANES) * sizeof(real));
+    real *slab = hl_take((size_t)(pixels * LANES) * sizeof(real)),
+         *bins = hl_take((size_t)(count * LANES) * sizeof(real));
     int status = slab && bins ? HL_OK : HL_NOMEM;
     for (int64_t t = begin; t < end && status == HL_OK; t++) {
         const int64_t image = t / j->groups, c = t % j->groups * LANES, n = min64(LANES, j->C - c);
@@ -1358,7 +1399,8 @@ static int roi_chunk(int64_t begin, int64_t end, void *context)
             for (int64_t ph = 0; ph < j->PH; ph++)
                 for (int64_t pw = 0; pw < j->PW; pw++)
                     store(bins + (ph * j->PW + pw) * LANES,
-                        j->pool ? pool_bin(j, slab, k, ph, pw, &which) + splat(j->share[k]) : align_bin(j, slab, k, ph, pw));
+                          j->pool ? pool_bin(j, slab, k, ph, pw, &which) + splat(j->share[k])
+                                  : align_bin(j, slab, k, ph, pw));
             bins_out(bins, n, count, j->out + (k * j->C + c) * count);
         }
     }
@@ -1372,8 +1414,14 @@ INLINE void add_lane(real *slab, int64_t pixel, int l, real g) { slab[pixel * LA
 
 static void roi_bin_grad(const roi_job *j, const real *slab, real *sums, int64_t k, int64_t ph, int64_t pw, vreal g)
 {
-    union { vreal v; real a[LANES]; } part = {.v = g};
-    union { vint v; ireal a[LANES]; } which;
+    union {
+        vreal v;
+        real a[LANES];
+    } part = {.v = g};
+    union {
+        vint v;
+        ireal a[LANES];
+    } which;
     if (j->pool) {
         pool_bin(j, slab, k, ph, pw, &which.v);
         for (int l = 0; l < LANES; l++)
@@ -1381,7 +1429,8 @@ static void roi_bin_grad(const roi_job *j, const real *slab, real *sums, int64_t
         return;
     }
     const int64_t *s = j->starts + k * (j->PH + j->PW);
-    const tap *y = j->taps + s[ph], *y_end = j->taps + s[ph + 1], *x = j->taps + s[j->PH + pw], *x_end = j->taps + s[j->PH + pw + 1];
+    const tap *y = j->taps + s[ph], *y_end = j->taps + s[ph + 1], *x = j->taps + s[j->PH + pw],
+              *x_end = j->taps + s[j->PH + pw + 1];
     if (!j->maximum) {
         g *= splat(j->share[k]);
         for (; y < y_end; y++)
@@ -1408,7 +1457,8 @@ static int roi_grad_chunk(int64_t begin, int64_t end, void *context)
 {
     const roi_job *j = context;
     const int64_t pixels = j->H * j->W, count = j->PH * j->PW;
-    const size_t slab_bytes = (size_t)(pixels * LANES) * sizeof(real), bins_bytes = (size_t)(count * LANES) * sizeof(real);
+    const size_t slab_bytes = (size_t)(pixels * LANES) * sizeof(real),
+                 bins_bytes = (size_t)(count * LANES) * sizeof(real);
     real *slab = hl_take(slab_bytes), *sums = hl_take(slab_bytes), *bins = hl_take(bins_bytes);
     int status = slab && sums && bins ? HL_OK : HL_NOMEM;
     for (int64_t t = begin; t < end && status == HL_OK; t++) {
@@ -1440,14 +1490,16 @@ static int roi_grad_chunk(int64_t begin, int64_t end, void *context)
 /* Sorts the RoIs by image and runs the chunks over images and groups of channels. */
 static int run_rois(roi_job *j)
 {
-    int64_t *order = hl_take((size_t)(j->K + 1) * sizeof(int64_t)), *of_image = hl_take((size_t)(j->N + 2) * sizeof(int64_t));
+    int64_t *order = hl_take((size_t)(j->K + 1) * sizeof(int64_t)),
+            *of_image = hl_take((size_t)(j->N + 2) * sizeof(int64_t));
     int status = HL_NOMEM;
     if (order && of_image) {
         sort_by_image(j->boxes, j->K, j->N, order, of_image);
         j->order = order;
         j->of_image = of_image;
         j->groups = (j->C + LANES - 1) / LANES;
-        double work = (double)j->H * (double)j->W * LANES + (double)j->K / (double)max64(j->N, 1) * (double)(j->PH * j->PW) * 64;
+        double work =
+            (double)j->H * (double)j->W * LANES + (double)j->K / (double)max64(j->N, 1) * (double)(j->PH * j->PW) * 64;
         status = hl_parallel_for(j->N * j->groups, hl_grain(work), j->grad ? roi_grad_chunk : roi_chunk, j);
     }
     hl_give(of_image);
@@ -1477,27 +1529,47 @@ static int run_align(roi_job *j, double scale, int64_t ratio, int64_t aligned)
 int HL(roi_align)(const hl_roi_align_plan *p, const real *input, const real *boxes, real *output, int64_t *bad)
 {
     if (!check_images(boxes, p->K, p->N, bad)) return HL_OK;
-    roi_job job = {.input = input, .boxes = boxes, .out = output, .N = p->N, .C = p->C, .H = p->H, .W = p->W, .K = p->K,
-                   .PH = p->PH, .PW = p->PW, .maximum = p->maximum != 0};
+    roi_job job = {.input = input,
+                   .boxes = boxes,
+                   .out = output,
+                   .N = p->N,
+                   .C = p->C,
+                   .H = p->H,
+                   .W = p->W,
+                   .K = p->K,
+                   .PH = p->PH,
+                   .PW = p->PW,
+                   .maximum = p->maximum != 0};
     return run_align(&job, p->spatial_scale, p->sampling_ratio, p->aligned);
 }
 
 /* The same turned round: each group of channels adds up the RoIs of its image in their order, so that the sums are the same
  * bits for any number of threads. */
 int HL(roi_align_grad)(const hl_roi_align_grad_plan *p, const real *grad, const real *input, const real *boxes,
-    real *grad_input, int64_t *bad)
+                       real *grad_input, int64_t *bad)
 {
     if (!check_images(boxes, p->K, p->N, bad)) return HL_OK;
-    roi_job job = {.input = input, .boxes = boxes, .grad = grad, .out = grad_input, .N = p->N, .C = p->C, .H = p->H,
-                   .W = p->W, .K = p->K, .PH = p->PH, .PW = p->PW, .maximum = p->maximum != 0};
+    roi_job job = {.input = input,
+                   .boxes = boxes,
+                   .grad = grad,
+                   .out = grad_input,
+                   .N = p->N,
+                   .C = p->C,
+                   .H = p->H,
+                   .W = p->W,
+                   .K = p->K,
+                   .PH = p->PH,
+                   .PW = p->PW,
+                   .maximum = p->maximum != 0};
     return run_align(&job, p->spatial_scale, p->sampling_ratio, p->aligned);
 }
 
 /* A coordinate rounded to a pixel, halves away from 0; far ones stop where sums of a few of them still fit. */
 static int64_t whole(real v)
 {
-    real r = HL_F32 ? (real)truncf((float)(v + copysignf(0.5f, (float)v))) : (real)trunc((double)v + copysign(0.5, (double)v));
-    return (int64_t)rmax(rmin(r, (real)(1 << 24)), (real)-(1 << 24));
+    real r = HL_F32 ? (real)truncf((float)(v + copysignf(0.5f, (float)v)))
+                    : (real)trunc((double)v + copysign(0.5, (double)v));
+    return (int64_t)rmax(rmin(r, (real)(1 << 24)), (real) - (1 << 24));
 }
 
 static int run_pool(roi_job *j, double scale)
@@ -1522,7 +1594,8 @@ static int run_pool(roi_job *j, double scale)
                 real step = (real)length / (real)n;
                 int32_t *e = edges + (k * bins + axis * j->PH) * 2;
                 for (int64_t i = 0; i < n; i++) {
-                    int64_t low = (int64_t)floor((double)((real)i * step)), high = (int64_t)ceil((double)((real)(i + 1) * step));
+                    int64_t low = (int64_t)floor((double)((real)i * step)),
+                            high = (int64_t)ceil((double)((real)(i + 1) * step));
                     e[2 * i] = (int32_t)min64(max64(start + low, 0), size);
                     e[2 * i + 1] = (int32_t)min64(max64(start + high, 0), size);
                 }
@@ -1542,18 +1615,35 @@ static int run_pool(roi_job *j, double scale)
 int HL(roi_pool)(const hl_roi_pool_plan *p, const real *input, const real *boxes, real *output, int64_t *bad)
 {
     if (!check_images(boxes, p->K, p->N, bad)) return HL_OK;
-    roi_job job = {.input = input, .boxes = boxes, .out = output, .N = p->N, .C = p->C, .H = p->H, .W = p->W, .K = p->K,
-                   .PH = p->PH, .PW = p->PW};
+    roi_job job = {.input = input,
+                   .boxes = boxes,
+                   .out = output,
+                   .N = p->N,
+                   .C = p->C,
+                   .H = p->H,
+                   .W = p->W,
+                   .K = p->K,
+                   .PH = p->PH,
+                   .PW = p->PW};
     return run_pool(&job, p->spatial_scale);
 }
 
 /* The largest pixels are found again; RoIs add up in their order. */
 int HL(roi_pool_grad)(const hl_roi_pool_grad_plan *p, const real *grad, const real *input, const real *boxes,
-    real *grad_input, int64_t *bad)
+                      real *grad_input, int64_t *bad)
 {
     if (!check_images(boxes, p->K, p->N, bad)) return HL_OK;
-    roi_job job = {.input = input, .boxes = boxes, .grad = grad, .out = grad_input, .N = p->N, .C = p->C, .H = p->H,
-                   .W = p->W, .K = p->K, .PH = p->PH, .PW = p->PW};
+    roi_job job = {.input = input,
+                   .boxes = boxes,
+                   .grad = grad,
+                   .out = grad_input,
+                   .N = p->N,
+                   .C = p->C,
+                   .H = p->H,
+                   .W = p->W,
+                   .K = p->K,
+                   .PH = p->PH,
+                   .PW = p->PW};
     return run_pool(&job, p->spatial_scale);
 }
 
