@@ -625,14 +625,19 @@ def _backward(outputs: list[tuple[Variable, Any]], inputs: Sequence[Variable]) -
                 if g is not None:
                     give(parent, g)
     result = []
-    given = {id(g) for _, g in outputs}  # no gradient that is returned shares memory with another one, or with dy
+    given = [g for _, g in outputs]  # no gradient that is returned shares memory with another one, or with dy
     for v in inputs:
         g = kept.get(v._node.id, [None])[v._index]
         if g is None:
             g = _zeros_like(v.value)
         elif isinstance(v.value, np.ndarray):
-            g = np.array(g, dtype=v.value.dtype, copy=None if id(g) not in given and np.asarray(g).base is None else True)
-        given.add(id(g))
+            g = np.asarray(g)
+            if g.base is None:
+                alone = not any(g is other for other in given)
+            else:
+                alone = g.flags.writeable and not any(np.may_share_memory(g, other) for other in given)
+            g = np.array(g, dtype=v.value.dtype, copy=None if alone else True)
+        given.append(g)
         result.append(g)
     return result
 
