@@ -34,12 +34,15 @@ def product(a, b, c, m0, m1, k0, b0, depth):
                 c[m, n] += p * b[b0 + k, n]
 
 
-# piece[k, n] = b[n, k0 + k]: a piece of the transposed b.
+# piece[k, n] = b[n, k0 + k]: a piece of the transposed b, eight columns at a time: in one column of a piece whose width is a
+# power of two every element falls into the same few cache lines.
 @inline
 def transpose(b, k0, depth, piece):
-    for n in range(b.shape[0]):
+    N = b.shape[0]
+    for n0 in range(0, N, 8):
         for k in range(depth):
-            piece[k, n] = b[n, k0 + k]
+            for n in range(n0, min(n0 + 8, N)):
+                piece[k, n] = b[n, k0 + k]
 
 
 # Parallel over blocks of rows of x. w is transposed piece by piece, so that n lies side by side. Reads w once per ROWS rows.
