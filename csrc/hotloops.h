@@ -141,7 +141,7 @@ int hl_box_area_f64(const hl_box_area_plan *plan, const double *boxes, double *a
 typedef struct { int64_t N; } hl_box_area_grad_plan;
 int hl_box_area_grad_f32(const hl_box_area_grad_plan *plan, const float *grad, const float *boxes, float *grad_boxes);
 int hl_box_area_grad_f64(const hl_box_area_grad_plan *plan, const double *grad, const double *boxes,
-    double *grad_boxes);
+                         double *grad_boxes);
 
 /* Boxes in another notation: 0 x1 y1 x2 y2, 1 x1 y1 w h, 2 cx cy w h. */
 typedef struct { int64_t N, source, target; } hl_box_convert_plan;
@@ -154,103 +154,152 @@ int hl_box_convert_grad_f32(const hl_box_convert_grad_plan *plan, const float *g
 int hl_box_convert_grad_f64(const hl_box_convert_grad_plan *plan, const double *grad, double *grad_boxes);
 
 /* x into [0, width], y into [0, height]. */
-typedef struct { int64_t N; double height, width; } hl_clip_boxes_plan;
+typedef struct {
+    int64_t N;
+    double height, width;
+} hl_clip_boxes_plan;
 int hl_clip_boxes_f32(const hl_clip_boxes_plan *plan, const float *boxes, float *clipped);
 int hl_clip_boxes_f64(const hl_clip_boxes_plan *plan, const double *boxes, double *clipped);
 
 /* Its gradient: 0 outside. */
-typedef struct { int64_t N; double height, width; } hl_clip_boxes_grad_plan;
+typedef struct {
+    int64_t N;
+    double height, width;
+} hl_clip_boxes_grad_plan;
 int hl_clip_boxes_grad_f32(const hl_clip_boxes_grad_plan *plan, const float *grad, const float *boxes,
-    float *grad_boxes);
+                           float *grad_boxes);
 int hl_clip_boxes_grad_f64(const hl_clip_boxes_grad_plan *plan, const double *grad, const double *boxes,
-    double *grad_boxes);
+                           double *grad_boxes);
 
 /* keep: the indices of the boxes with both sides >= min_size, then -1; count[1]: how many. */
-typedef struct { int64_t N; double min_size; } hl_remove_small_boxes_plan;
+typedef struct {
+    int64_t N;
+    double min_size;
+} hl_remove_small_boxes_plan;
 int hl_remove_small_boxes_f32(const hl_remove_small_boxes_plan *plan, const float *boxes, int64_t *keep,
-    int64_t *count);
+                              int64_t *count);
 int hl_remove_small_boxes_f64(const hl_remove_small_boxes_plan *plan, const double *boxes, int64_t *keep,
-    int64_t *count);
+                              int64_t *count);
 
 /* Overlap [N,M] of boxes1[N,4] and boxes2[M,4]. kind: 0 IoU, 1 GIoU, 2 DIoU, 3 CIoU. */
-typedef struct { int64_t N, M, kind; double eps; } hl_box_iou_plan;
+typedef struct {
+    int64_t N, M, kind;
+    double eps;
+} hl_box_iou_plan;
 int hl_box_iou_f32(const hl_box_iou_plan *plan, const float *boxes1, const float *boxes2, float *iou);
 int hl_box_iou_f64(const hl_box_iou_plan *plan, const double *boxes1, const double *boxes2, double *iou);
 
 /* Overlap [N] of boxes1[i] and boxes2[i]. */
-typedef struct { int64_t N, kind; double eps; } hl_box_iou_paired_plan;
+typedef struct {
+    int64_t N, kind;
+    double eps;
+} hl_box_iou_paired_plan;
 int hl_box_iou_paired_f32(const hl_box_iou_paired_plan *plan, const float *boxes1, const float *boxes2, float *iou);
 int hl_box_iou_paired_f64(const hl_box_iou_paired_plan *plan, const double *boxes1, const double *boxes2, double *iou);
 
 /* The gradient of box_iou by boxes1 (K = N), or by boxes2 where second is 1 (K = M). */
-typedef struct { int64_t N, M, K, kind; double eps; int64_t second; } hl_box_iou_grad_plan;
-int hl_box_iou_grad_f32(const hl_box_iou_grad_plan *plan, const float *grad, const float *boxes1,
-    const float *boxes2, float *grad_boxes);
+typedef struct {
+    int64_t N, M, K, kind;
+    double eps;
+    int64_t second;
+} hl_box_iou_grad_plan;
+int hl_box_iou_grad_f32(const hl_box_iou_grad_plan *plan, const float *grad, const float *boxes1, const float *boxes2,
+                        float *grad_boxes);
 int hl_box_iou_grad_f64(const hl_box_iou_grad_plan *plan, const double *grad, const double *boxes1,
-    const double *boxes2, double *grad_boxes);
+                        const double *boxes2, double *grad_boxes);
 
 /* The gradients of box_iou_paired. */
-typedef struct { int64_t N, kind; double eps; } hl_box_iou_paired_grad_plan;
+typedef struct {
+    int64_t N, kind;
+    double eps;
+} hl_box_iou_paired_grad_plan;
 int hl_box_iou_paired_grad_f32(const hl_box_iou_paired_grad_plan *plan, const float *grad, const float *boxes1,
-    const float *boxes2, float *grad_boxes1, float *grad_boxes2);
+                               const float *boxes2, float *grad_boxes1, float *grad_boxes2);
 int hl_box_iou_paired_grad_f64(const hl_box_iou_paired_grad_plan *plan, const double *grad, const double *boxes1,
-    const double *boxes2, double *grad_boxes1, double *grad_boxes2);
+                               const double *boxes2, double *grad_boxes1, double *grad_boxes2);
 
 /* counts[N]: the boxes of boxes2[M,4] whose IoU with boxes1[n] is above the threshold. */
-typedef struct { int64_t N, M; double threshold; } hl_sparse_box_iou_count_plan;
+typedef struct {
+    int64_t N, M;
+    double threshold;
+} hl_sparse_box_iou_count_plan;
 int hl_sparse_box_iou_count_f32(const hl_sparse_box_iou_count_plan *plan, const float *boxes1, const float *boxes2,
-    int64_t *counts);
+                                int64_t *counts);
 int hl_sparse_box_iou_count_f64(const hl_sparse_box_iou_count_plan *plan, const double *boxes1, const double *boxes2,
-    int64_t *counts);
+                                int64_t *counts);
 
 /* Those pairs by row, then column, and their IoU; K is the sum of counts. */
-typedef struct { int64_t N, M, K; double threshold; } hl_sparse_box_iou_plan;
+typedef struct {
+    int64_t N, M, K;
+    double threshold;
+} hl_sparse_box_iou_plan;
 int hl_sparse_box_iou_f32(const hl_sparse_box_iou_plan *plan, const float *boxes1, const float *boxes2,
-    const int64_t *counts, int64_t *rows, int64_t *cols, float *iou);
+                          const int64_t *counts, int64_t *rows, int64_t *cols, float *iou);
 int hl_sparse_box_iou_f64(const hl_sparse_box_iou_plan *plan, const double *boxes1, const double *boxes2,
-    const int64_t *counts, int64_t *rows, int64_t *cols, double *iou);
+                          const int64_t *counts, int64_t *rows, int64_t *cols, double *iou);
 
 /* keep: what survives non-maximum suppression, by decreasing score, then -1; count[1]: how many. groups may be NULL. */
-typedef struct { int64_t N; double iou_threshold, score_threshold; int64_t max_output; } hl_nms_plan;
-int hl_nms_f32(const hl_nms_plan *plan, const float *boxes, const float *scores, const int64_t *groups,
-    int64_t *keep, int64_t *count);
-int hl_nms_f64(const hl_nms_plan *plan, const double *boxes, const double *scores, const int64_t *groups,
-    int64_t *keep, int64_t *count);
+typedef struct {
+    int64_t N;
+    double iou_threshold, score_threshold;
+    int64_t max_output;
+} hl_nms_plan;
+int hl_nms_f32(const hl_nms_plan *plan, const float *boxes, const float *scores, const int64_t *groups, int64_t *keep,
+               int64_t *count);
+int hl_nms_f64(const hl_nms_plan *plan, const double *boxes, const double *scores, const int64_t *groups, int64_t *keep,
+               int64_t *count);
 
 /* Takes the best box again and again and lowers the scores that overlap it, linearly or by a Gaussian. */
-typedef struct { int64_t N, gaussian; double iou_threshold, sigma, score_threshold; } hl_soft_nms_plan;
+typedef struct {
+    int64_t N, gaussian;
+    double iou_threshold, sigma, score_threshold;
+} hl_soft_nms_plan;
 int hl_soft_nms_f32(const hl_soft_nms_plan *plan, const float *boxes, const float *scores, int64_t *keep,
-    float *kept_scores, int64_t *count);
+                    float *kept_scores, int64_t *count);
 int hl_soft_nms_f64(const hl_soft_nms_plan *plan, const double *boxes, const double *scores, int64_t *keep,
-    double *kept_scores, int64_t *count);
+                    double *kept_scores, int64_t *count);
 
 /* Bins of bilinear samples of boxes[K,5] (image, x1, y1, x2, y2). bad[1]: 1 + the first RoI whose image is out of range
  * (then nothing else is written), else 0. */
-typedef struct { int64_t N, C, H, W, K, PH, PW; double spatial_scale; int64_t sampling_ratio, aligned, maximum; } hl_roi_align_plan;
+typedef struct {
+    int64_t N, C, H, W, K, PH, PW;
+    double spatial_scale;
+    int64_t sampling_ratio, aligned, maximum;
+} hl_roi_align_plan;
 int hl_roi_align_f32(const hl_roi_align_plan *plan, const float *input, const float *boxes, float *output,
-    int64_t *bad);
+                     int64_t *bad);
 int hl_roi_align_f64(const hl_roi_align_plan *plan, const double *input, const double *boxes, double *output,
-    int64_t *bad);
+                     int64_t *bad);
 
 /* Its gradient by the input. */
-typedef struct { int64_t K, C, PH, PW, N, H, W; double spatial_scale; int64_t sampling_ratio, aligned, maximum; } hl_roi_align_grad_plan;
-int hl_roi_align_grad_f32(const hl_roi_align_grad_plan *plan, const float *grad, const float *input,
-    const float *boxes, float *grad_input, int64_t *bad);
+typedef struct {
+    int64_t K, C, PH, PW, N, H, W;
+    double spatial_scale;
+    int64_t sampling_ratio, aligned, maximum;
+} hl_roi_align_grad_plan;
+int hl_roi_align_grad_f32(const hl_roi_align_grad_plan *plan, const float *grad, const float *input, const float *boxes,
+                          float *grad_input, int64_t *bad);
 int hl_roi_align_grad_f64(const hl_roi_align_grad_plan *plan, const double *grad, const double *input,
-    const double *boxes, double *grad_input, int64_t *bad);
+                          const double *boxes, double *grad_input, int64_t *bad);
 
 /* Bins of the largest pixel of boxes[K,5]; bad as in roi_align. */
-typedef struct { int64_t N, C, H, W, K, PH, PW; double spatial_scale; } hl_roi_pool_plan;
+typedef struct {
+    int64_t N, C, H, W, K, PH, PW;
+    double spatial_scale;
+} hl_roi_pool_plan;
 int hl_roi_pool_f32(const hl_roi_pool_plan *plan, const float *input, const float *boxes, float *output, int64_t *bad);
 int hl_roi_pool_f64(const hl_roi_pool_plan *plan, const double *input, const double *boxes, double *output,
-    int64_t *bad);
+                    int64_t *bad);
 
 /* Its gradient by the input. */
-typedef struct { int64_t K, C, PH, PW, N, H, W; double spatial_scale; } hl_roi_pool_grad_plan;
+typedef struct {
+    int64_t K, C, PH, PW, N, H, W;
+    double spatial_scale;
+} hl_roi_pool_grad_plan;
 int hl_roi_pool_grad_f32(const hl_roi_pool_grad_plan *plan, const float *grad, const float *input, const float *boxes,
-    float *grad_input, int64_t *bad);
+                         float *grad_input, int64_t *bad);
 int hl_roi_pool_grad_f64(const hl_roi_pool_grad_plan *plan, const double *grad, const double *input,
-    const double *boxes, double *grad_input, int64_t *bad);
+                         const double *boxes, double *grad_input, int64_t *bad);
 
 /* Overlap [A,B] of masks of P bytes, 0 or 1. */
 typedef struct { int64_t A, P, B; } hl_mask_iou_plan;

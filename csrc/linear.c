@@ -165,7 +165,8 @@ TILES(3)
 TILE(7, 1)
 TILE(8, 1)
 TILE(7, 2)
-TILE(8, 2) TILE(7, 3) TILE(8, 3)
+TILE(8, 2)
+TILE(7, 3) TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
     static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 #else
@@ -515,18 +516,38 @@ int HL(matmul)(const hl_matmul_plan *p, const real *a, const real *b, real *y)
 /* ga = gy b^T for every b. */
 int HL(matmul_grad_a)(const hl_matmul_grad_a_plan *p, const real *gy, const real *b, real *ga)
 {
-    gemm_call g = {.M = p->M, .N = p->K, .K = p->N, .a = gy, .a_row = p->N, .a_col = 1, .b = b, .b_row = 1, .b_col = p->N,
-                   .c = ga, .c_row = p->K};
-    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->N, .b_batch = p->K * p->N, .c_batch = p->M * p->K};
+    gemm_call g = {.M = p->M,
+                   .N = p->K,
+                   .K = p->N,
+                   .a = gy,
+                   .a_row = p->N,
+                   .a_col = 1,
+                   .b = b,
+                   .b_row = 1,
+                   .b_col = p->N,
+                   .c = ga,
+                   .c_row = p->K};
+    gemm_job job = {
+        .call = &g, .batches = p->B, .a_batch = p->M * p->N, .b_batch = p->K * p->N, .c_batch = p->M * p->K};
     return gemm_batched(&job);
 }
 
 /* gb = a^T gy for every b. */
 int HL(matmul_grad_b)(const hl_matmul_grad_b_plan *p, const real *a, const real *gy, real *gb)
 {
-    gemm_call g = {.M = p->K, .N = p->N, .K = p->M, .a = a, .a_row = 1, .a_col = p->K, .b = gy, .b_row = p->N, .b_col = 1,
-                   .c = gb, .c_row = p->N};
-    gemm_job job = {.call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->M * p->N, .c_batch = p->K * p->N};
+    gemm_call g = {.M = p->K,
+                   .N = p->N,
+                   .K = p->M,
+                   .a = a,
+                   .a_row = 1,
+                   .a_col = p->K,
+                   .b = gy,
+                   .b_row = p->N,
+                   .b_col = 1,
+                   .c = gb,
+                   .c_row = p->N};
+    gemm_job job = {
+        .call = &g, .batches = p->B, .a_batch = p->M * p->K, .b_batch = p->M * p->N, .c_batch = p->K * p->N};
     return gemm_batched(&job);
 }
 

@@ -174,9 +174,7 @@ enum { KEPT = 32, HEADER = 64 };
 static size_t keep_bytes = (size_t)256 << 20;
 #define HUGE_PAGE ((size_t)2 << 20)
 static pthread_mutex_t block_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct block {
-    size_t bytes;
-} *kept[KEPT];
+static struct block { size_t bytes; } *kept[KEPT];
 static size_t kept_bytes;
 
 void *hl_take(size_t bytes)

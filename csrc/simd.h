@@ -48,13 +48,19 @@ static inline __attribute__((always_inline)) vreal splat(real a) { return a - (v
 /* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. */
 static inline vreal load_part(const real *p, int64_t n, real fill)
 {
-    union { vreal v; real a[LANES]; } u = {.v = splat(fill)};
+    union {
+        vreal v;
+        real a[LANES];
+    } u = {.v = splat(fill)};
     memcpy(u.a, p, (size_t)n * sizeof(real));
     return u.v;
 }
 static inline void store_part(real *p, int64_t n, vreal v)
 {
-    union { vreal v; real a[LANES]; } u = {.v = v};
+    union {
+        vreal v;
+        real a[LANES];
+    } u = {.v = v};
     memcpy(p, u.a, (size_t)n * sizeof(real));
 }
 
@@ -114,14 +120,20 @@ static inline __attribute__((always_inline)) unsigned lane_bits(vint mask)
 /* Sums the lanes in a fixed tree, so that every call adds in the same order. */
 static inline real sum_lanes(vreal v)
 {
-    union { vreal v; real a[LANES]; } u = {.v = v};
+    union {
+        vreal v;
+        real a[LANES];
+    } u = {.v = v};
     for (int n = LANES / 2; n > 0; n /= 2)
         for (int i = 0; i < n; i++) u.a[i] += u.a[i + n];
     return u.a[0];
 }
 static inline real max_lanes(vreal v)
 {
-    union { vreal v; real a[LANES]; } u = {.v = v};
+    union {
+        vreal v;
+        real a[LANES];
+    } u = {.v = v};
     real m = u.a[0];
     for (int i = 1; i < LANES; i++)
         if (m < u.a[i]) m = u.a[i];
