@@ -166,9 +166,10 @@ TILE(7, 1)
 TILE(8, 1)
 TILE(7, 2)
 TILE(8, 2)
-TILE(7, 3) TILE(8, 3)
+TILE(7, 3)
+TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
-    static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
+static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 #else
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
