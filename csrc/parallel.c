@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -168,30 +169,36 @@ int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context)
     return result;
 }
 
-/* ---- scratch blocks: a header of 64 bytes holds the size; the cache keeps the few that were used last ---- */
+/* ---- blocks of memory: a header of 64 bytes holds the size; the cache keeps those that were given back last ---- */
 
-enum { KEPT = 32, HEADER = 64 };
+enum { KEPT = 64, HEADER = 64 };
 static size_t keep_bytes = (size_t)256 << 20;
 #define HUGE_PAGE ((size_t)2 << 20)
 static pthread_mutex_t block_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct block { size_t bytes; } *kept[KEPT];
+static struct block { size_t bytes; } *kept[KEPT]; /* the oldest first */
+static int kept_count;
 static size_t kept_bytes;
+
+/* Takes block i out of the cache; the caller holds the lock. */
+static struct block *take_out(int i)
+{
+    struct block *block = kept[i];
+    kept_count--;
+    memmove(kept + i, kept + i + 1, (size_t)(kept_count - i) * sizeof kept[0]);
+    kept_bytes -= block->bytes;
+    return block;
+}
 
 void *hl_take(size_t bytes)
 {
-    if (bytes > SIZE_MAX - 8192) return NULL;
-    struct block *found = NULL;
+    if (bytes > SIZE_MAX / 2) return NULL;
     pthread_mutex_lock(&block_lock);
     int best = -1;
-    for (int i = 0; i < KEPT; i++) /* the smallest that fits and is not more than four times too large */
-        if (kept[i] && kept[i]->bytes >= bytes && kept[i]->bytes / 4 <= bytes + 4096 &&
+    for (int i = 0; i < kept_count; i++) /* the smallest that fits and is not more than twice as large */
+        if (kept[i]->bytes >= bytes && kept[i]->bytes / 2 <= bytes + 4096 &&
             (best < 0 || kept[i]->bytes < kept[best]->bytes))
             best = i;
-    if (best >= 0) {
-        found = kept[best];
-        kept[best] = NULL;
-        kept_bytes -= found->bytes;
-    }
+    struct block *found = best >= 0 ? take_out(best) : NULL;
     pthread_mutex_unlock(&block_lock);
     if (!found) {
         size_t size = (bytes + 63) & ~(size_t)63; /* no more: a sanitizer then sees a write past the end */
@@ -206,17 +213,21 @@ void *hl_take(size_t bytes)
     return (char *)found + HEADER;
 }
 
+/* Frees the oldest blocks until `room` more bytes and one more block fit; the caller holds the lock. */
+static void make_room(size_t room)
+{
+    while (kept_count && (kept_count == KEPT || kept_bytes + room > keep_bytes)) free(take_out(0));
+}
+
 void hl_give(void *memory)
 {
     if (!memory) return;
     struct block *block = (struct block *)((char *)memory - HEADER);
     pthread_mutex_lock(&block_lock);
-    int slot = -1;
-    for (int i = 0; i < KEPT && slot < 0; i++)
-        if (!kept[i]) slot = i;
-    int keep = slot >= 0 && kept_bytes + block->bytes <= keep_bytes;
+    int keep = block->bytes <= keep_bytes;
     if (keep) {
-        kept[slot] = block;
+        make_room(block->bytes);
+        kept[kept_count++] = block;
         kept_bytes += block->bytes;
     }
     pthread_mutex_unlock(&block_lock);
@@ -227,12 +238,7 @@ void hl_keep(size_t bytes)
 {
     pthread_mutex_lock(&block_lock);
     keep_bytes = bytes;
-    for (int i = 0; i < KEPT && kept_bytes > bytes; i++)
-        if (kept[i]) {
-            kept_bytes -= kept[i]->bytes;
-            free(kept[i]);
-            kept[i] = NULL;
-        }
+    make_room(0);
     pthread_mutex_unlock(&block_lock);
 }
 
