@@ -69,7 +69,6 @@ def _cpu_inline(function: Callable[..., Any], exact: bool) -> Any:
 def _cuda_inline(function: Callable[..., Any]) -> Any:
     if simulated():  # the simulator's own device functions lose `cuda` when several threads are inside one
         return function
-    function.__globals__["cuda"] = _import_cuda()
     return cuda.jit(device=True)(function)
 
 
@@ -95,7 +94,7 @@ def _bind(function: Callable[..., Any], dtype: Any, target: str) -> Callable[...
             names[name] = dtype
         elif isinstance(value, Inline):
             names[name] = value.bound(dtype, target)
-        elif isinstance(value, _Cuda):
+        elif isinstance(value, _Cuda) and not simulated():
             names[name] = _import_cuda()
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__qualname__, copy.__module__, copy.__doc__ = function.__qualname__, function.__module__, function.__doc__
