@@ -180,9 +180,9 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                     for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2])
                         if (d >= 0 && d < D->inputs && h >= 0 && h < H->inputs) {
                             const real *from = x + (d * H->inputs + h) * W->inputs + w + low * W->stride;
-                            int64_t columns = high - low;
+                            int64_t columns = high - low, reach = min64(columns * W->stride, W->inputs);
                             /* The next channel's row is on its way. */
-                            for (int64_t i = 0; i < columns * W->stride; i += 64 / (int64_t)sizeof(real))
+                            for (int64_t i = 0; i < reach; i += 64 / (int64_t)sizeof(real))
                                 __builtin_prefetch(from + x_channel + i);
                             copy_row(from, columns, W->stride, end, row + low);
                         }
