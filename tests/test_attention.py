@@ -375,3 +375,14 @@ def test_threads_do_not_change_bits(threads):
     with hl.num_threads(threads):
         for a, b in zip(run(), expected, strict=True):
             assert_same_bits(a, b, "other threads")
+
+
+@pytest.mark.parametrize("op", [hl.softmax, hl.log_softmax])
+def test_dtype_converts_first(op):
+    x = np.arange(6).reshape(2, 3)
+    np.testing.assert_array_equal(op(x, 1, dtype=np.float64), op(x.astype(np.float64), 1))
+    assert op(x.astype(np.float32), dtype="float16").dtype == np.float16
+    [g] = hl.vjp(lambda v: op(v, dtype=np.float64), x.astype(np.float32))[1](np.ones((2, 3)))
+    assert g.dtype == np.float32
+    with pytest.raises(TypeError, match="dtype"):
+        op(x, dtype=np.int32)

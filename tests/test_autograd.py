@@ -201,3 +201,33 @@ def test_refused():
         hl.Variable(np.array(["a"]))
     with pytest.raises(ValueError, match="2 arrays"):
         hl.vjp(lambda a: (a, a), V)[1]([V])
+
+
+def test_list_of_variables_read_as_one_array():
+    """Each Variable of the list gets its own part of the gradient."""
+    other = np.zeros(4)
+    assert hl.gradcheck(lambda v: hl.softmax([v, other * 1.0], 0), V)
+    _, pullback = hl.vjp(lambda a, b: hl.softmax([a, b], 0), V, other)
+    dy = rng.standard_normal((2, 4))
+    da, db = pullback(dy)
+    [expected] = hl.vjp(lambda s: hl.softmax(s, 0), np.stack([V, other]))[1](dy)
+    np.testing.assert_allclose(da, expected[0])
+    np.testing.assert_allclose(db, expected[1])
+
+
+def test_mean_of_many_float16():
+    value, gradient = hl.value_and_grad(lambda a: a.mean())(np.ones((128, 1024), np.float16))
+    assert value == 1.0
+    assert gradient.dtype == np.float16
+    np.testing.assert_array_equal(gradient, np.float16(1 / (128 * 1024)))
+
+
+def test_max_of_nothing():
+    y, pullback = hl.vjp(lambda a: a.max(axis=1), np.zeros((0, 3)))
+    assert y.shape == (0,)
+    assert pullback(np.zeros(0))[0].shape == (0, 3)
+
+
+def test_no_array_of_variables():
+    with pytest.raises(TypeError, match="no array"):
+        np.asarray(hl.Variable(V))

@@ -438,3 +438,12 @@ def test_refused():
     huge = np.broadcast_to(np.zeros((1, 4), np.float32), (2**33, 4))
     with pytest.raises(MemoryError):
         hl.box_iou(np.broadcast_to(np.zeros((1, 4), np.float32), (2**50, 4)), huge)
+
+
+def test_image_index_beyond_float16():
+    """The RoIs of a float16 input are not rounded to float16, which has no 2049."""
+    images = np.zeros((2051, 1, 2, 2), np.float16)
+    images[2048], images[2049] = 5, 1
+    pooled = hl.roi_align(images, np.array([[2049.0, 0, 0, 2, 2]], np.float32), 1)
+    assert pooled.dtype == np.float16
+    assert pooled.item() == 1

@@ -243,3 +243,19 @@ def test_device_arrays():
         hl.softmax(device)
     with hl.backend("cuda"):
         assert type(hl.softmax(X)) is np.ndarray
+
+
+@needs_c
+def test_options_in_arrays_are_no_part_of_a_plan():
+    """Arrays that no kernel reads are options: their values decide, in every call."""
+    x = np.arange(50, dtype=np.float32).reshape(1, 2, 5, 5)
+    w = np.ones((1, 2, 1, 1), np.float32)
+    for _ in range(2):
+        assert hl.conv2d(x, w, None, np.array([1, 1])).shape == (1, 1, 5, 5)
+        assert hl.conv2d(x, w, None, np.array([2, 2])).shape == (1, 1, 3, 3)
+        assert hl.max_pool2d(x, np.array([2, 2])).shape == (1, 2, 2, 2)
+        assert hl.max_pool2d(x, np.array([5, 5])).shape == (1, 2, 1, 1)
+        np.testing.assert_allclose(hl.softmax(X, np.array(0)).sum(axis=0), 1, rtol=1e-6)
+        np.testing.assert_allclose(hl.softmax(X, np.array(1)).sum(axis=1), 1, rtol=1e-6)
+        with pytest.raises(ValueError, match="stride"):
+            hl.conv2d(x, w, None, np.array([0, -1]))

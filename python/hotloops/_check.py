@@ -25,7 +25,10 @@ def shown(value: Any) -> str:
     """The value for an error text, at most 80 characters."""
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape}, {value.dtype}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -104,7 +107,9 @@ def one_of(op: str, name: str, value: Any, options: Sequence[str]) -> str:
 
 def axis(op: str, value: Any, ndim: int, name: str = "axis") -> int:
     """The axis counted from 0; numpy.exceptions.AxisError when there is no such axis. A 0-d array has the axes 0 and -1."""
-    number = integer(op, name, value)
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an integer, {type(value).__name__} {shown(value)} came")
+    number = value.__index__()
     limit = max(ndim, 1)
     if not -limit <= number < limit:
         raise np.exceptions.AxisError(f"{op}: {name} {shown(number)} is out of bounds for an array of {ndim} dimensions")
@@ -150,6 +155,21 @@ def host_array(op: str, name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(f"{op}: {name} has the element type {array.dtype}, numbers are needed")
     return array
+
+
+def as_type(op: str, name: str, value: Any, dtype: Any) -> Any:
+    """The array converted to a float type, which other numbers may be, too; as it is where dtype is None."""
+    if dtype is None:
+        return value
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{op}: dtype must be float16, float32 or float64, {shown(dtype)} came") from None
+    if wanted not in FLOATS:
+        raise TypeError(f"{op}: dtype must be float16, float32 or float64, {wanted} came")
+    if is_device(value):
+        return _dispatch.adapter("cuda").cast(_dispatch.adapter("cuda").as_device(value), wanted)
+    return host_array(op, name, value).astype(wanted)
 
 
 def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

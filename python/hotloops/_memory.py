@@ -16,7 +16,7 @@ MIN_BYTES = 1 << 18  # below this malloc keeps the pages itself
 
 def _keep_bytes() -> int:
     text = os.environ.get("HOTLOOPS_KEEP_MB", "").strip()
-    return (int(text) if text.isdecimal() else 256) << 20
+    return min(int(text) if text.isdecimal() else 256, 1 << 40) << 20
 
 
 KEEP_BYTES = _keep_bytes()

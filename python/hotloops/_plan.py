@@ -93,7 +93,7 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[[
         "buffer": _dispatch.adapter("c").from_buffer(),
     }
     passed = ["plan"]
-    written = set()
+    written, read = set(), set()
     for i, (array, (pointer, writable)) in enumerate(zip(arrays, pointers, strict=True)):
         names[f"t{i}"] = pointer
         if array is None:
@@ -104,10 +104,11 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[[
             written.add(_place(array))
             passed.append(f"buffer(t{i}, {fresh[_place(array)]}, True)")
         elif _place(array) in sources:
+            read.add(_place(array))
             passed.append(f"buffer(t{i}, {sources[_place(array)]})")
         else:
             return None
-    if written != fresh.keys():
+    if written != fresh.keys() or read != sources.keys():  # an array that no kernel reads is an option: its values matter
         return None
     lines = ["def run(a):"]
     for i, r in enumerate(results):

@@ -131,7 +131,7 @@ def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None
         if _pool is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            _pool = ThreadPoolExecutor(get_num_threads() - 1, thread_name_prefix="hotloops")
+            _pool = ThreadPoolExecutor(max(threads, get_num_threads()) - 1, thread_name_prefix="hotloops")
         pool = _pool
     bounds = [n * i // threads for i in range(threads + 1)]
 

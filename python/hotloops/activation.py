@@ -17,7 +17,7 @@ def _rows(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
 
 
 @op(repeats=True)
-def softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
+def softmax(input: Any, axis: int = -1, *, dtype: Any = None, out: Any = None) -> Any:
     """Exponentials that sum to 1 along an axis: exp(x - max) / sum(exp(x - max)).
 
     Parameters
@@ -26,6 +26,8 @@ def softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
         Any shape; float16, float32 or float64.
     axis : int
         The axis along which the result sums to 1.
+    dtype : float16, float32 or float64, optional
+        What the input is converted to first, and the result's element type.
     out : array, optional
         Where the result goes: the shape and element type of `input`; may overlap it.
 
@@ -51,7 +53,7 @@ def softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
     """
     _check.needed("softmax", input=input)
     call = Call("softmax", out)
-    [x] = call.floats(input=input)
+    [x] = call.floats(input=_check.as_type("softmax", "input", input, dtype))
     rows = _rows(x.shape, _check.axis("softmax", axis, x.ndim))
     y = call.result(x.shape)
     call.run("softmax", x.reshape(rows), y.reshape(rows))
@@ -76,7 +78,7 @@ def _row_gradient(kernel: str, g: Any, y: Any, axis: int) -> Any:
 
 
 @op(repeats=True)
-def log_softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
+def log_softmax(input: Any, axis: int = -1, *, dtype: Any = None, out: Any = None) -> Any:
     """The logarithm of softmax, without the loss of digits: x - max - log(sum(exp(x - max))).
 
     Parameters
@@ -85,6 +87,8 @@ def log_softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
         Any shape; float16, float32 or float64.
     axis : int
         The axis along which the exponentials of the result sum to 1.
+    dtype : float16, float32 or float64, optional
+        What the input is converted to first, and the result's element type.
     out : array, optional
         Where the result goes: the shape and element type of `input`; may overlap it.
 
@@ -110,7 +114,7 @@ def log_softmax(input: Any, axis: int = -1, *, out: Any = None) -> Any:
     """
     _check.needed("log_softmax", input=input)
     call = Call("log_softmax", out)
-    [x] = call.floats(input=input)
+    [x] = call.floats(input=_check.as_type("log_softmax", "input", input, dtype))
     rows = _rows(x.shape, _check.axis("log_softmax", axis, x.ndim))
     y = call.result(x.shape)
     call.run("log_softmax", x.reshape(rows), y.reshape(rows))

@@ -130,7 +130,7 @@ class _Attention:
         drop, keep_scale = drop_scalars(p)
         self.scores = {
             "scale": 1 / math.sqrt(max(D, 1)) if scale is None else _check.number(_NAME, "scale", scale),
-            "softcap": 0.0 if softcap is None else _check.number(_NAME, "softcap", softcap, 0.0),
+            "softcap": 0.0 if softcap in (None, math.inf) else _check.number(_NAME, "softcap", softcap, 0.0),
             "left": left,
             "right": right,
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,9 @@ class Variable:
 
     def __float__(self) -> float:
         return float(self.value)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a Variable is no array: use its value, or the functions of hotloops.autograd")
 
     def __reduce__(self) -> Any:
         raise TypeError("a Variable belongs to a graph and cannot be pickled; pickle its value")
@@ -279,6 +283,21 @@ def _leaves(x: Any) -> list[Any]:
     return [x]
 
 
+def _places(x: Any) -> list[tuple[int, ...]]:
+    """Where each leaf of nested lists and tuples stands, in the order of `_leaves`."""
+    if type(x) in (list, tuple):
+        return [(k, *rest) for k, v in enumerate(x) for rest in _places(v)]
+    return [()]
+
+
+def _leaf_gradient(gradient: Any, i: int, place: tuple[int, ...]) -> Any:
+    """One leaf's part of an argument's gradient, which has the argument's structure, or is one array where a list of numbers
+    or arrays was read as one."""
+    if gradient is None:
+        return None
+    return _leaves(gradient)[i] if type(gradient) in (list, tuple) else gradient[place]
+
+
 def _rebuild(template: Any, leaves: Any) -> Any:
     if type(template) in (list, tuple):
         return type(template)(_rebuild(v, leaves) for v in template)
@@ -324,10 +343,11 @@ def record(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     outputs = _leaves(result)
     parents, wanted = [], []  # the Variables read, and where each stands among the leaves of its argument
     for key in wrt:
+        places = _places(bound.arguments[key])
         for i, leaf in enumerate(_leaves(bound.arguments[key])):
             if isinstance(leaf, Variable):
                 parents.append(leaf)
-                wanted.append((key, i))
+                wanted.append((key, i, places[i]))
     single = not isinstance(result, tuple | list)
 
     def pull(grads: list[Any]) -> list[Any]:
@@ -338,7 +358,7 @@ def record(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         g = filled[0] if single else _rebuild(result, iter(filled))
         pulled = backward(g, saved, a)
         by_name = dict(zip(wrt, pulled, strict=True))
-        return [_leaves(by_name[key])[i] for key, i in wanted]
+        return [_leaf_gradient(by_name[key], i, place) for key, i, place in wanted]
 
     node = _Node(name, tuple(parents), pull, len(outputs))
     wrapped = [Variable._of(y, node, i) if _differentiable(y) else y for i, y in enumerate(outputs)]
@@ -505,8 +525,15 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     """The mean over an axis, several, or all."""
     if not isinstance(x, Variable):
         return np.mean(x, axis=axis, keepdims=keepdims)
-    count = int(np.prod([x.shape[i] for i in _axes(axis, x.ndim)], dtype=np.int64))
-    return divide(sum(x, axis, keepdims), x.dtype.type(count))
+    a = x.value
+    axes = _axes(axis, a.ndim)
+    count = math.prod(a.shape[i] for i in axes)
+
+    def pull(g: Any) -> Any:
+        wide = np.asarray(g, np.promote_types(a.dtype, np.float32)) / count  # a float16 count ends at 65504
+        return np.broadcast_to((wide if keepdims else np.expand_dims(wide, axes)).astype(a.dtype), a.shape)
+
+    return _elementwise("mean", x, np.mean(a, axis=axes, keepdims=keepdims), pull)
 
 
 def max(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
@@ -516,7 +543,7 @@ def max(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     a = x.value
     axes = _axes(axis, a.ndim)
     rest = tuple(i for i in range(a.ndim) if i not in axes)
-    moved = a.transpose(rest + axes).reshape(*(a.shape[i] for i in rest), -1)
+    moved = a.transpose(rest + axes).reshape(*(a.shape[i] for i in rest), math.prod(a.shape[i] for i in axes))
     first = moved.argmax(axis=-1)
 
     def pull(g: Any) -> Any:

@@ -495,7 +495,8 @@ def sparse_box_iou(boxes1: Any, boxes2: Any, threshold: float, *, fmt: str = "xy
     _need_boxes("sparse_box_iou", "boxes1", a)
     _need_boxes("sparse_box_iou", "boxes2", b)
     source = _format("sparse_box_iou", "fmt", fmt)
-    threshold = float(call.compute.type(_check.number("sparse_box_iou", "threshold", threshold)))
+    with np.errstate(over="ignore"):
+        threshold = float(call.compute.type(_check.number("sparse_box_iou", "threshold", threshold)))
     a, b = _corners(call, a, source), _corners(call, b, source)
     counts = call.empty(a.shape[:1], np.int64)
     call.run("sparse_box_iou_count", a, b, counts, threshold=threshold)
@@ -519,8 +520,8 @@ def _nms(
         if array is not None and tuple(array.shape) != (b.shape[0],):
             raise ValueError(f"{op}: {name} has the shape {tuple(array.shape)}, ({b.shape[0]},) is needed, one for each box")
     real = call.compute.type
-    threshold = float(real(_check.number(op, "iou_threshold", iou_threshold)))
     with np.errstate(over="ignore"):
+        threshold = float(real(_check.number(op, "iou_threshold", iou_threshold)))
         lowest = -math.inf if score_threshold is None else float(real(_check.number(op, "score_threshold", score_threshold)))
     limit = b.shape[0] if max_output is None else min(_check.integer(op, "max_output", max_output, 0), b.shape[0])
     keep, count = call.empty(b.shape[:1], np.int64), call.empty((1,), np.int64)
@@ -698,7 +699,7 @@ def _rois(op: str, boxes: Any, images: int, dtype: Any) -> Any:
         for i, b in enumerate(boxes):
             array = host_array(op, f"boxes[{i}]", _dispatch.adapter("cuda").to_host(b) if is_device(b) else b)
             _need_boxes(op, f"boxes[{i}]", array)
-            kind = array.dtype if array.dtype.kind == "f" else dtype
+            kind = np.result_type(array.dtype if array.dtype.kind == "f" else dtype, np.float32)  # holds any image index
             parts.append(np.concatenate([np.full((len(array), 1), i, kind), array], axis=1, dtype=kind))
         return np.concatenate(parts)
     if is_device(boxes):
@@ -714,15 +715,18 @@ def _pooling(call: Call, input: Any, boxes: Any, output_size: Any) -> tuple[Any,
     if len(x.shape) != 4 or 0 in x.shape[2:]:
         raise ValueError(f"{name}: input has the shape {tuple(x.shape)}, [N, C, H, W] with H, W of at least 1 is needed")
     bins = _check.integers(name, "output_size", output_size, 2, 0)
-    rois = _rois(name, boxes, x.shape[0], x.dtype)
+    half = np.dtype(x.dtype) == np.float16  # RoIs stay in float32 then: float16 has no 2049
+    rois = _rois(name, boxes, x.shape[0], np.dtype(np.float32) if half else x.dtype)
     if is_device(x) and not is_device(rois):
-        rois = _dispatch.adapter("cuda")._cuda().to_device(np.ascontiguousarray(rois, dtype=x.dtype))
+        rois = _dispatch.adapter("cuda")._cuda().to_device(np.ascontiguousarray(rois, dtype=np.float32 if half else x.dtype))
     if len(rois.shape) != 2 or rois.shape[1] != 5:
         raise ValueError(
             f"{name}: boxes has the shape {tuple(rois.shape)}, [K, 5] with the image index first, "
             "or a list of one [K, 4] for each image, is needed"
         )
     x, rois = call.floats(input=x, boxes=rois)
+    if half and call.compute == np.float32:
+        call.dtype = np.dtype(np.float16)
     return x, rois, bins
 
 
