@@ -59,7 +59,8 @@ def features(N: int, C: int, H: int, W: int, random: np.random.Generator) -> np.
     if C == 3:
         return photo_batch(N, H, W, random)
     mixture = normal(random, C, 3)
-    return np.maximum(np.einsum("cd,ndhw->nchw", mixture, photo_batch(N, H, W, random), optimize=True), 0)
+    maps = np.einsum("cd,ndhw->nchw", mixture, photo_batch(N, H, W, random), optimize=True)
+    return np.ascontiguousarray(np.maximum(maps, 0))  # einsum leaves the channels last
 
 
 def patches(B: int, L: int, D: int, random: np.random.Generator) -> np.ndarray:
