@@ -84,8 +84,9 @@ $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: | $(VENV)/.tools
 # Debian keeps parts of Python in packages of their own: ensurepip in python3-venv, Python.h in python3-dev.
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
-	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python .ci/get_pip.py
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
+	  { test $$(id -u) = 0 && apt-get update -q && apt-get install -y -q python3-venv && $(PYTHON) -m venv --clear $(VENV); } || \
+	  { echo "No way to make $(VENV) (on Debian: apt-get install python3-venv)"; exit 1; }
 	@header=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h; test -e $$header || \
 	  { test $$(id -u) = 0 && apt-get install -y -q python3-dev; } || \
 	  echo "No C kernels: $$header is missing (on Debian: apt-get install python3-dev, then make clean)"
