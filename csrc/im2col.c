@@ -15,9 +15,6 @@ static int64_t input_at(const axis *a, int64_t output, int64_t tap)
     return output * a->stride - a->pad + tap * a->dilation;
 }
 
-/* Results beyond this many bytes leave the cache before they are read again: they are written past it. */
-enum { CACHE_BYTES = 8 << 20, BUFFER = 4096 };
-
 static inline __attribute__((always_inline)) void copy(real *to, const real *from, int64_t n)
 {
     int64_t i = 0;
@@ -31,15 +28,6 @@ static inline __attribute__((always_inline)) void zero(real *to, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) to[i] = 0;
 }
-/* Copies past the cache, but for the ends that are no whole aligned vector. */
-static void copy_past_cache(real *to, const real *from, int64_t n)
-{
-    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), n), i = head;
-    for (int64_t k = 0; k < head; k++) to[k] = from[k];
-    for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
-    for (; i < n; i++) to[i] = from[i];
-}
-
 typedef struct {
     axis h, w;
     int64_t channels, bands, band_rows;

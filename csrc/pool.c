@@ -3,7 +3,7 @@
  * One idea carries the forward kernels: the windows of one row of outputs take the same lines of the input. Those lines
  * are first reduced to one line, whole vectors at a time, and that line then across, tap by tap. With a stride of 2 the
  * line is kept as its even and its odd elements, so that both steps load whole vectors. A window of K taps costs about
- * 2 K^(1/2) operations, not K. Outputs near the edges, and strides above 2, go across one by one. */
+ * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. */
 #include "simd.h"
 
 /* How windows lie over the axes D, H, W. */
@@ -54,6 +54,23 @@ static int64_t volume(const int64_t n[3]) { return n[0] * n[1] * n[2]; }
 
 /* ---- one row of outputs ---- */
 
+/* Where a row of outputs lies; rows come in order, and counting them is cheaper than dividing. */
+typedef struct { int64_t plane, od, oh; } row_place;
+
+static row_place row_at(const windows *w, int64_t r)
+{
+    return (row_place){r / w->out[1] / w->out[0], r / w->out[1] % w->out[0], r % w->out[1]};
+}
+
+static void next_row(const windows *w, row_place *p)
+{
+    if (++p->oh < w->out[1]) return;
+    p->oh = 0;
+    if (++p->od < w->out[0]) return;
+    p->od = 0;
+    p->plane++;
+}
+
 /* The lines of the input that the windows of a row of outputs take. */
 typedef struct {
     const real *first, *end; /* the first line; what lies behind the whole input */
@@ -61,54 +78,86 @@ typedef struct {
     int64_t step_d, step_h; /* from line to line */
 } lines;
 
-static lines lines_of(const windows *w, const real *plane, const real *end, int64_t od, int64_t oh)
+/* The reduced line. Where outputs go across by vectors, its padding is part of it and tap k of output o stands at
+ * o * stride + k * dilation; with a stride of 2 its even and its odd elements are apart. Elsewhere taps[2] has the taps of
+ * every output. In a maximum with places, the ids (the number of the line's first tap) lie behind the elements. */
+typedef struct {
+    void *block;
+    int by_vectors, split;
+    int64_t before, reach, ids; /* elements of padding; elements that outputs read; from an element to its id */
+    real *part[2];
+    ireal *id; /* of the outputs: the number of the largest tap */
+    taps *taps[3]; /* of every output along each axis */
+} row_space;
+
+enum { MAXIMUM, PLACES, SUM, SQUARES, POWERS };
+
+/* PIECE vectors of a line are reduced together: enough independent additions, within 16 registers. A tap in the padding
+ * has a number above all others. */
+enum { PIECE = 8, NO_TAP = INT32_MAX / 2 };
+
+static inline __attribute__((always_inline)) vreal identity(int kind)
 {
-    lines l = {.end = end, .d = taps_of(w, 0, od), .h = taps_of(w, 1, oh)};
-    int64_t H = w->size[1], W = w->size[2];
-    l.first = plane + (l.d.at * H + l.h.at) * W;
+    return splat((real)(kind <= PLACES ? -INFINITY : 0));
+}
+
+static inline __attribute__((always_inline)) vreal combined(int kind, vreal a, vreal b)
+{
+    return kind <= PLACES ? vmax(a, b) : a + b;
+}
+
+/* Elements [from, to) of the padded line. */
+static inline __attribute__((always_inline)) void fill(int kind, const row_space *s, int64_t from, int64_t to)
+{
+    for (int k = 0; k <= s->split; k++) {
+        int64_t first = s->split ? (from - k + 1) / 2 : from, last = s->split ? (to - k + 1) / 2 : to;
+        for (int64_t i = first; i < last; i += LANES) {
+            store(s->part[k] + i, identity(kind));
+            if (kind == PLACES) store(s->part[k] + s->ids + i, (vreal)((vint){0} + NO_TAP));
+        }
+    }
+}
+
+static int take_row(int kind, row_space *s, const windows *w)
+{
+    int64_t W = w->size[2], OW = w->out[2], stride = w->stride[2], span = (w->kernel[2] - 1) * w->dilation[2] + 1;
+    /* A window may be far larger than the input: most of its taps are none. */
+    s->by_vectors = !w->shared && stride <= 2 && span <= 2 * W + LANES;
+    s->split = s->by_vectors && stride == 2;
+    s->before = s->by_vectors ? w->pad[2] : 0;
+    s->reach = s->by_vectors ? (OW - 1) * stride + span : 0;
+    int64_t part = round_up(max64(s->before + W, s->reach), LANES) + (PIECE + 1) * LANES, outs = round_up(OW, LANES);
+    s->ids = 2 * part;
+    size_t bytes = (size_t)(4 * part + outs) * sizeof(real);
+    s->block = hl_take(bytes + (size_t)(w->out[0] + w->out[1] + OW) * sizeof(taps));
+    if (!s->block) return HL_NOMEM;
+    s->part[0] = s->block;
+    s->part[1] = s->part[0] + part;
+    s->id = (ireal *)(s->part[0] + 4 * part);
+    taps *t = (taps *)((char *)s->block + bytes);
+    for (int axis = 0; axis < 3; axis++) {
+        s->taps[axis] = t;
+        for (int64_t o = 0; o < w->out[axis]; o++) *t++ = taps_of(w, axis, o);
+    }
+    fill(kind, s, 0, s->before);
+    return HL_OK;
+}
+
+static inline lines lines_of(const windows *w, const row_space *s, const real *x, int64_t M, const row_place *p)
+{
+    int64_t H = w->size[1], W = w->size[2], inside = w->size[0] * H * W;
+    lines l = {.end = x + M * inside, .d = s->taps[0][p->od], .h = s->taps[1][p->oh]};
+    l.first = x + p->plane * inside + (l.d.at * H + l.h.at) * W;
     l.step_d = w->dilation[0] * H * W;
     l.step_h = w->dilation[1] * W;
     return l;
 }
 
-/* The reduced line (its even and odd elements where `split`), the taps of every output across, and the outputs whose
- * taps all lie inside and go by vectors, [lo, hi). */
-typedef struct {
-    void *block;
-    real *even, *odd;
-    ireal *even_id, *odd_id, *id;
-    taps *across;
-    int64_t lo, hi;
-    int split;
-} row_space;
-
-static int take_row(row_space *s, const windows *w, int with_ids)
+/* Where element i of the padded line stands. */
+static inline __attribute__((always_inline)) real *element(const row_space *s, int64_t i)
 {
-    int64_t W = w->size[2], OW = w->out[2], stride = w->stride[2];
-    size_t line = (size_t)round_up(W, 2 * LANES) + 4 * LANES, outs = (size_t)round_up(OW, LANES) + LANES;
-    size_t bytes = line * sizeof(real) * (with_ids ? 2 : 1) + outs * (sizeof(taps) + (with_ids ? sizeof(ireal) : 0));
-    char *p = s->block = hl_take(bytes);
-    if (!p) return HL_NOMEM;
-    s->split = !w->shared && stride == 2;
-    s->even = (real *)p;
-    s->odd = s->even + line / 2;
-    p += line * sizeof(real);
-    s->across = (taps *)p;
-    p += outs * sizeof(taps);
-    s->even_id = (ireal *)p;
-    s->odd_id = s->even_id + line / 2;
-    s->id = s->even_id + line;
-    for (int64_t o = 0; o < OW; o++) s->across[o] = taps_of(w, 2, o);
-    s->lo = s->hi = 0;
-    if (!w->shared && stride <= 2) {
-        while (s->lo < OW && s->across[s->lo].count < w->kernel[2]) s->lo++;
-        s->hi = s->lo;
-        while (s->hi < OW && s->across[s->hi].count == w->kernel[2]) s->hi++;
-    }
-    return HL_OK;
+    return s->split ? s->part[i & 1] + (i >> 1) : s->part[0] + i;
 }
-
-enum { MAXIMUM, SUM, SQUARES, POWERS };
 
 static inline __attribute__((always_inline)) vreal power(vreal x, int64_t n)
 {
@@ -124,45 +173,67 @@ static inline __attribute__((always_inline)) vreal load_before(const real *p, co
     return end > p ? load_part(p, end - p, (real)0) : splat((real)0);
 }
 
-/* The lines reduced at the columns [i, i + LANES). check becomes NaN where an element is NaN or infinite. */
-static inline __attribute__((always_inline)) vreal down(int kind, int64_t n, const lines *l, int64_t nd, int64_t nh,
-                                                        int64_t i, int whole, vreal *check)
+/* n vectors of the lines from column i on, reduced; n is even. `check` becomes NaN where an element is. */
+static inline __attribute__((always_inline)) void down(int kind, int64_t norm, const windows *w, const lines *l,
+                                                       const row_space *s, int64_t i, int n, int whole, vreal check[2])
 {
-    vreal v = splat((real)(kind == MAXIMUM ? -INFINITY : 0));
-    for (int64_t d = 0; d < nd; d++)
-        for (int64_t h = 0; h < nh; h++) {
-            vreal x = load_before(l->first + d * l->step_d + h * l->step_h + i, l->end, whole);
-            if (kind == MAXIMUM) {
-                v = vmax(v, x);
-                *check += x * splat((real)0);
-            } else v += kind == SQUARES ? x * x : kind == POWERS ? power(x, n) : x;
-        }
-    return v;
-}
-
-static inline __attribute__((always_inline)) vreal all_down(int kind, int64_t n, const lines *l, int64_t nd, int64_t nh,
-                                                            int whole, int64_t W, const row_space *s)
-{
-    vreal check = splat((real)0);
-    for (int64_t i = 0; i < W; i += 2 * LANES) {
-        vreal a = down(kind, n, l, nd, nh, i, whole, &check), b = a;
-        if (i + LANES < W) b = down(kind, n, l, nd, nh, i + LANES, whole, &check);
-        store(s->even + (s->split ? i / 2 : i), s->split ? evens(a, b) : a);
-        store(s->split ? s->odd + i / 2 : s->even + i + LANES, s->split ? odds(a, b) : b);
+    vreal v[PIECE];
+    vint id[PIECE];
+    ireal line = (ireal)((l->d.first * w->kernel[1] + l->h.first) * w->kernel[2]);
+    for (int k = 0; k < n; k++) {
+        v[k] = identity(kind);
+        id[k] = (vint){0} + line;
     }
-    return check;
+    for (int64_t d = 0; d < l->d.count; d++)
+        for (int64_t h = 0; h < l->h.count; h++) {
+            const real *x = l->first + d * l->step_d + h * l->step_h + i;
+            line = (ireal)(((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2]);
+            for (int k = 0; k < n; k++) {
+                vreal a = kept(load_before(x + k * LANES, l->end, whole));
+                if (kind == PLACES) {
+                    vint larger = a > v[k];
+                    id[k] = (larger & line) | (~larger & id[k]);
+                }
+                if (kind <= PLACES) check[k & 1] += a;
+                v[k] = combined(kind, v[k], kind == SQUARES ? a * a : kind == POWERS ? power(a, norm) : a);
+            }
+        }
+    real *even = element(s, s->before + i), *odd = s->split ? element(s, s->before + i + 1) : even + LANES;
+    for (int k = 0; k < n; k += 2, even += s->split ? LANES : 2 * LANES, odd += s->split ? LANES : 2 * LANES) {
+        store(even, s->split ? evens(v[k], v[k + 1]) : v[k]);
+        store(odd, s->split ? odds(v[k], v[k + 1]) : v[k + 1]);
+        if (kind != PLACES) continue;
+        vreal a = (vreal)id[k], b = (vreal)id[k + 1];
+        store(even + s->ids, s->split ? evens(a, b) : a);
+        store(odd + s->ids, s->split ? odds(a, b) : b);
+    }
 }
 
-/* Reduces the lines to one. n is the exponent of POWERS. The result holds a NaN where the lines may. */
-static inline __attribute__((always_inline)) vreal reduce_down(int kind, int64_t n, const lines *l, int64_t W,
+/* Reduces the lines to one. Of a maximum, the result holds a NaN where one may be among the elements. */
+static inline __attribute__((always_inline)) vreal reduce_down(int kind, int64_t norm, const windows *w, const lines *l,
                                                                const row_space *s)
 {
-    int64_t nd = l->d.count, nh = l->h.count;
-    const real *last = l->first + (nd - 1) * l->step_d + (nh - 1) * l->step_h;
-    if (l->end - last < round_up(W, 2 * LANES)) return all_down(kind, n, l, nd, nh, 0, W, s);
-    if (nd == 1 && nh == 2) return all_down(kind, n, l, 1, 2, 1, W, s);
-    if (nd == 1 && nh == 3) return all_down(kind, n, l, 1, 3, 1, W, s);
-    return all_down(kind, n, l, nd, nh, 1, W, s);
+    int64_t W = w->size[2];
+    const real *last = l->first + (l->d.count - 1) * l->step_d + (l->h.count - 1) * l->step_h;
+    vreal check[2] = {splat((real)0), splat((real)0)};
+    for (int64_t i = 0; i < W;) {
+        int64_t rest = W - i, room = l->end - last - i;
+        if (rest > PIECE / 2 * LANES && room >= PIECE * LANES) {
+            down(kind, norm, w, l, s, i, PIECE, 1, check);
+            i += PIECE * LANES;
+        } else if (rest > 2 * LANES && room >= PIECE / 2 * LANES) {
+            down(kind, norm, w, l, s, i, PIECE / 2, 1, check);
+            i += PIECE / 2 * LANES;
+        } else if (room >= 2 * LANES) {
+            down(kind, norm, w, l, s, i, 2, 1, check);
+            i += 2 * LANES;
+        } else {
+            down(kind, norm, w, l, s, i, 2, 0, check);
+            i += 2 * LANES;
+        }
+    }
+    fill(kind, s, s->before + W, s->reach);
+    return check[0] + check[1];
 }
 
 /* Stores the first n lanes; the others too where they stay before `limit`: they belong to outputs that come later. */
@@ -172,42 +243,23 @@ static inline __attribute__((always_inline)) void put(real *p, vreal v, int64_t 
     else store_part(p, n, v);
 }
 
-/* Where tap k of output 0 stands in the reduced line; output i stands i elements further. */
-static inline __attribute__((always_inline)) int64_t tap_at(const windows *w, const row_space *s, int64_t k, int *odd)
+/* A window of n taps of the line, which goes on for a vector behind it. */
+static inline __attribute__((always_inline)) real reduced(int kind, const real *x, int64_t n, int64_t dilation)
 {
-    int64_t c = k * w->dilation[2] - w->pad[2];
-    *odd = s->split && (c & 1);
-    return s->split ? c >> 1 : c;
-}
-
-static inline __attribute__((always_inline)) void all_across(int kind, int64_t K, const windows *w, const row_space *s,
-                                                             real divisor, real factor, real *y, const real *limit)
-{
-    for (int64_t i = s->lo; i < s->hi; i += LANES) {
-        vreal v = splat((real)0);
-        for (int64_t k = 0; k < K; k++) {
-            int odd;
-            int64_t at = tap_at(w, s, k, &odd);
-            vreal x = load((odd ? s->odd : s->even) + at + i);
-            v = k == 0 ? x : kind == MAXIMUM ? vmax(v, x) : v + x;
-        }
-        if (kind != MAXIMUM) v = factor != 0 ? v * splat(factor) : v / splat(divisor);
-        put(y + i, v, s->hi - i, limit);
+    real total = x[0];
+    if (dilation == 1 && n >= LANES) {
+        vreal v = load(x);
+        int64_t k = LANES;
+        for (; k + LANES <= n; k += LANES) v = combined(kind, v, load(x + k));
+        total = kind <= PLACES ? max_lanes(v) : sum_lanes(v);
+        for (; k < n; k++) total = kind > PLACES ? total + x[k] : x[k] > total ? x[k] : total;
+        return total;
     }
-}
-
-/* The outputs [lo, hi) of a row, which must come before the others: the last vector may reach into those. */
-static inline __attribute__((always_inline)) void reduce_across(int kind, const windows *w, const row_space *s,
-                                                                real divisor, real factor, real *y, const real *limit)
-{
-    if (w->kernel[2] == 2) all_across(kind, 2, w, s, divisor, factor, y, limit);
-    else if (w->kernel[2] == 3) all_across(kind, 3, w, s, divisor, factor, y, limit);
-    else all_across(kind, w->kernel[2], w, s, divisor, factor, y, limit);
-}
-
-static inline real element(const row_space *s, int64_t at)
-{
-    return s->split ? (at & 1 ? s->odd : s->even)[at >> 1] : s->even[at];
+    for (int64_t k = 1; k < n; k++) {
+        real v = x[k * dilation];
+        total = kind > PLACES ? total + v : v > total ? v : total;
+    }
+    return total;
 }
 
 /* ---- maxima ---- */
@@ -254,7 +306,7 @@ static void max_row_plain(const max_job *j, const lines *l, const row_space *s, 
 {
     const windows *w = &j->w;
     for (int64_t o = 0; o < w->out[2]; o++) {
-        taps t = s->across[o];
+        taps t = s->taps[2][o];
         real best = 0;
         int64_t id = -1;
         for (int64_t d = 0; d < l->d.count; d++)
@@ -274,136 +326,109 @@ static void max_row_plain(const max_job *j, const lines *l, const row_space *s, 
     }
 }
 
-static void max_row(const max_job *j, const row_space *s, const real *limit, int64_t at)
+/* The largest element of n taps of the line, of equal ones the tap with the smallest number. */
+static real largest(const real *x, const ireal *line, int64_t n, int64_t dilation, ireal first, ireal *id)
 {
-    real *y = j->y + at;
-    int64_t d = j->w.dilation[2];
-    reduce_across(MAXIMUM, &j->w, s, (real)1, (real)1, y, limit);
-    for (int64_t o = s->lo ? 0 : s->hi; o < j->w.out[2]; o = o + 1 == s->lo ? s->hi : o + 1) {
-        taps t = s->across[o];
-        real best = element(s, t.at);
-        for (int64_t k = 1; k < t.count; k++) {
-            real v = element(s, t.at + k * d);
-            best = v > best ? v : best;
+    real best = x[0];
+    *id = line[0] + first;
+    for (int64_t k = 1; k < n; k++) {
+        real v = x[k * dilation];
+        ireal tap = line[k * dilation] + first + (ireal)k;
+        if (v > best || (v == best && tap < *id)) {
+            best = v;
+            *id = tap;
         }
-        y[o] = best;
     }
-}
-
-/* As all_down for a maximum, and the id of each column's largest element: its tap's number less its place across. */
-static inline __attribute__((always_inline)) vreal down_with_ids(const windows *w, const lines *l, int64_t i, vint *id,
-                                                                 vreal *check)
-{
-    vreal best = splat((real)-INFINITY);
-    vint at = (vint){0} - 1;
-    for (int64_t d = 0; d < l->d.count; d++)
-        for (int64_t h = 0; h < l->h.count; h++) {
-            vreal x = load_before(l->first + d * l->step_d + h * l->step_h + i, l->end, 0);
-            ireal line = (ireal)(((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2]);
-            vint larger = (x > best) | (at < 0);
-            best = blend(larger, x, best);
-            at = (larger & line) | (~larger & at);
-            *check += x * splat((real)0);
-        }
-    *id = at;
     return best;
 }
 
-static vreal reduce_down_with_ids(const windows *w, const lines *l, const row_space *s)
+/* The largest elements first, then of the taps that equal them the smallest number. */
+static inline __attribute__((always_inline)) void across_with_places(int64_t K, const windows *w, const row_space *s,
+                                                                     real *y, const real *limit)
 {
-    vreal check = splat((real)0);
-    for (int64_t i = 0; i < w->size[2]; i += 2 * LANES) {
-        vint m, n;
-        vreal a = down_with_ids(w, l, i, &m, &check), b = a;
-        n = m;
-        if (i + LANES < w->size[2]) b = down_with_ids(w, l, i + LANES, &n, &check);
-        int64_t first = s->split ? i / 2 : i;
-        store(s->even + first, s->split ? evens(a, b) : a);
-        store(s->split ? s->odd + first : s->even + first + LANES, s->split ? odds(a, b) : b);
-        store((real *)s->even_id + first, s->split ? evens((vreal)m, (vreal)n) : (vreal)m);
-        store((real *)(s->split ? s->odd_id + first : s->even_id + first + LANES),
-              s->split ? odds((vreal)m, (vreal)n) : (vreal)n);
-    }
-    return check;
-}
-
-static inline __attribute__((always_inline)) void across_with_ids(int64_t K, const windows *w, const row_space *s,
-                                                                  real *y, const real *limit)
-{
-    for (int64_t i = s->lo; i < s->hi; i += LANES) {
-        vreal best = splat((real)0);
-        vint id = {0};
+    for (int64_t i = 0; i < w->out[2]; i += LANES) {
+        vreal best = load(s->part[0] + i);
+        for (int64_t k = 1; k < K; k++) best = vmax(best, load(element(s, k * w->dilation[2]) + i));
+        put(y + i, best, w->out[2] - i, limit);
+        vint id = (vint){0} + NO_TAP;
         for (int64_t k = 0; k < K; k++) {
-            int odd;
-            int64_t at = tap_at(w, s, k, &odd) + i;
-            vreal x = load((odd ? s->odd : s->even) + at);
-            vint n = (vint)load((const real *)(odd ? s->odd_id : s->even_id) + at) + (ireal)k;
-            vint larger = (x > best) | ((x == best) & (n < id));
-            best = k == 0 ? x : blend(larger, x, best);
-            id = k == 0 ? n : (larger & n) | (~larger & id);
+            const real *x = element(s, k * w->dilation[2]) + i;
+            vint tap = (vint)load(x + s->ids) + (ireal)k, smaller = (load(x) == best) & (tap < id);
+            id = (smaller & tap) | (~smaller & id);
         }
-        put(y + i, best, s->hi - i, limit);
         store((real *)s->id + i, (vreal)id);
     }
 }
 
-static void max_row_with_ids(const max_job *j, const row_space *s, const real *limit, const int64_t *table,
-                             int64_t start, int64_t at)
+/* A row of outputs and the numbers of their taps. */
+static void max_row_with_places(const windows *w, const row_space *s, real *y, const real *limit)
 {
-    const windows *w = &j->w;
-    real *y = j->y + at;
-    int64_t OW = w->out[2], d = w->dilation[2];
-    if (w->kernel[2] == 2) across_with_ids(2, w, s, y, limit);
-    else if (w->kernel[2] == 3) across_with_ids(3, w, s, y, limit);
-    else across_with_ids(w->kernel[2], w, s, y, limit);
-    for (int64_t o = s->lo ? 0 : s->hi; o < OW; o = o + 1 == s->lo ? s->hi : o + 1) {
-        taps t = s->across[o];
-        real best = 0;
-        ireal id = -1;
-        for (int64_t k = 0; k < t.count; k++) {
-            int64_t c = t.at + k * d;
-            real v = element(s, c);
-            ireal n = (ireal)((s->split ? (c & 1 ? s->odd_id : s->even_id)[c >> 1] : s->even_id[c]) + t.first + k);
-            if (id < 0 || v > best || (v == best && n < id)) {
-                best = v;
-                id = n;
-            }
+    if (!s->by_vectors)
+        for (int64_t o = 0; o < w->out[2]; o++) {
+            taps t = s->taps[2][o];
+            const real *x = s->part[0] + t.at;
+            y[o] = largest(x, (const ireal *)(x + s->ids), t.count, w->dilation[2], (ireal)t.first, s->id + o);
         }
-        y[o] = best;
-        s->id[o] = id;
+    else if (w->kernel[2] == 2) across_with_places(2, w, s, y, limit);
+    else if (w->kernel[2] == 3) across_with_places(3, w, s, y, limit);
+    else across_with_places(w->kernel[2], w, s, y, limit);
+}
+
+static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, const row_space *s, real *y,
+                                                             const real *limit)
+{
+    for (int64_t i = 0; i < w->out[2]; i += LANES) {
+        vreal best = load(s->part[0] + i);
+        for (int64_t k = 1; k < K; k++) best = vmax(best, load(element(s, k * w->dilation[2]) + i));
+        put(y + i, best, w->out[2] - i, limit);
     }
-    if (j->offsets)
-        for (int64_t o = 0; o < OW; o++) j->offsets[at + o] = (uint8_t)s->id[o];
-    if (!j->indices) return;
-    int few = volume(w->kernel) <= TABLE;
-    for (int64_t o = 0; o < OW; o++) {
-        int64_t first = start + s->across[o].at - s->across[o].first * d;
-        j->indices[at + o] = few ? first + table[s->id[o]] : place(w, first, s->id[o]);
-    }
+}
+
+static void max_row(const windows *w, const row_space *s, real *y, const real *limit)
+{
+    if (!s->by_vectors)
+        for (int64_t o = 0; o < w->out[2]; o++)
+            y[o] = reduced(MAXIMUM, s->part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
+    else if (w->kernel[2] == 2) max_across(2, w, s, y, limit);
+    else if (w->kernel[2] == 3) max_across(3, w, s, y, limit);
+    else max_across(w->kernel[2], w, s, y, limit);
 }
 
 static int max_rows(int64_t begin, int64_t end, void *context)
 {
     const max_job *j = context;
     const windows *w = &j->w;
-    int with_ids = j->indices || j->offsets, fits = volume(w->kernel) <= INT32_MAX;
-    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], table[TABLE];
+    int with_places = j->indices || j->offsets, few = volume(w->kernel) <= TABLE;
+    int fits = volume(w->kernel) < NO_TAP;
+    int64_t OW = w->out[2], table[TABLE];
     row_space s;
-    if (take_row(&s, w, with_ids)) return HL_NOMEM;
+    if (take_row(with_places ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
     if (j->indices) fill_table(w, table);
-    for (int64_t r = begin; r < end; r++) {
-        int64_t od = r / OH % OD, oh = r % OH;
-        const real *plane = j->x + r / OH / OD * inside;
-        lines l = lines_of(w, plane, j->x + j->M * inside, od, oh);
-        int64_t start =
-            ((l.d.at - l.d.first * w->dilation[0]) * w->size[1] + l.h.at - l.h.first * w->dilation[1]) * w->size[2];
+    row_place p = row_at(w, begin);
+    for (int64_t r = begin; r < end; r++, next_row(w, &p)) {
+        lines l = lines_of(w, &s, j->x, j->M, &p);
+        int64_t at = r * OW,
+                start = ((l.d.at - l.d.first * w->dilation[0]) * w->size[1] + l.h.at - l.h.first * w->dilation[1]) *
+                        w->size[2];
         vreal check = splat((real)0);
-        if (with_ids && fits) check = reduce_down_with_ids(w, &l, &s);
-        else if (!with_ids) check = reduce_down(MAXIMUM, 1, &l, w->size[2], &s);
-        if ((with_ids && !fits) || (lane_bits(check != check) && has_nan(&l, w->size[2])))
-            max_row_plain(j, &l, &s, start, r * OW);
-        else if (with_ids) max_row_with_ids(j, &s, j->y + end * OW, table, start, r * OW);
-        else max_row(j, &s, j->y + end * OW, r * OW);
+        if (!with_places) check = reduce_down(MAXIMUM, 1, w, &l, &s);
+        else if (fits) check = reduce_down(PLACES, 1, w, &l, &s);
+        if ((with_places && !fits) || (lane_bits(check != check) && has_nan(&l, w->size[2]))) {
+            max_row_plain(j, &l, &s, start, at);
+            continue;
+        }
+        if (!with_places) {
+            max_row(w, &s, j->y + at, j->y + end * OW);
+            continue;
+        }
+        max_row_with_places(w, &s, j->y + at, j->y + end * OW);
+        if (j->offsets)
+            for (int64_t o = 0; o < OW; o++) j->offsets[at + o] = (uint8_t)s.id[o];
+        if (j->indices)
+            for (int64_t o = 0; o < OW; o++) {
+                int64_t first = start + s.taps[2][o].at - s.taps[2][o].first * w->dilation[2];
+                j->indices[at + o] = few ? first + table[s.id[o]] : place(w, first, s.id[o]);
+            }
     }
     hl_give(s.block);
     return HL_OK;
@@ -442,14 +467,13 @@ typedef struct {
     real *gx;
 } max_backward_job;
 
-typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-
 /* Two lines of gx from a row of windows of 2 x 2 that lie side by side: written once, whole vectors at a time. */
 static void pairs_back(const real *g, const uint8_t *offset, real *gx, int64_t W, int64_t OW)
 {
     int64_t o = 0;
     for (; o + LANES <= OW; o += LANES) {
-        vint at = __builtin_convertvector(*(const bytes *)(offset + o), vint), value = (vint)load(g + o);
+        vint at, value = (vint)load(g + o);
+        for (int k = 0; k < LANES; k++) ((ireal *)&at)[k] = offset[o + k];
         for (int h = 0; h < 2; h++) {
             vreal left = (vreal)(value & (at == 2 * h)), right = (vreal)(value & (at == 2 * h + 1));
             store(gx + h * W + 2 * o, zip_low(left, right));
@@ -586,13 +610,8 @@ typedef struct {
 static int64_t padded_count(const windows *w, int axis, int64_t o)
 {
     int64_t room = w->size[axis] + w->after[axis] - 1 - (o * w->stride[axis] - w->pad[axis]);
-    return min64(w->kernel[axis], room / w->dilation[axis] + 1);
-}
-
-/* What a sum over a window is divided by; the taps that it has along D and H, and along W, are given. */
-static inline real mean_divisor(const sum_job *j, int64_t outer, int64_t across)
-{
-    return (real)(j->divisor ? j->divisor : outer * across);
+    if (w->dilation[axis] > 1) room /= w->dilation[axis];
+    return min64(w->kernel[axis], room + 1);
 }
 
 /* 1 / divisor where that is exact, else 0. */
@@ -606,15 +625,16 @@ static inline real exact_factor(real divisor)
 static int whole_norm(real norm) { return norm >= 1 && norm <= 8 && norm == (real)(int)norm; }
 
 /* x ** norm over the lines, element by element, into the reduced line. */
-static void powers_down(real norm, const lines *l, int64_t W, const row_space *s)
+static void powers_down(real norm, const windows *w, const lines *l, const row_space *s)
 {
-    for (int64_t i = 0; i < W; i++) {
+    for (int64_t i = 0; i < w->size[2]; i++) {
         double total = 0;
         for (int64_t d = 0; d < l->d.count; d++)
             for (int64_t h = 0; h < l->h.count; h++)
                 total += pow((double)l->first[d * l->step_d + h * l->step_h + i], (double)norm);
-        (s->split ? (i & 1 ? s->odd : s->even) + (i >> 1) : s->even + i)[0] = (real)total;
+        *element(s, s->before + i) = (real)total;
     }
+    fill(SUM, s, s->before + w->size[2], s->reach);
 }
 
 static void root(real norm, real *y, int64_t n)
@@ -625,35 +645,71 @@ static void root(real norm, real *y, int64_t n)
         for (int64_t i = 0; i < n; i++) y[i] = (real)pow((double)y[i], 1 / (double)norm);
 }
 
+/* What the sums of a row are scaled by: times `factor` where that is not 0, over `divisor`, or where outputs differ over
+ * divisor * counts. */
+typedef struct {
+    real factor, divisor;
+    const real *counts;
+} scaling;
+
+static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, const row_space *s,
+                                                             scaling by, real *y, const real *limit)
+{
+    for (int64_t i = 0; i < w->out[2]; i += LANES) {
+        vreal v = load(s->part[0] + i);
+        for (int64_t k = 1; k < K; k++) v += load(element(s, k * w->dilation[2]) + i);
+        if (by.factor != 0) v *= splat(by.factor);
+        else v /= by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor);
+        put(y + i, v, w->out[2] - i, limit);
+    }
+}
+
+static void sum_row(const windows *w, const row_space *s, scaling by, real *y, const real *limit)
+{
+    if (!s->by_vectors)
+        for (int64_t o = 0; o < w->out[2]; o++) {
+            real total = reduced(SUM, s->part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
+            if (by.factor != 0) y[o] = total * by.factor;
+            else y[o] = total / (by.counts ? by.divisor * by.counts[o] : by.divisor);
+        }
+    else if (w->kernel[2] == 2) sum_across(2, w, s, by, y, limit);
+    else if (w->kernel[2] == 3) sum_across(3, w, s, by, y, limit);
+    else sum_across(w->kernel[2], w, s, by, y, limit);
+}
+
 static int sum_rows(int64_t begin, int64_t end, void *context)
 {
     const sum_job *j = context;
     const windows *w = &j->w;
-    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], W = w->size[2], OW = w->out[2];
-    int64_t kernel = w->kernel[2], dilation = w->dilation[2], all = volume(w->kernel);
+    int64_t OW = w->out[2], outer = 0;
     row_space s;
-    if (take_row(&s, w, 0)) return HL_NOMEM;
-    for (int64_t r = begin; r < end; r++) {
-        int64_t od = r / OH % OD, oh = r % OH;
-        lines l = lines_of(w, j->x + r / OH / OD * inside, j->x + j->M * inside, od, oh);
-        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, &l, W, &s);
-        else if (j->norm == 2) reduce_down(SQUARES, 1, &l, W, &s);
-        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, &l, W, &s);
-        else powers_down(j->norm, &l, W, &s);
-        real *y = j->y + r * OW;
-        int64_t outer = l.d.count * l.h.count;
-        if (j->include) outer = padded_count(w, 0, od) * padded_count(w, 1, oh);
-        real divisor = j->norm != 0 ? (real)1 : mean_divisor(j, outer, kernel);
-        real factor = j->norm != 0 ? (real)all / (real)(outer * kernel) : exact_factor(divisor);
-        reduce_across(SUM, w, &s, divisor, factor, y, j->y + end * OW);
-        for (int64_t o = s.lo ? 0 : s.hi; o < OW; o = o + 1 == s.lo ? s.hi : o + 1) {
-            taps t = s.across[o];
-            real total = 0;
-            for (int64_t k = 0; k < t.count; k++) total += element(&s, t.at + k * dilation);
-            if (j->norm != 0) y[o] = total * ((real)all / (real)(outer * t.count));
-            else y[o] = total / mean_divisor(j, outer, j->include ? padded_count(w, 2, o) : t.count);
+    if (take_row(SUM, &s, w)) return HL_NOMEM;
+    real *counts = (real *)s.id; /* the taps of every output across; nobody asks for places */
+    int alike = 1;
+    for (int64_t o = 0; o < OW; o++) {
+        counts[o] = (real)(j->include ? padded_count(w, 2, o) : s.taps[2][o].count);
+        alike &= counts[o] == counts[0];
+    }
+    scaling by = {.counts = NULL};
+    row_place p = row_at(w, begin);
+    for (int64_t r = begin; r < end; r++, next_row(w, &p)) {
+        lines l = lines_of(w, &s, j->x, j->M, &p);
+        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s);
+        else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s);
+        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s);
+        else powers_down(j->norm, w, &l, &s);
+        int64_t now = l.d.count * l.h.count;
+        if (j->include) now = padded_count(w, 0, p.od) * padded_count(w, 1, p.oh);
+        if (now != outer) { /* seldom: the rows inside are alike */
+            outer = now;
+            by = (scaling){.divisor = (real)outer * (alike ? counts[0] : (real)1)};
+            if (j->norm != 0) by.divisor /= (real)volume(w->kernel);
+            if (j->divisor) by.divisor = (real)j->divisor;
+            else if (!alike) by.counts = counts;
+            if (!by.counts) by.factor = exact_factor(by.divisor);
         }
-        if (j->norm != 0) root(j->norm, y, OW);
+        sum_row(w, &s, by, j->y + r * OW, j->y + end * OW);
+        if (j->norm != 0) root(j->norm, j->y + r * OW, OW);
     }
     hl_give(s.block);
     return HL_OK;
@@ -675,7 +731,7 @@ static int mean_planes(int64_t begin, int64_t end, void *context)
 {
     const sum_job *j = context;
     int64_t n = volume(j->w.size);
-    for (int64_t m = begin; m < end; m++) j->y[m] = sum_of(j->x + m * n, n) / mean_divisor(j, n, 1);
+    for (int64_t m = begin; m < end; m++) j->y[m] = sum_of(j->x + m * n, n) / (real)(j->divisor ? j->divisor : n);
     return HL_OK;
 }
 

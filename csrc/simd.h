@@ -45,6 +45,15 @@ static inline __attribute__((always_inline)) vreal load(const real *p) { return 
 static inline __attribute__((always_inline)) void store(real *p, vreal v) { *(vreal_u *)p = v; }
 static inline __attribute__((always_inline)) vreal splat(real a) { return a - (vreal){0}; }
 
+/* A value that is used twice, loaded once: the compiler would rather make both uses read memory. */
+static inline __attribute__((always_inline)) vreal kept(vreal v)
+{
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
 /* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. */
 static inline vreal load_part(const real *p, int64_t n, real fill)
 {
@@ -117,17 +126,6 @@ static inline __attribute__((always_inline)) unsigned lane_bits(vint mask)
 #endif
 }
 
-/* Sums the lanes in a fixed tree, so that every call adds in the same order. */
-static inline real sum_lanes(vreal v)
-{
-    union {
-        vreal v;
-        real a[LANES];
-    } u = {.v = v};
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) u.a[i] += u.a[i + n];
-    return u.a[0];
-}
 static inline real max_lanes(vreal v)
 {
     union {
@@ -173,6 +171,27 @@ static inline __attribute__((always_inline)) vreal odds(vreal a, vreal b) { retu
 static inline __attribute__((always_inline)) vreal zip_low(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_LOW); }
 static inline __attribute__((always_inline)) vreal zip_high(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_HIGH); }
 
+/* Sums the lanes in a fixed tree (each half onto the other), so that every call adds in the same order. */
+static inline __attribute__((always_inline)) real sum_lanes(vreal v)
+{
+#if HL_VLEN / (HL_F32 ? 4 : 8) == 16
+    v += HL_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 8
+    v += HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 4
+    v += HL_SHUFFLE(v, v, 2, 3, 0, 1);
+    v += HL_SHUFFLE(v, v, 1, 0, 3, 2);
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 2
+    v += HL_SHUFFLE(v, v, 1, 0);
+#endif
+    return v[0];
+}
+
 /* A store past the cache where the set has one; p aligned to HL_VLEN. Fence with stream_end() before a result is read. */
 static inline __attribute__((always_inline)) void stream(real *p, vreal v)
 {
@@ -199,7 +218,20 @@ static inline void stream_end(void)
 #endif
 }
 
+/* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of as
+ * many elements as stay in the first cache. */
+enum { CACHE_BYTES = 8 << 20, BUFFER = 4096 };
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* Copies past the cache, but for the ends that are no whole aligned vector. */
+static inline void copy_past_cache(real *to, const real *from, int64_t n)
+{
+    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), n), i = head;
+    for (int64_t k = 0; k < head; k++) to[k] = from[k];
+    for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
+    for (; i < n; i++) to[i] = from[i];
+}
 #endif
