@@ -7,7 +7,7 @@
 
 /* ---- packing ---- */
 
-/* Lanes of 16 bytes: the widest square that every instruction set transposes in registers. */
+/* Lanes of 16 bytes: the widest square that every instruction set transposes in registers in a few steps. */
 typedef real quad __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
 enum { QUAD = 16 / (int)sizeof(real) };
 
@@ -30,7 +30,7 @@ static inline void transpose_quad(const real *from, int64_t stride, real *to, in
 #endif
 }
 
-void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
+static void transpose_rim(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
 {
     int64_t wide = width / QUAD * QUAD, deep = depth / QUAD * QUAD;
     for (int64_t k = 0; k < deep; k += QUAD) {
@@ -40,6 +40,42 @@ void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stri
     }
     for (int64_t k = deep; k < depth; k++)
         for (int64_t i = 0; i < width; i++) to[k * step + i] = from[i * stride + k];
+}
+
+/* Rows i and i + LANES / 2 zipped: as often as LANES can be halved, and rows are columns. */
+static inline __attribute__((always_inline)) void zip_rows(vreal *rows)
+{
+    vreal zipped[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; i++) {
+        zipped[2 * i] = zip_low(rows[i], rows[i + LANES / 2]);
+        zipped[2 * i + 1] = zip_high(rows[i], rows[i + LANES / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
+}
+/* The same for a square of LANES. */
+static void transpose_square(const real *from, int64_t stride, real *to, int64_t step)
+{
+    vreal rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = load(from + i * stride);
+    zip_rows(rows);
+    if (LANES > 2) zip_rows(rows);
+    if (LANES > 4) zip_rows(rows);
+    if (LANES > 8) zip_rows(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * step, rows[i]);
+}
+
+void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
+{
+    int64_t wide = width / LANES * LANES, deep = depth / LANES * LANES;
+    for (int64_t k = 0; k < deep; k += LANES)
+        for (int64_t i = 0; i < wide; i += LANES)
+            transpose_square(from + i * stride + k, stride, to + k * step + i, step);
+    if (wide < width) transpose_rim(width - wide, deep, from + wide * stride, stride, to + wide, step);
+    if (deep < depth) transpose_rim(width, depth - deep, from + deep, stride, to + deep * step, step);
 }
 
 void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *source, int64_t stride, int64_t k_stride,
