@@ -1115,9 +1115,14 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
         return HL_OK;
     }
     flatten(&j);
+#if HL_F32
+    if (!p->exact && is_winograd(&j)) return conv_winograd_gradient(&j, gy, gw);
+#endif
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);
 }
+
+/* ---- gradient of the bias ---- */
 
 typedef struct {
     const hl_conv_grad_bias_plan *p;

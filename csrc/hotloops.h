@@ -336,7 +336,7 @@ int hl_conv_grad_input_f64(const hl_conv_grad_input_plan *plan, const double *gy
 /* gw[F,CG,KD,KH,KW] of conv. */
 typedef struct {
     int64_t N, F, OD, OH, OW, C, D, H, W, CG, KD, KH, KW;
-    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w;
+    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;
 } hl_conv_grad_weight_plan;
 int hl_conv_grad_weight_f32(const hl_conv_grad_weight_plan *plan, const float *gy, const float *x, float *gw);
 int hl_conv_grad_weight_f64(const hl_conv_grad_weight_plan *plan, const double *gy, const double *x, double *gw);

@@ -1,24 +1,30 @@
-/* Winograd F(4x4, 3x3): sixteen outputs of a 3x3 kernel from 36 products instead of 144, float32 only.
+/* Winograd F(4x4, 3x3) and F(2x2, 5x5), float32 only: a tile of 16 (4) outputs from 36 products instead of 144 (100).
  *
- * A tile is 6x6 inputs (36 points) and 4x4 outputs. With lanes over channels (inputs) and over filters (weights, outputs)
- * the transforms are whole-vector sums for any size of image; between them stand 36 matrix products [tiles, C] x [C, F].
- * The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: a quarter of the rounding error of 0, +-1, +-2.
+ * A tile has 6x6 inputs (36 points) and 7 - taps outputs in each dimension. With lanes over channels (inputs) and over
+ * filters (weights, outputs) the transforms are whole-vector sums for any size of image; between them stand 36 matrix
+ * products [tiles, C] x [C, F]. The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: a quarter of the rounding error of
+ * 0, +-1, +-2.
+ * Where the last tile of a row or column has fewer outputs it takes as many points fewer, the others serve it with the
+ * same transformed weights: 14 outputs are 4 + 4 + 4 + 2 in 6 + 6 + 6 + 4 points.
  * Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); the points, Alam et al., Winograd
  * Convolution for Deep Neural Networks: Efficient Point Selection (2022). */
 #ifndef HL_WINOGRAD_H
 #define HL_WINOGRAD_H
 
-enum { POINTS = 36, OUT = 4, PATCH = 6 };
+enum { POINTS = 36, PATCH = 6 };
 
 typedef struct {
     const conv_job *j;
-    conv_job tiles; /* only images and axes[].outputs: so that make_grid cuts tiles */
+    int64_t taps, out;    /* 3 and 4, or 5 and 2: of one dimension */
+    int64_t rest[2];      /* outputs of the last tile of a column, of a row */
+    conv_job tiles;       /* only images and axes[].outputs: so that make_grid cuts tiles */
     grid grid;
-    int64_t T;                            /* tiles of a box at most, rounded up to half a register tile */
-    int64_t C, chunk;                     /* channels rounded up to LANES; so many at a time */
-    int64_t filter_block, splits;         /* filters at a time; tasks that share one box */
-    int64_t box_size, group_size;         /* elements of V of one box, of U of one group */
-    real *shared_v, *shared_u;            /* made before, or NULL: each task makes its own */
+    int64_t T; /* slots for the tiles of a box; odd, so that points do not share a cache set */
+    int64_t C, chunk; /* channels rounded up to LANES; so many at a time */
+    int64_t filter_block, splits; /* filters at a time; tasks that share one box */
+    int64_t v_step, box_size; /* elements of V of LANES channels, of all channels of one box */
+    int64_t group_size; /* elements of U of one group */
+    real *shared_v, *shared_u; /* made before, or NULL: each task makes its own */
 } winograd;
 
 #define ROOT_HALF 0.70710678f
@@ -26,114 +32,258 @@ typedef struct {
 
 /* ---- transforms of one dimension ---- */
 
-static inline __attribute__((always_inline)) void transform_input(const vreal *d, vreal *t)
+/* The points that so many inputs take, as bits: points 1 to 4 are +-sqrt(1/2), +-sqrt(2), 0 is zero, 5 infinity. */
+static const unsigned points_of[PATCH + 1] = {0, 0, 0, 0x26, 0x27, 0x3e, 0x3f};
+
+/* Each point's polynomial, the product of (x - other points), scaled so that the weights' factor is that of six points. */
+static inline __attribute__((always_inline)) void transform_input(const int64_t inputs, const vreal *d, vreal *t)
 {
-    vreal even1 = d[4] - splat(2) * d[2], odd1 = d[3] - splat(2) * d[1];
-    vreal even2 = d[4] - splat(0.5f) * d[2], odd2 = d[3] - splat(0.5f) * d[1];
-    t[0] = (d[0] - splat(2.5f) * d[2]) + d[4];
+    if (inputs == 6) {
+        vreal even1 = d[4] - splat(2) * d[2], odd1 = d[3] - splat(2) * d[1];
+        vreal even2 = d[4] - splat(0.5f) * d[2], odd2 = d[3] - splat(0.5f) * d[1];
+        t[0] = (d[0] - splat(2.5f) * d[2]) + d[4];
+        t[1] = even1 + splat(ROOT_HALF) * odd1;
+        t[2] = even1 - splat(ROOT_HALF) * odd1;
+        t[3] = even2 + splat(ROOT_TWO) * odd2;
+        t[4] = even2 - splat(ROOT_TWO) * odd2;
+        t[5] = (d[1] - splat(2.5f) * d[3]) + d[5];
+    } else if (inputs == 5) {
+        vreal even1 = splat(0.5f) * d[2] - d[0], odd1 = splat(0.5f) * d[3] - d[1];
+        vreal even2 = splat(2) * d[2] - d[0], odd2 = splat(2) * d[3] - d[1];
+        t[1] = even1 + splat(ROOT_TWO) * odd1;
+        t[2] = even1 - splat(ROOT_TWO) * odd1;
+        t[3] = even2 + splat(ROOT_HALF) * odd2;
+        t[4] = even2 - splat(ROOT_HALF) * odd2;
+        t[5] = (d[0] - splat(2.5f) * d[2]) + d[4];
+    } else if (inputs == 4) {
+        t[0] = d[0] - splat(2) * d[2];
+        t[1] = splat(-1.5f) * d[2] - splat(1.5f * ROOT_HALF) * d[1];
+        t[2] = splat(-1.5f) * d[2] + splat(1.5f * ROOT_HALF) * d[1];
+        t[5] = d[3] - splat(0.5f) * d[1];
+    } else {
+        t[1] = splat(-0.75f) * d[0] - splat(1.5f * ROOT_HALF) * d[1];
+        t[2] = splat(-0.75f) * d[0] + splat(1.5f * ROOT_HALF) * d[1];
+        t[5] = d[2] - splat(0.5f) * d[0];
+    }
+}
+/* Powers of the points, divided by what the full polynomial is there: 1, -3/2, 6. */
+static inline __attribute__((always_inline)) void transform_weight(const int64_t taps, const vreal *g, vreal *t)
+{
+    vreal even1 = g[0] + splat(0.5f) * g[2], even2 = g[0] + splat(2) * g[2], odd1 = g[1], odd2 = g[1];
+    if (taps == 5) {
+        even1 += splat(0.25f) * g[4], even2 += splat(4) * g[4];
+        odd1 += splat(0.5f) * g[3], odd2 += splat(2) * g[3];
+    }
+    t[0] = g[0];
+    t[1] = splat(-2.0f / 3) * even1 - splat(ROOT_TWO / 3) * odd1;
+    t[2] = splat(-2.0f / 3) * even1 + splat(ROOT_TWO / 3) * odd1;
+    t[3] = splat(1.0f / 6) * even2 + splat(ROOT_TWO / 6) * odd2;
+    t[4] = splat(1.0f / 6) * even2 - splat(ROOT_TWO / 6) * odd2;
+    t[5] = g[taps - 1];
+}
+static inline __attribute__((always_inline)) void transform_weight_adjoint(const int64_t taps, const vreal *t, vreal *g)
+{
+    vreal sum1 = splat(-2.0f / 3) * (t[1] + t[2]), difference1 = splat(-ROOT_TWO / 3) * (t[1] - t[2]);
+    vreal sum2 = splat(1.0f / 6) * (t[3] + t[4]), difference2 = splat(ROOT_TWO / 6) * (t[3] - t[4]);
+    g[0] = t[0] + (sum1 + sum2);
+    g[1] = difference1 + difference2;
+    g[2] = splat(0.5f) * sum1 + splat(2) * sum2;
+    if (taps == 5) {
+        g[3] = splat(0.5f) * difference1 + splat(2) * difference2;
+        g[4] = splat(0.25f) * sum1 + splat(4) * sum2;
+    }
+    g[taps - 1] += t[5];
+}
+/* Powers of the points that so many inputs take; infinity counts in the last output only. */
+static inline __attribute__((always_inline)) void transform_output(const int64_t inputs, const int64_t outputs,
+                                                                   const vreal *m, vreal *t)
+{
+    vreal sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = splat(0), difference2 = splat(0);
+    if (inputs >= 5) sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+    t[0] = sum1 + sum2;
+    if (inputs % 2 == 0) t[0] += m[0];
+    if (outputs > 1) t[1] = splat(ROOT_HALF) * difference1 + splat(ROOT_TWO) * difference2;
+    if (outputs > 2) t[2] = splat(0.5f) * sum1 + splat(2) * sum2;
+    if (outputs > 3) t[3] = splat(ROOT_HALF / 2) * difference1 + splat(2 * ROOT_TWO) * difference2;
+    t[outputs - 1] += m[5];
+}
+static inline __attribute__((always_inline)) void transform_output_adjoint(const int64_t inputs, const int64_t outputs,
+                                                                           const vreal *y, vreal *t)
+{
+    vreal even1 = y[0], even2 = y[0], odd1 = splat(0), odd2 = splat(0);
+    if (outputs > 1) odd1 = odd2 = y[1];
+    if (outputs > 2) even1 += splat(0.5f) * y[2], even2 += splat(2) * y[2];
+    if (outputs > 3) odd1 += splat(0.5f) * y[3], odd2 += splat(2) * y[3];
+    if (inputs % 2 == 0) t[0] = y[0];
     t[1] = even1 + splat(ROOT_HALF) * odd1;
     t[2] = even1 - splat(ROOT_HALF) * odd1;
-    t[3] = even2 + splat(ROOT_TWO) * odd2;
-    t[4] = even2 - splat(ROOT_TWO) * odd2;
-    t[5] = (d[1] - splat(2.5f) * d[3]) + d[5];
-}
-static inline __attribute__((always_inline)) void transform_weight(const vreal *g, vreal *t)
-{
-    vreal even1 = splat(-2.0f / 3) * g[0] - splat(1.0f / 3) * g[2];
-    vreal even2 = splat(1.0f / 6) * g[0] + splat(1.0f / 3) * g[2];
-    t[0] = g[0];
-    t[1] = even1 - splat(ROOT_TWO / 3) * g[1];
-    t[2] = even1 + splat(ROOT_TWO / 3) * g[1];
-    t[3] = even2 + splat(ROOT_TWO / 6) * g[1];
-    t[4] = even2 - splat(ROOT_TWO / 6) * g[1];
-    t[5] = g[2];
-}
-static inline __attribute__((always_inline)) void transform_output(const vreal *m, vreal *t)
-{
-    vreal sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-    t[0] = m[0] + sum1 + sum2;
-    t[1] = splat(ROOT_HALF) * difference1 + splat(ROOT_TWO) * difference2;
-    t[2] = splat(0.5f) * sum1 + splat(2) * sum2;
-    t[3] = (m[5] + splat(ROOT_HALF / 2) * difference1) + splat(2 * ROOT_TWO) * difference2;
+    if (inputs >= 5) {
+        t[3] = even2 + splat(ROOT_TWO) * odd2;
+        t[4] = even2 - splat(ROOT_TWO) * odd2;
+    }
+    t[5] = y[outputs - 1];
 }
 
-/* ---- V = B^T d B of a box: [chunk][point][channels / LANES][T][LANES] ---- */
+/* ---- the tiles of a box ---- */
 
-/* A row of points is one vector longer than it need be: powers of two apart they would fall on one set of the cache. */
-static int64_t v_point(const winograd *t, int64_t channels) { return channels * t->T + LANES; }
-static int64_t u_point(int64_t channels, int64_t filters) { return channels * round_up(filters, LANES) + LANES; }
-static int64_t v_size(const winograd *t) { return POINTS * (t->C * t->T + ceil_div(t->C, t->chunk) * LANES); }
+/* Slots: the tiles cut short in height only, then the whole ones, those cut in width, those cut in both: so that each
+ * point finds its tiles one after the other. */
+typedef struct {
+    int64_t whole[2], outputs[2]; /* tiles that are not cut, down and right; outputs of the box */
+    int64_t next[4], end; /* first slot by class: 1 cut in width + 2 cut in height */
+} slots;
+
+static slots slots_of(const winograd *t, const box *b)
+{
+    slots s;
+    for (int a = 0; a < 2; a++) {
+        int64_t first = b->first[a + 1], last = first + b->size[a + 1];
+        s.outputs[a] = min64(last * t->out, t->j->axes[a + 1].outputs) - first * t->out;
+        s.whole[a] = s.outputs[a] / t->out;
+    }
+    int64_t cut_h = b->size[1] - s.whole[0], cut_w = b->size[2] - s.whole[1];
+    s.next[2] = 0;
+    s.next[0] = b->images * cut_h * s.whole[1];
+    s.next[1] = s.next[0] + b->images * s.whole[0] * s.whole[1];
+    s.next[3] = s.next[1] + b->images * s.whole[0] * cut_w;
+    s.end = s.next[3] + b->images * cut_h * cut_w;
+    return s;
+}
+static int64_t take_slot(slots *s, int64_t th, int64_t tw)
+{
+    return s->next[(th >= s->whole[0]) * 2 + (tw >= s->whole[1])]++;
+}
+/* The slots of point p. */
+static void range_of(const winograd *t, const slots *s, int p, int64_t *first, int64_t *last)
+{
+    unsigned high = points_of[t->rest[0] + t->taps - 1] >> p / PATCH & 1;
+    unsigned wide = points_of[t->rest[1] + t->taps - 1] >> p % PATCH & 1;
+    *first = high ? 0 : s->next[0];
+    *last = !wide ? s->next[1] : high ? s->end : s->next[3];
+}
+
+/* ---- V = B^T d B of a box: [channels / LANES][point][slot][LANES] ---- */
+
+static inline __attribute__((always_inline)) void input_tile(const int64_t inputs_h, const int64_t inputs_w,
+                                                             const int inside, int64_t top, int64_t left, int64_t rows,
+                                                             int64_t pitch, const real *stage, real *to, int64_t point)
+{
+    vreal half[PATCH][PATCH];
+    for (int64_t w = 0; w < inputs_w; w++) {
+        vreal d[PATCH] = {0}, e[PATCH] = {0};
+        const real *from = stage + (top * pitch + left + w) * LANES;
+#pragma GCC unroll 6
+        for (int64_t h = 0; h < inputs_h; h++)
+            d[h] = inside || (top + h >= 0 && top + h < rows && left + w >= 0 && left + w < pitch)
+                       ? load(from + h * pitch * LANES)
+                       : splat(0);
+        transform_input(inputs_h, d, e);
+#pragma GCC unroll 6
+        for (int p = 0; p < PATCH; p++)
+            if (points_of[inputs_h] >> p & 1) half[p][w] = e[p];
+    }
+    for (int p = 0; p < PATCH; p++)
+        if (points_of[inputs_h] >> p & 1) {
+            vreal e[PATCH] = {0};
+            transform_input(inputs_w, half[p], e);
+#pragma GCC unroll 6
+            for (int q = 0; q < PATCH; q++)
+                if (points_of[inputs_w] >> q & 1) store(to + (p * PATCH + q) * point, e[q]);
+        }
+}
 
 /* The rows [top, bottom) and columns [left, right) of the input that a box of tiles reads. */
 typedef struct { int64_t top, bottom, left, right; } region;
-static region region_of(const conv_job *j, const box *b)
+static region region_of(const winograd *t, const box *b, const slots *s)
 {
-    const axis *h = &j->axes[1], *w = &j->axes[2];
-    region r = {max64(b->first[1] * OUT - h->pad, 0), min64((b->first[1] + b->size[1]) * OUT + 2 - h->pad, h->inputs),
-                max64(b->first[2] * OUT - w->pad, 0), min64((b->first[2] + b->size[2]) * OUT + 2 - w->pad, w->inputs)};
+    const axis *h = &t->j->axes[1], *w = &t->j->axes[2];
+    int64_t top = b->first[1] * t->out - h->pad, left = b->first[2] * t->out - w->pad;
+    region r = {max64(top, 0), min64(top + s->outputs[0] + t->taps - 1, h->inputs), max64(left, 0),
+                min64(left + s->outputs[1] + t->taps - 1, w->inputs)};
     r.bottom = max64(r.bottom, r.top);
     r.right = max64(r.right, r.left);
     return r;
 }
 
-/* `stage` takes the region of LANES channels of one image as [row][column][LANES]. */
-static void make_v(const winograd *t, const box *b, int64_t group, real *stage, real *v)
+/* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES]. */
+static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, real *stage, real *v)
 {
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, T = t->T, tiles = positions_of(b);
-    region g = region_of(j, b);
+    int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, point = t->T * LANES;
+    int64_t width = min64(LANES, j->channels - c0);
+    slots s = slots_of(t, b);
+    region g = region_of(t, b, &s);
     int64_t pitch = g.right - g.left, rows = g.bottom - g.top;
-    for (int64_t c0 = 0, channels; c0 < t->C; c0 += channels) {
-        channels = min64(t->chunk, t->C - c0);
-        int64_t point = v_point(t, channels);
-        for (int64_t c = 0; c < channels; c += LANES) {
-            real *to = v + c * T;
-            for (int64_t n = 0; n < b->images; n++) {
-                const real *x =
-                    j->x + (((b->image + n) * j->groups + group) * j->channels + c0 + c) * H * W + g.top * W + g.left;
-                int64_t width = min64(LANES, j->channels - c0 - c);
-                if (pitch == W) gemm_pack_panel(width, LANES, rows * W, x, H * W, 1, stage);
-                else
-                    for (int64_t r = 0; r < rows; r++)
-                        gemm_pack_panel(width, LANES, pitch, x + r * W, H * W, 1, stage + r * pitch * LANES);
-                for (int64_t th = 0; th < b->size[1]; th++)
-                    for (int64_t tw = 0; tw < b->size[2]; tw++, to += LANES) {
-                        int64_t top = (b->first[1] + th) * OUT - j->axes[1].pad - g.top;
-                        int64_t left = (b->first[2] + tw) * OUT - j->axes[2].pad - g.left;
-                        vreal half[PATCH][PATCH];
-                        int inside = top >= 0 && top + PATCH <= rows && left >= 0 && left + PATCH <= pitch;
-                        for (int64_t w = 0; w < PATCH; w++) {
-                            vreal d[PATCH], e[PATCH];
-                            const real *from = stage + (top * pitch + left + w) * LANES;
-                            if (inside) {
-#pragma GCC unroll 6
-                                for (int h = 0; h < PATCH; h++) d[h] = load(from + h * pitch * LANES);
-                            } else {
-                                for (int h = 0; h < PATCH; h++)
-                                    d[h] = top + h >= 0 && top + h < rows && left + w >= 0 && left + w < pitch
-                                               ? load(from + h * pitch * LANES)
-                                               : splat(0);
-                            }
-                            transform_input(d, e);
-#pragma GCC unroll 6
-                            for (int h = 0; h < PATCH; h++) half[h][w] = e[h];
-                        }
-                        for (int64_t h = 0; h < PATCH; h++) {
-                            vreal e[PATCH];
-                            transform_input(half[h], e);
-#pragma GCC unroll 6
-                            for (int w = 0; w < PATCH; w++) store(to + (h * PATCH + w) * point, e[w]);
-                        }
-                    }
+    for (int64_t n = 0; n < b->images; n++) {
+        const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + c0) * H * W + g.top * W + g.left;
+        if (pitch == W) gemm_pack_panel(width, LANES, rows * W, x, H * W, 1, stage);
+        else
+            for (int64_t r = 0; r < rows; r++)
+                gemm_pack_panel(width, LANES, pitch, x + r * W, H * W, 1, stage + r * pitch * LANES);
+        for (int64_t th = 0; th < b->size[1]; th++)
+            for (int64_t tw = 0; tw < b->size[2]; tw++) {
+                int64_t top = (b->first[1] + th) * t->out - j->axes[1].pad - g.top;
+                int64_t left = (b->first[2] + tw) * t->out - j->axes[2].pad - g.left;
+                int64_t high = th < s.whole[0] ? PATCH : t->rest[0] + t->taps - 1;
+                int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps - 1;
+                int inside = top >= 0 && top + high <= rows && left >= 0 && left + wide <= pitch;
+                real *to = v + take_slot(&s, th, tw) * LANES;
+                if (high < PATCH || wide < PATCH) input_tile(high, wide, 0, top, left, rows, pitch, stage, to, point);
+                else if (inside) input_tile(PATCH, PATCH, 1, top, left, rows, pitch, stage, to, point);
+                else input_tile(PATCH, PATCH, 0, top, left, rows, pitch, stage, to, point);
             }
-            for (int p = 0; p < POINTS; p++) /* the tiles that fill up T */
-                memset(to + p * point, 0, (size_t)((T - tiles) * LANES) * sizeof(real));
-        }
-        v += POINTS * point;
     }
 }
 
 /* ---- U = G g G^T of some filters and channels: [point][filter panel][channels][panel] ---- */
+
+/* A row of points is one vector longer than it need be: powers of two apart they would fall on one set of the cache. */
+static int64_t u_point(int64_t channels, int64_t filters) { return channels * round_up(filters, LANES) + LANES; }
+static int64_t m_point(const winograd *t, int64_t filters) { return t->T * round_up(filters, LANES) + LANES; }
+
+static inline __attribute__((always_inline)) void weight_tile_u(const int64_t taps, int flip, const real *from,
+                                                                real *to, int64_t point)
+{
+    vreal half[PATCH][5];
+    int64_t last = taps * taps - 1;
+    for (int64_t kw = 0; kw < taps; kw++) {
+        vreal g[5], e[PATCH];
+#pragma GCC unroll 5
+        for (int64_t kh = 0; kh < taps; kh++) {
+            int64_t tap = kh * taps + kw;
+            g[kh] = load(from + (flip ? last - tap : tap) * LANES);
+        }
+        transform_weight(taps, g, e);
+#pragma GCC unroll 6
+        for (int p = 0; p < PATCH; p++) half[p][kw] = e[p];
+    }
+    for (int p = 0; p < PATCH; p++) {
+        vreal e[PATCH];
+        transform_weight(taps, half[p], e);
+#pragma GCC unroll 6
+        for (int q = 0; q < PATCH; q++) store(to + (p * PATCH + q) * point, e[q]);
+    }
+}
+
+static inline __attribute__((always_inline)) void weight_tile_adjoint(const int64_t taps, const real *from,
+                                                                      int64_t point, real *to)
+{
+    vreal half[5][PATCH];
+    for (int q = 0; q < PATCH; q++) {
+        vreal e[PATCH], g[5];
+#pragma GCC unroll 6
+        for (int p = 0; p < PATCH; p++) e[p] = load(from + (p * PATCH + q) * point);
+        transform_weight_adjoint(taps, e, g);
+#pragma GCC unroll 5
+        for (int64_t kh = 0; kh < taps; kh++) half[kh][q] = g[kh];
+    }
+    for (int64_t kh = 0; kh < taps; kh++) {
+        vreal g[5];
+        transform_weight_adjoint(taps, half[kh], g);
+#pragma GCC unroll 5
+        for (int64_t kw = 0; kw < taps; kw++) store(to + (kh * taps + kw) * LANES, g[kw]);
+    }
+}
 
 /* `stage` takes LANES filters of all those channels as [channel][tap][LANES]. */
 static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters, int64_t c0, int64_t channels,
@@ -141,50 +291,36 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
 {
     const conv_job *j = t->j;
     int flip = j->w_tap[2] < 0; /* taps from the last to the first */
-    const real *w =
-        j->w + group * j->w_group + f0 * j->w_filter + c0 * j->w_channel + (flip ? 2 * (j->w_tap[1] + j->w_tap[2]) : 0);
+    int64_t taps = t->taps * t->taps;
+    const real *w = j->w + group * j->w_group + f0 * j->w_filter + c0 * j->w_channel +
+                    (flip ? (t->taps - 1) * (j->w_tap[1] + j->w_tap[2]) : 0);
     int64_t real_channels = min64(channels, j->channels - c0), point = u_point(channels, filters);
     for (int64_t f = 0, step; f < filters; f += step) {
         step = gemm_columns(filters - f);
         for (int64_t v = 0; v < step; v += LANES) {
             const real *from = w + (f + v) * j->w_filter;
             int64_t width = min64(LANES, filters - f - v);
-            if (j->w_channel == 9) gemm_pack_panel(width, LANES, real_channels * 9, from, j->w_filter, 1, stage);
+            if (j->w_channel == taps) gemm_pack_panel(width, LANES, real_channels * taps, from, j->w_filter, 1, stage);
             else
                 for (int64_t c = 0; c < real_channels; c++)
-                    gemm_pack_panel(width, LANES, 9, from + c * j->w_channel, j->w_filter, 1, stage + c * 9 * LANES);
+                    gemm_pack_panel(width, LANES, taps, from + c * j->w_channel, j->w_filter, 1,
+                                    stage + c * taps * LANES);
             for (int64_t c = 0; c < channels; c++) {
                 real *to = u + f * channels + c * step + v;
-                if (c >= real_channels) {
+                const real *tile = stage + c * taps * LANES;
+                if (c >= real_channels)
                     for (int p = 0; p < POINTS; p++) store(to + p * point, splat(0));
-                    continue;
-                }
-                vreal half[PATCH][3];
-                for (int kw = 0; kw < 3; kw++) {
-                    vreal g[3], e[PATCH];
-                    for (int kh = 0; kh < 3; kh++) {
-                        int tap = kh * 3 + kw;
-                        g[kh] = load(stage + (c * 9 + (flip ? 8 - tap : tap)) * LANES);
-                    }
-                    transform_weight(g, e);
-#pragma GCC unroll 6
-                    for (int h = 0; h < PATCH; h++) half[h][kw] = e[h];
-                }
-                for (int h = 0; h < PATCH; h++) {
-                    vreal e[PATCH];
-                    transform_weight(half[h], e);
-#pragma GCC unroll 6
-                    for (int q = 0; q < PATCH; q++) store(to + (h * PATCH + q) * point, e[q]);
-                }
+                else if (t->taps == 3) weight_tile_u(3, flip, tile, to, point);
+                else weight_tile_u(5, flip, tile, to, point);
             }
         }
     }
 }
 
-/* ---- M[point][T][filters] = V U ---- */
+/* ---- M[point][slot][filters] = V U ---- */
 
 static inline __attribute__((always_inline)) void point_tile(const int rows, const int vectors, int64_t channels,
-                                                             int64_t T, const real *v, const real *u, real *m,
+                                                             int64_t v_step, const real *v, const real *u, real *m,
                                                              int64_t m_row, int add)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
@@ -192,7 +328,7 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
-    for (int64_t c = 0; c < channels; c += LANES, v += T * LANES)
+    for (int64_t c = 0; c < channels; c += LANES, v += v_step)
         for (int64_t lane = 0; lane < LANES; lane++, u += vectors * LANES) {
             vreal uc[GEMM_VECTORS];
 #pragma GCC unroll 3
@@ -211,16 +347,20 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
         }
 }
 
-static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, int64_t filters, const real *v,
+/* The last rows of a range may be computed beyond it, into slots that this point does not serve. */
+static void multiply_points(const winograd *t, const slots *s, int64_t channels, int64_t filters, const real *v,
                             const real *u, real *m, int add)
 {
-    int64_t T = t->T, m_row = round_up(filters, LANES), m_point = T * m_row + LANES;
-    for (int p = 0; p < POINTS; p++, v += v_point(t, channels), u += u_point(channels, filters), m += m_point)
+    int64_t m_row = round_up(filters, LANES);
+    for (int p = 0; p < POINTS; p++, v += t->T * LANES, u += u_point(channels, filters), m += m_point(t, filters)) {
+        int64_t first, last;
+        range_of(t, s, p, &first, &last);
         for (int64_t f = 0, step; f < filters; f += step) {
             step = gemm_columns(filters - f);
-            for (int64_t i = 0, rows; i < tiles; i += rows) {
-                rows = tiles - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
-#define POINT_TILE(r, k) point_tile(r, k, channels, T, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, add)
+            for (int64_t i = first, rows; i < last; i += rows) {
+                rows = last - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
+#define POINT_TILE(r, k) \
+    point_tile(r, k, channels, t->v_step, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, add)
                 if (rows == GEMM_ROWS) {
                     if (step == LANES) POINT_TILE(GEMM_ROWS, 1);
                     else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS, 2);
@@ -232,48 +372,82 @@ static void multiply_points(const winograd *t, int64_t tiles, int64_t channels, 
                 }
             }
         }
+    }
 }
 
 /* ---- y = A^T m A ---- */
+
+static inline __attribute__((always_inline)) void output_tile(const int64_t taps, const int64_t high,
+                                                              const int64_t wide, const real *from, int64_t point,
+                                                              vreal bias, real *to, int64_t pitch)
+{
+    vreal half[4][PATCH];
+#pragma GCC unroll 6
+    for (int q = 0; q < PATCH; q++) {
+        vreal e[PATCH] = {0}, o[4];
+        if (!(points_of[wide + taps - 1] >> q & 1)) continue;
+#pragma GCC unroll 6
+        for (int p = 0; p < PATCH; p++)
+            if (points_of[high + taps - 1] >> p & 1) e[p] = load(from + (p * PATCH + q) * point);
+        transform_output(high + taps - 1, high, e, o);
+#pragma GCC unroll 4
+        for (int64_t h = 0; h < high; h++) half[h][q] = o[h];
+    }
+    for (int64_t h = 0; h < high; h++) {
+        vreal o[4];
+        transform_output(wide + taps - 1, wide, half[h], o);
+#pragma GCC unroll 4
+        for (int64_t w = 0; w < wide; w++) store(to + (h * pitch + w) * LANES, o[w] + bias);
+    }
+}
+
+static inline __attribute__((always_inline)) void gradient_tile(const int64_t taps, const int64_t high,
+                                                                const int64_t wide, const real *from, int64_t pitch,
+                                                                real *to, int64_t point)
+{
+    vreal half[PATCH][4];
+    for (int64_t w = 0; w < wide; w++) {
+        vreal e[4] = {0}, o[PATCH] = {0};
+#pragma GCC unroll 4
+        for (int64_t h = 0; h < high; h++) e[h] = load(from + (h * pitch + w) * LANES);
+        transform_output_adjoint(high + taps - 1, high, e, o);
+#pragma GCC unroll 6
+        for (int p = 0; p < PATCH; p++) half[p][w] = o[p];
+    }
+    for (int p = 0; p < PATCH; p++) {
+        vreal o[PATCH] = {0};
+        if (!(points_of[high + taps - 1] >> p & 1)) continue;
+        transform_output_adjoint(wide + taps - 1, wide, half[p], o);
+#pragma GCC unroll 6
+        for (int q = 0; q < PATCH; q++)
+            if (points_of[wide + taps - 1] >> q & 1) store(to + (p * PATCH + q) * point, o[q]);
+    }
+}
 
 /* `stage` takes the outputs of LANES filters of one image as [row][column][LANES]. */
 static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, int64_t filters, const real *m,
                    real *stage)
 {
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, m_row = round_up(filters, LANES),
-            point = t->T * m_row + LANES;
-    int64_t top = b->first[1] * OUT, rows = min64(b->size[1] * OUT, H - top);
-    int64_t left = b->first[2] * OUT, pitch = min64(b->size[2] * OUT, W - left);
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, m_row = round_up(filters, LANES);
+    int64_t out = t->out, point = m_point(t, filters);
     for (int64_t f = 0; f < filters; f += LANES) {
         int64_t filter = group * j->filters + f0 + f, width = min64(LANES, filters - f);
         vreal bias = j->bias ? load_part(j->bias + filter, width, 0) : splat(0);
-        const real *from = m + f;
+        slots s = slots_of(t, b);
+        int64_t rows = s.outputs[0], pitch = s.outputs[1];
         for (int64_t n = 0; n < b->images; n++) {
             for (int64_t th = 0; th < b->size[1]; th++)
-                for (int64_t tw = 0; tw < b->size[2]; tw++, from += m_row) {
-                    vreal half[OUT][PATCH];
-                    for (int64_t w = 0; w < PATCH; w++) {
-                        vreal e[PATCH], o[OUT];
-#pragma GCC unroll 6
-                        for (int h = 0; h < PATCH; h++) e[h] = load(from + (h * PATCH + w) * point);
-                        transform_output(e, o);
-#pragma GCC unroll 4
-                        for (int h = 0; h < OUT; h++) half[h][w] = o[h];
-                    }
-                    real *to = stage + (th * OUT * pitch + tw * OUT) * LANES;
-                    int64_t high = min64(OUT, rows - th * OUT), wide = min64(OUT, pitch - tw * OUT);
-                    for (int64_t h = 0; h < high; h++) {
-                        vreal o[OUT];
-                        transform_output(half[h], o);
-                        if (wide == OUT) {
-#pragma GCC unroll 4
-                            for (int w = 0; w < OUT; w++) store(to + (h * pitch + w) * LANES, o[w] + bias);
-                        } else
-                            for (int64_t w = 0; w < wide; w++) store(to + (h * pitch + w) * LANES, o[w] + bias);
-                    }
+                for (int64_t tw = 0; tw < b->size[2]; tw++) {
+                    const real *from = m + f + take_slot(&s, th, tw) * m_row;
+                    real *to = stage + (th * out * pitch + tw * out) * LANES;
+                    int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
+                    if (high < out || wide < out) output_tile(t->taps, high, wide, from, point, bias, to, pitch);
+                    else if (out == 4) output_tile(3, 4, 4, from, point, bias, to, pitch);
+                    else output_tile(5, 2, 2, from, point, bias, to, pitch);
                 }
-            real *y = j->y + ((b->image + n) * j->groups * j->filters + filter) * H * W + top * W + left;
+            real *y = j->y + ((b->image + n) * j->groups * j->filters + filter) * H * W + b->first[1] * out * W +
+                      b->first[2] * out;
             if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y, H * W);
             else
                 for (int64_t r = 0; r < rows; r++)
@@ -287,19 +461,21 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
 static int64_t stage_size(const winograd *t)
 {
     box b = box_at(&t->tiles, &t->grid, 0);
-    int64_t in = (b.size[1] * OUT + 2) * (b.size[2] * OUT + 2) * LANES;
-    return max64(in, t->chunk * 9 * LANES);
+    int64_t in = (b.size[1] * t->out + t->taps) * (b.size[2] * t->out + t->taps) * LANES;
+    return max64(in, t->chunk * t->taps * t->taps * LANES);
 }
 
-/* V of one (group, box). */
+/* V of LANES channels of one (box, group). */
 static int winograd_inputs(int64_t begin, int64_t end, void *context)
 {
     const winograd *t = context;
+    int64_t parts = t->C / LANES;
     real *stage = hl_take((size_t)stage_size(t) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
-        box b = box_at(&t->tiles, &t->grid, i / t->j->groups);
-        make_v(t, &b, i % t->j->groups, stage, t->shared_v + i * t->box_size);
+        int64_t at = i / parts, part = i % parts;
+        box b = box_at(&t->tiles, &t->grid, at / t->j->groups);
+        make_v(t, &b, at % t->j->groups, part * LANES, stage, t->shared_v + at * t->box_size + part * t->v_step);
     }
     hl_give(stage);
     return HL_OK;
@@ -330,27 +506,27 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
     const winograd *t = context;
     const conv_job *j = t->j;
     int64_t F = j->filters, blocks = ceil_div(F, t->filter_block);
-    size_t stage = (size_t)stage_size(t), v_part = t->shared_v ? 0 : (size_t)v_size(t);
+    size_t stage = (size_t)stage_size(t), v_part = t->shared_v ? 0 : (size_t)t->box_size;
     size_t u_part = t->shared_u ? 0 : (size_t)(POINTS * u_point(t->chunk, t->filter_block));
-    size_t m_part = (size_t)(POINTS * (t->T * round_up(t->filter_block, LANES) + LANES));
+    size_t m_part = (size_t)(POINTS * m_point(t, t->filter_block));
     real *scratch = hl_take((stage + v_part + u_part + m_part) * sizeof(real));
     if (!scratch) return HL_NOMEM;
     real *own_v = scratch + stage, *own_u = own_v + v_part, *m = own_u + u_part;
     for (int64_t i = begin; i < end; i++) {
         int64_t split = i % t->splits, group = i / t->splits % j->groups, at = i / t->splits;
         box b = box_at(&t->tiles, &t->grid, at / j->groups);
+        slots s = slots_of(t, &b);
         const real *v = t->shared_v ? t->shared_v + at * t->box_size : own_v;
-        if (!t->shared_v) make_v(t, &b, group, scratch, own_v);
+        for (int64_t c = 0; c < t->C && !t->shared_v; c += LANES)
+            make_v(t, &b, group, c, scratch, own_v + c / LANES * t->v_step);
         for (int64_t block = blocks * split / t->splits; block < blocks * (split + 1) / t->splits; block++) {
             int64_t f0 = block * t->filter_block, filters = min64(t->filter_block, F - f0);
             const real *u =
                 t->shared_u ? t->shared_u + group * t->group_size + block * (t->group_size / blocks) : own_u;
-            const real *vc = v;
             for (int64_t c = 0, channels; c < t->C; c += channels) {
                 channels = min64(t->chunk, t->C - c);
                 if (!t->shared_u) make_u(t, group, f0, filters, c, channels, scratch, own_u);
-                multiply_points(t, positions_of(&b), channels, filters, vc, u, m, c > 0);
-                vc += POINTS * v_point(t, channels);
+                multiply_points(t, &s, channels, filters, v + c / LANES * t->v_step, u, m, c > 0);
                 if (t->shared_u) u += POINTS * u_point(channels, filters);
             }
             make_y(t, &b, group, f0, filters, m, scratch);
@@ -360,19 +536,199 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+/* ---- gradient of the weights: the adjoint of all that in U ---- */
+
+/* gw = G^T (sum over boxes of V^T (A gy A^T)) G: the rows of a register tile are channels, its columns filters. */
+enum { GRADIENT_ROWS = HL_REGISTERS == 32 && LANES >= 8 ? 8 : 4 };
+
+typedef struct {
+    winograd w; /* shared_v is that of a pass */
+    const real *gy;
+    real *gw;
+    int64_t F; /* filters rounded up to LANES */
+    int64_t m_size; /* elements of the transformed gy of one box of one group */
+    int64_t first_box, boxes; /* of this pass */
+    int64_t channel_block;
+    real *m, *du; /* [box][group][point][slot][F]; [group][point][C][F] */
+} winograd_gradient;
+
+/* A gy A^T of LANES filters from f0 on, as make_v and make_y have them. */
+static void make_m(const winograd_gradient *g, const box *b, int64_t group, int64_t f0, real *stage, real *m)
+{
+    const winograd *t = &g->w;
+    const conv_job *j = t->j;
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, out = t->out, point = m_point(t, g->F);
+    int64_t width = min64(LANES, j->filters - f0);
+    slots s = slots_of(t, b);
+    int64_t rows = s.outputs[0], pitch = s.outputs[1];
+    for (int64_t n = 0; n < b->images; n++) {
+        const real *gy = g->gy + (((b->image + n) * j->groups + group) * j->filters + f0) * H * W +
+                         b->first[1] * out * W + b->first[2] * out;
+        if (pitch == W) gemm_pack_panel(width, LANES, rows * W, gy, H * W, 1, stage);
+        else
+            for (int64_t r = 0; r < rows; r++)
+                gemm_pack_panel(width, LANES, pitch, gy + r * W, H * W, 1, stage + r * pitch * LANES);
+        for (int64_t th = 0; th < b->size[1]; th++)
+            for (int64_t tw = 0; tw < b->size[2]; tw++) {
+                real *to = m + f0 + take_slot(&s, th, tw) * g->F;
+                const real *from = stage + (th * out * pitch + tw * out) * LANES;
+                int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
+                if (high < out || wide < out) gradient_tile(t->taps, high, wide, from, pitch, to, point);
+                else if (out == 4) gradient_tile(3, 4, 4, from, pitch, to, point);
+                else gradient_tile(5, 2, 2, from, pitch, to, point);
+            }
+    }
+}
+
+/* LANES channels or filters of one (box, group) of this pass. */
+static int gradient_inputs(int64_t begin, int64_t end, void *context)
+{
+    const winograd_gradient *g = context;
+    const winograd *t = &g->w;
+    int64_t parts = (t->C + g->F) / LANES;
+    real *stage = hl_take((size_t)stage_size(t) * sizeof(real));
+    if (!stage) return HL_NOMEM;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t at = i / parts, first = i % parts * LANES, group = at % t->j->groups;
+        box b = box_at(&t->tiles, &t->grid, g->first_box + at / t->j->groups);
+        if (first < t->C)
+            make_v(t, &b, group, first, stage, t->shared_v + at * t->box_size + first / LANES * t->v_step);
+        else make_m(g, &b, group, first - t->C, stage, g->m + at * g->m_size);
+    }
+    hl_give(stage);
+    return HL_OK;
+}
+
+/* Slots of one box: where they begin in V and M. */
+typedef struct { int64_t v, m, count; } run_of_slots;
+
+static inline __attribute__((always_inline)) void gradient_product(const int vectors, int64_t boxes,
+                                                                   const run_of_slots *runs, const real *v,
+                                                                   const real *m, int64_t F, real *du, int add)
+{
+    vreal sum[GRADIENT_ROWS][GEMM_VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < GRADIENT_ROWS; i++)
+#pragma GCC unroll 3
+        for (int k = 0; k < vectors; k++) sum[i][k] = add ? load(du + i * F + k * LANES) : splat(0);
+    for (int64_t n = 0; n < boxes; n++) {
+        const real *vn = v + runs[n].v, *mn = m + runs[n].m;
+        for (int64_t s = 0; s < runs[n].count; s++, vn += LANES, mn += F) {
+            vreal ms[GEMM_VECTORS];
+#pragma GCC unroll 3
+            for (int k = 0; k < vectors; k++) ms[k] = load(mn + k * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < GRADIENT_ROWS; i++)
+#pragma GCC unroll 3
+                for (int k = 0; k < vectors; k++) sum[i][k] += splat(vn[i]) * ms[k];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < GRADIENT_ROWS; i++)
+#pragma GCC unroll 3
+        for (int k = 0; k < vectors; k++) store(du + i * F + k * LANES, sum[i][k]);
+}
+
+/* dU of one (group, point, block of channels), over the boxes of this pass. */
+static int gradient_products(int64_t begin, int64_t end, void *context)
+{
+    const winograd_gradient *g = context;
+    const winograd *t = &g->w;
+    int64_t blocks = ceil_div(t->C, g->channel_block), groups = t->j->groups;
+    run_of_slots *runs = hl_take((size_t)g->boxes * sizeof(run_of_slots));
+    if (!runs) return HL_NOMEM;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / blocks / POINTS, p = i / blocks % POINTS, c0 = i % blocks * g->channel_block;
+        for (int64_t n = 0; n < g->boxes; n++) {
+            box b = box_at(&t->tiles, &t->grid, g->first_box + n);
+            slots s = slots_of(t, &b);
+            int64_t first, last, at = n * groups + group;
+            range_of(t, &s, (int)p, &first, &last);
+            runs[n] = (run_of_slots){at * t->box_size + (p * t->T + first) * LANES,
+                                     at * g->m_size + p * m_point(t, g->F) + first * g->F, last - first};
+        }
+        for (int64_t f = 0, step; f < g->F; f += step) { /* a panel of M for all channels of the block */
+            step = gemm_columns(g->F - f);
+            for (int64_t c = c0; c < min64(c0 + g->channel_block, t->C); c += GRADIENT_ROWS) {
+                const real *v = t->shared_v + c / LANES * t->v_step + c % LANES;
+                real *du = g->du + ((group * POINTS + p) * t->C + c) * g->F + f;
+#define GRADIENT_PRODUCT(k) gradient_product(k, g->boxes, runs, v, g->m + f, g->F, du, g->first_box > 0)
+                if (step == LANES) GRADIENT_PRODUCT(1);
+                else if (step == 2 * LANES) GRADIENT_PRODUCT(2);
+                else GRADIENT_PRODUCT(GEMM_VECTORS);
+            }
+        }
+    }
+    hl_give(runs);
+    return HL_OK;
+}
+
+/* gw of (group, LANES filters). */
+static int gradient_weights(int64_t begin, int64_t end, void *context)
+{
+    const winograd_gradient *g = context;
+    const winograd *t = &g->w;
+    const conv_job *j = t->j;
+    int64_t parts = g->F / LANES, taps = t->taps * t->taps, point = t->C * g->F;
+    real *stage = hl_take((size_t)(t->chunk * taps * LANES) * sizeof(real));
+    if (!stage) return HL_NOMEM;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i / parts, f0 = i % parts * LANES;
+        for (int64_t c0 = 0; c0 < j->channels; c0 += t->chunk) {
+            int64_t channels = min64(t->chunk, j->channels - c0);
+            for (int64_t c = 0; c < channels; c++) {
+                const real *from = g->du + (group * POINTS * t->C + c0 + c) * g->F + f0;
+                if (t->taps == 3) weight_tile_adjoint(3, from, point, stage + c * taps * LANES);
+                else weight_tile_adjoint(5, from, point, stage + c * taps * LANES);
+            }
+            real *gw = g->gw + ((group * j->filters + f0) * j->channels + c0) * taps;
+            gemm_transpose(channels * taps, min64(LANES, j->filters - f0), stage, LANES, gw, j->channels * taps);
+        }
+    }
+    hl_give(stage);
+    return HL_OK;
+}
+
+/* ---- the choice ---- */
+
 /* Whether it applies, and pays: fewer products, transforms included. */
 static int is_winograd(const conv_job *j)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad || !is_dense(j)) return 0;
-    if (h->taps != 3 || w->taps != 3 || h->stride != 1 || w->stride != 1 || h->dilation != 1 || w->dilation != 1)
-        return 0;
-    if (j->channels < 16 || j->filters < 16) return 0;
-    /* Multiply-adds of a vector, and vectors moved or summed by the transforms (250 a tile and channel, 30 a weight). */
-    double tiles = (double)j->images * (double)(ceil_div(h->outputs, OUT) * ceil_div(w->outputs, OUT));
-    double C = (double)j->channels, F = (double)j->filters;
-    double direct = (double)j->images * (double)h->outputs * (double)w->outputs * 9 * C * F;
-    return (tiles + 2) * (POINTS * C * F + 250 * (C + F)) + 100 * C * F < 0.9 * direct;
+    if ((h->taps != 3 && h->taps != 5) || w->taps != h->taps || h->stride != 1 || w->stride != 1) return 0;
+    if (h->dilation != 1 || w->dilation != 1 || j->channels < 16 || j->filters < 16) return 0;
+    /* Multiply-adds of a vector, and vectors moved or summed by the transforms (250 a tile and channel, 100 a weight). */
+    int64_t taps = h->taps, out = 7 - taps, high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
+    double n = (double)j->images, C = (double)j->channels, F = (double)j->filters;
+    double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
+    double direct = n * (double)(h->outputs * w->outputs * taps * taps) * C * F;
+    return (points + 2 * POINTS) * C * F + n * (double)(high * wide) * 250 * (C + F) + 100 * C * F < 0.9 * direct;
+}
+
+static winograd make_winograd(const conv_job *j)
+{
+    winograd t = {.j = j, .tiles = {.images = j->images}, .C = round_up(j->channels, LANES)};
+    t.taps = j->axes[1].taps;
+    t.out = 7 - t.taps;
+    hl_note(t.taps == 3 ? "winograd f(4x4, 3x3)" : "winograd f(2x2, 5x5)");
+    t.tiles.axes[0].outputs = 1;
+    for (int a = 1; a < 3; a++) {
+        t.tiles.axes[a].outputs = ceil_div(j->axes[a].outputs, t.out);
+        t.rest[a - 1] = j->axes[a].outputs - (t.tiles.axes[a].outputs - 1) * t.out;
+    }
+    /* Up to 128 channels 32 tiles: V and M of 64 filters (288 KiB) share a second-level cache of 1 MiB. More channels do
+     * not fit, V streams from the third level: 128 tiles then, so that U comes by a quarter as often, with M (and U of 128
+     * channels) of 32 filters 576 KiB. */
+    int few = t.C <= 128;
+    t.grid = make_grid(&t.tiles, few ? 32 : 128);
+    t.filter_block = min64(few ? 64 : 32, j->filters);
+    t.chunk = min64(128, t.C);
+    box largest = box_at(&t.tiles, &t.grid, 0);
+    t.T = (positions_of(&largest) + GEMM_ROWS / 2) | 1;
+    t.v_step = POINTS * t.T * LANES;
+    t.box_size = t.C / LANES * t.v_step;
+    return t;
 }
 
 /* Parallel over (box of tiles, group, split of the filters). A box of tiles goes through all its channels and filters in
@@ -381,31 +737,56 @@ static int is_winograd(const conv_job *j)
  * x is read once per box (1.3 to 1.7 times with the rims), w once, y is written once. */
 static int conv_winograd(const conv_job *j)
 {
-    hl_note("winograd f4x4");
-    winograd t = {.j = j, .tiles = {.images = j->images}, .C = round_up(j->channels, LANES)};
-    t.tiles.axes[0].outputs = 1;
-    for (int a = 1; a < 3; a++) t.tiles.axes[a].outputs = ceil_div(j->axes[a].outputs, OUT);
-    /* 32 tiles x 64 channels or filters x 36 points are 288 KiB: V, M and the panels of U share a second-level cache of
-     * 1 MiB. */
-    t.grid = make_grid(&t.tiles, 32);
-    box largest = box_at(&t.tiles, &t.grid, 0);
-    t.T = round_up(positions_of(&largest), GEMM_ROWS / 2);
-    t.filter_block = min64(64, j->filters);
-    t.chunk = min64(64, t.C);
-    int64_t blocks = ceil_div(j->filters, t.filter_block), boxes = t.grid.boxes * j->groups;
+    winograd t = make_winograd(j);
+    int64_t boxes = t.grid.boxes * j->groups;
+    while (t.filter_block > LANES && boxes * ceil_div(j->filters, t.filter_block) < 8) t.filter_block /= 2;
+    t.filter_block = round_up(t.filter_block, min64(LANES, j->filters));
+    int64_t blocks = ceil_div(j->filters, t.filter_block);
     t.splits = boxes >= 16 ? 1 : min64(blocks, ceil_div(16, boxes));
-    t.box_size = v_size(&t);
     t.group_size = blocks * POINTS * (t.C * round_up(t.filter_block, LANES) + ceil_div(t.C, t.chunk) * LANES);
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     if (t.grid.boxes > 1) t.shared_u = hl_take((size_t)(j->groups * t.group_size) * sizeof(real));
     int status = (t.splits > 1 && !t.shared_v) || (t.grid.boxes > 1 && !t.shared_u) ? HL_NOMEM : HL_OK;
-    if (status == HL_OK && t.shared_v) status = parallel_even(boxes, (double)t.box_size / 4, winograd_inputs, &t);
+    if (status == HL_OK && t.shared_v)
+        status = parallel_even(boxes * t.C / LANES, (double)t.v_step / 4, winograd_inputs, &t);
     if (status == HL_OK && t.shared_u)
         status = parallel_even(j->groups * blocks, (double)t.group_size / (double)blocks / 4, winograd_weights, &t);
     double work = (double)t.T * POINTS * (double)t.C * (double)j->filters / (double)t.splits / 16;
     if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
     hl_give(t.shared_u);
+    return status;
+}
+
+/* In passes over as many boxes as their transforms fit a third-level cache: transforms parallel over (box, group, part of
+ * the channels or filters), then products parallel over (group, point, block of channels), each in the order of the boxes;
+ * at the end the weights, parallel over (group, part of the filters).
+ * x and gy are read once; their transforms, 2.25 times as large, are written and read; dU is read and written once a pass. */
+static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
+{
+    winograd_gradient g = {.w = make_winograd(j), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};
+    winograd *t = &g.w;
+    g.m_size = POINTS * m_point(t, g.F);
+    int64_t du_size = j->groups * POINTS * t->C * g.F, each = j->groups * (t->box_size + g.m_size);
+    /* 8 MiB, or as much as a pass moves of dU. */
+    g.boxes = min64(t->grid.boxes, max64(max64((8 << 20) / (int64_t)sizeof(real), du_size) / each, 1));
+    int64_t pass = g.boxes;
+    g.channel_block = round_up(ceil_div(t->C, ceil_div(t->C, 64)), LANES);
+    t->shared_v = hl_take((size_t)(pass * each) * sizeof(real));
+    g.du = hl_take((size_t)du_size * sizeof(real));
+    int status = t->shared_v && g.du ? HL_OK : HL_NOMEM;
+    if (status == HL_OK) g.m = t->shared_v + pass * j->groups * t->box_size;
+    for (; g.first_box < t->grid.boxes && status == HL_OK; g.first_box += pass) {
+        g.boxes = min64(pass, t->grid.boxes - g.first_box);
+        status = parallel_even(g.boxes * j->groups * (t->C + g.F) / LANES, (double)t->v_step / 4, gradient_inputs, &g);
+        double work = (double)(t->T * g.boxes * g.channel_block * g.F) / 16;
+        if (status == HL_OK)
+            status = parallel_even(j->groups * POINTS * ceil_div(t->C, g.channel_block), work, gradient_products, &g);
+    }
+    if (status == HL_OK)
+        status = parallel_even(j->groups * g.F / LANES, (double)(t->C * POINTS * LANES) / 4, gradient_weights, &g);
+    hl_give(t->shared_v);
+    hl_give(g.du);
     return status;
 }
 #endif

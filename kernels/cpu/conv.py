@@ -426,7 +426,7 @@ def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
 # Source: as conv.
 @cpu(over="F if F < 4*groups else C")
 def conv_grad_weight(
-    begin, end, gy, x, gw, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w
+    begin, end, gy, x, gw, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
 ):  # fmt: skip
     N, F, CG, KD, KH, KW = gy.shape[0], gw.shape[0], gw.shape[1], gw.shape[2], gw.shape[3], gw.shape[4]
     FG, taps = F // groups, KD * KH * KW

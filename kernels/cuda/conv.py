@@ -300,7 +300,7 @@ def _weight_few(
 
 
 def conv_grad_weight(
-    gy, x, gw, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w
+    gy, x, gw, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
 ):  # fmt: skip
     if not gw.size:
         return

@@ -92,12 +92,12 @@ def conv_grad_input(
 
 @kernel(
     "gy[N,F,OD,OH,OW], x[N,C,D,H,W] -> gw[F,CG,KD,KH,KW]",
-    error="reduce:N*OD*OH*OW",
+    error="winograd:N*OD*OH*OW",
     flops="2*N*F*OD*OH*OW*CG*KD*KH*KW",
 )
 def conv_grad_weight(
     gy, x, gw, groups: int, stride_d: int, stride_h: int, stride_w: int, pad_d: int, pad_h: int, pad_w: int,
-    dilation_d: int, dilation_h: int, dilation_w: int,
+    dilation_d: int, dilation_h: int, dilation_w: int, exact: int,
 ):  # fmt: skip
     """gw[f,c,k] = the sum over n, o of gy[n,f,o] x[n, c of f's group, o * stride - pad + k * dilation]."""
     n, f = gy.shape[:2]

@@ -356,7 +356,7 @@ def conv2d(
 
     Notes
     -----
-    In float32, 3x3 filters may run as Winograd's algorithm: see `exact_convolution`.
+    In float32, 3x3 and 5x5 filters may run as Winograd's algorithm: see `exact_convolution`.
     Source: Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv 1603.07285.
 
     Examples
@@ -623,7 +623,7 @@ def _gradients(
         call.run("conv_grad_input", g5, w.reshape(plan.w), None, gx.reshape(plan.x), exact=_dispatch.exact(), **plan.scalars)
     if needs[1]:
         gw = call.empty(w.shape)
-        call.run("conv_grad_weight", g5, x.reshape(plan.x), gw.reshape(plan.w), **plan.scalars)
+        call.run("conv_grad_weight", g5, x.reshape(plan.x), gw.reshape(plan.w), exact=_dispatch.exact(), **plan.scalars)
     if needs[2]:
         gb = _grad_bias(call, g5)
     return tuple(None if a is None else call.finish(a) for a in (gx, gw, gb))
@@ -702,7 +702,7 @@ def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
         call.run("conv", g5, w.reshape(plan.w), None, gy.reshape(plan.y), exact=_dispatch.exact(), **plan.scalars)
     if "weight" in a.needs:
         gw = call.empty(w.shape)
-        call.run("conv_grad_weight", y.reshape(plan.y), g5, gw.reshape(plan.w), **plan.scalars)
+        call.run("conv_grad_weight", y.reshape(plan.y), g5, gw.reshape(plan.w), exact=_dispatch.exact(), **plan.scalars)
     if "bias" in a.needs:
         gb = _grad_bias(call, g5)
     return tuple(None if r is None else call.finish(r) for r in (gy, gw, gb))

@@ -53,6 +53,9 @@ SHAPES = {
 LARGE = {
     "large_3x3": geometry(19, (30, 37), 35, (3, 3), n=2, pad=1),
     "large_3x3_narrow": geometry(40, (7, 7), 50, (3, 3), n=5, pad=1),
+    "large_3x3_one_over": geometry(33, (9, 13), 20, (3, 3), n=3, pad=1),
+    "large_3x3_three_over": geometry(150, (11, 14), 17, (3, 3), n=7),
+    "large_5x5": geometry(21, (11, 16), 36, (5, 5), n=3, pad=2),
     "large_1x1": geometry(67, (13, 17), 45, (1, 1), n=3),
     "large_1x1_stride": geometry(33, (20, 21), 34, (1, 1), n=2, stride=2),
     "large_7x7": geometry(3, (40, 41), 20, (7, 7), n=2, stride=2, pad=3),
@@ -71,7 +74,7 @@ def convolutions(**extra):
 
 def fast():
     """What Winograd's algorithm may take, among others."""
-    names = ("square", "groups", "large_3x3", "large_3x3_narrow", "large_deep", "large_groups")
+    names = ("square", "groups", "large_3x3", "large_3x3_narrow", "large_3x3_one_over", "large_3x3_three_over", "large_5x5", "large_deep", "large_groups")
     return [case(f"{name}_fast", **{**SHAPES, **LARGE}[name], exact=0) for name in names]
 
 
@@ -116,7 +119,7 @@ CASES = {
         case("no_bias_large", **LARGE["large_3x3"], exact=1, b=None),
         case("no_filters", **geometry(2, (4, 4), 0, (3, 3)), exact=1),
     ],
-    "conv_grad_weight": convolutions(),
+    "conv_grad_weight": [*convolutions(exact=1), *fast()],
     "conv_grad_bias": [
         case("one", N=1, F=1, S=1),
         case("odd", N=3, F=5, S=7),

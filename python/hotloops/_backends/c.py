@@ -68,7 +68,7 @@ def select_isa(name: str | None) -> None:
 
 
 def algorithm() -> str:
-    """What the last kernel on this thread picked ("winograd f4x4"), "" when it had no choice."""
+    """What the last kernel on this thread picked ("winograd f(4x4, 3x3)"), "" when it had no choice."""
     ffi, lib, _, _ = _load()
     return ffi.string(lib.hl_algorithm()).decode()
 
