@@ -28,7 +28,6 @@ typedef struct {
     int64_t a_row, a_col; /* A[m, k] = a[m * a_row + k * a_col] */
     const real *b;
     int64_t b_row, b_col; /* B[k, n] = b[k * b_row + n * b_col] */
-    const real *packed_a; /* from gemm_pack_a, instead of a; or NULL */
     const real *packed_b; /* from gemm_pack_b, instead of b; or NULL */
     real *c;
     int64_t c_row; /* C[m, n] = c[m * c_row + n]; no overlap with A, B */
@@ -38,7 +37,6 @@ typedef struct {
 
 #define gemm HL(gemm)
 #define gemm_parallel HL(gemm_parallel)
-#define gemm_pack_a HL(gemm_pack_a)
 #define gemm_pack_b HL(gemm_pack_b)
 #define gemm_pack_panel HL(gemm_pack_panel)
 #define gemm_block HL(gemm_block)
@@ -56,10 +54,8 @@ int gemm(const gemm_call *call);
 /* Over the pool, split by blocks of C. */
 int gemm_parallel(const gemm_call *call);
 
-/* Packs all of A or B once, for any number of products. `packed` holds gemm_packed_a/b_size elements, 64-byte aligned. */
-static inline int64_t gemm_packed_a_size(int64_t M, int64_t K) { return M * K; }
+/* Packs all of B once, for any number of products. `packed` holds gemm_packed_b_size elements, 64-byte aligned. */
 static inline int64_t gemm_packed_b_size(int64_t K, int64_t N) { return K * round_up(N, LANES); }
-void gemm_pack_a(int64_t M, int64_t K, const real *a, int64_t a_row, int64_t a_col, real *packed);
 void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_col, real *packed);
 
 /* ---- the pieces, for a caller that makes its own panels ---- */

@@ -32,12 +32,14 @@ static inline void transpose_quad(const real *from, int64_t stride, real *to, in
 
 static void transpose_rim(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
 {
+    enum { LINE = 64 / (int)sizeof(real) }; /* a cache line is used whole before rows that fall into its place come */
     int64_t wide = width / QUAD * QUAD, deep = depth / QUAD * QUAD;
-    for (int64_t k = 0; k < deep; k += QUAD) {
-        for (int64_t i = 0; i < wide; i += QUAD) transpose_quad(from + i * stride + k, stride, to + k * step + i, step);
-        for (int64_t i = wide; i < width; i++)
-            for (int64_t q = k; q < k + QUAD; q++) to[q * step + i] = from[i * stride + q];
-    }
+    for (int64_t line = 0; line < deep; line += LINE)
+        for (int64_t i = 0; i < wide; i += QUAD)
+            for (int64_t k = line; k < min64(line + LINE, deep); k += QUAD)
+                transpose_quad(from + i * stride + k, stride, to + k * step + i, step);
+    for (int64_t i = wide; i < width; i++)
+        for (int64_t k = 0; k < deep; k++) to[k * step + i] = from[i * stride + k];
     for (int64_t k = deep; k < depth; k++)
         for (int64_t i = 0; i < width; i++) to[k * step + i] = from[i * stride + k];
 }
@@ -82,10 +84,11 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
                      real *panel)
 {
     if (stride == 1) { /* a row of the panel lies in a row of the source */
-        int64_t body = width / LANES * LANES;
+        int64_t body = width / LANES * LANES, quads = width / QUAD * QUAD;
         for (int64_t k = 0; k < depth; k++, source += k_stride, panel += step) {
             for (int64_t i = 0; i < body; i += LANES) store(panel + i, load(source + i));
-            for (int64_t i = body; i < width; i++) panel[i] = source[i];
+            for (int64_t i = body; i < quads; i += QUAD) *(quad *)(panel + i) = *(const quad *)(source + i);
+            for (int64_t i = quads; i < width; i++) panel[i] = source[i];
             for (int64_t i = width; i < step; i++) panel[i] = 0;
         }
         return;
@@ -113,12 +116,6 @@ static void pack_columns(int64_t columns, int64_t depth, const real *b, int64_t 
     }
 }
 
-void gemm_pack_a(int64_t M, int64_t K, const real *a, int64_t a_row, int64_t a_col, real *packed)
-{
-    int64_t depth = gemm_depth(K);
-    for (int64_t k = 0; k < K; k += depth)
-        pack_rows(M, min64(depth, K - k), a + k * a_col, a_row, a_col, packed + k * M);
-}
 void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_col, real *packed)
 {
     int64_t depth = gemm_depth(K);
@@ -140,8 +137,11 @@ static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile
 }
 
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, int64_t columns, int64_t K,
-                                                       const real *a, const real *b, int64_t b_row, const gemm_out *o)
+                                                       const real *a, int64_t a_row, int64_t a_col, const real *b,
+                                                       int64_t b_row, const gemm_out *o)
 {
+    /* Addresses of the rows: so few that all are in registers. */
+    const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
@@ -152,14 +152,14 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
-    for (int64_t k = 0; k < K; k++, a += rows, b += b_row) {
+    for (int64_t k = 0; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row) {
         vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i]) * bk[v];
+            for (int v = 0; v < vectors; v++) sum[i][v] += splat((i < 3 ? a : i < 6 ? a3 : a6)[i % 3 * a_row]) * bk[v];
     }
     if (o->row_bias)
 #pragma GCC unroll 8
@@ -186,12 +186,13 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     }
 }
 
-typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, const gemm_out *o);
+typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, int64_t a_col, const real *b,
+                        int64_t b_row, const gemm_out *o);
 #define TILE(r, v) \
-    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, const real *b, int64_t b_row, \
-                               const gemm_out *o) \
+    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, int64_t a_col, const real *b, \
+                               int64_t b_row, const gemm_out *o) \
     { \
-        tile(r, v, columns, K, a, b, b_row, o); \
+        tile(r, v, columns, K, a, a_row, a_col, b, b_row, o); \
     }
 #define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
 TILES(1)
@@ -211,9 +212,10 @@ static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
 #endif
 
-/* b_row is 0 for packed panels, else the row stride of a B whose columns are read where they lie (full vectors only). */
-static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row,
-                  const gemm_out *out)
+/* a_row and b_row are 0 for packed panels. Else A is read where it lies, a[m * a_row + k * a_col], or b_row is the row
+ * stride of a B whose columns are read where they lie (full vectors only). */
+static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, int64_t a_col,
+                  const real *b, int64_t b_row, const gemm_out *out)
 {
     for (int64_t n = 0, step; n < columns;
          n += step) { /* a panel of B stays in the first cache, A streams from the second */
@@ -224,13 +226,14 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, c
             height = gemm_rows(rows - m);
             gemm_out o = {out->c + m * out->c_row + n, out->c_row, out->add ? out->add + m * out->add_row + n : NULL,
                           out->add_row, out->row_bias ? out->row_bias + m : NULL};
-            fn[height - 1](min64(step, columns - n), depth, a + m * depth, bn, b_row ? b_row : step, &o);
+            fn[height - 1](min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row ? a_row : 1,
+                           a_row ? a_col : height, bn, b_row ? b_row : step, &o);
         }
     }
 }
 void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, const gemm_out *out)
 {
-    block(rows, columns, depth, a, b, 0, out);
+    block(rows, columns, depth, a, 0, 0, b, 0, out);
 }
 
 /* ---- few rows ---- */
@@ -316,10 +319,10 @@ static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
 static int is_dot(const gemm_call *g)
 {
     /* A dot ends in a sum over lanes: it must be long for that to be small. */
-    return !g->packed_a && !g->packed_b && g->M <= DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 &&
-           g->b_col != 1 && g->K >= 8 * LANES;
+    return !g->packed_b && g->M <= DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 && g->b_col != 1 &&
+           g->K >= 8 * LANES;
 }
-static int is_axpy(const gemm_call *g) { return !g->packed_a && !g->packed_b && g->M == 1 && g->b_col == 1; }
+static int is_axpy(const gemm_call *g) { return !g->packed_b && g->M == 1 && g->b_col == 1; }
 
 /* ---- blocks ---- */
 
@@ -337,7 +340,9 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
             columns_max = min64(n1 - n0, BLOCK_COLUMNS + 2 * GEMM_COLUMNS);
     /* Few rows do not repay packing a B whose rows are contiguous. */
     int in_place = !g->packed_b && g->b_col == 1 && g->M <= GEMM_ROWS;
-    int64_t a_size = g->packed_a ? 0 : round_up(rows_max * depth_max, LANES);
+    /* Rows of A are read where they lie: a tile's 8 streams are no slower than a panel. Columns are packed. */
+    int64_t a_row = g->a_col == 1 ? g->a_row : 0;
+    int64_t a_size = a_row ? 0 : round_up(rows_max * depth_max, LANES);
     int64_t b_size = g->packed_b ? 0 : depth_max * (in_place ? LANES : round_up(columns_max, LANES));
     real *pack_a = hl_take((size_t)(a_size + b_size) * sizeof(real)), *pack_b = pack_a + a_size;
     if (!pack_a) return HL_NOMEM;
@@ -353,9 +358,11 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                              pack_b);
             for (int64_t m = m0, rows; m < m1; m += rows) {
                 rows = m1 - m < BLOCK_ROWS + 2 * GEMM_ROWS ? m1 - m : BLOCK_ROWS;
-                const real *a = g->packed_a ? g->packed_a + k * g->M + m * depth : pack_a;
-                if (!g->packed_a)
-                    pack_rows(rows, depth, g->a + m * g->a_row + k * g->a_col, g->a_row, g->a_col, pack_a);
+                const real *a = g->a + m * g->a_row + k * g->a_col;
+                if (!a_row) {
+                    pack_rows(rows, depth, a, g->a_row, g->a_col, pack_a);
+                    a = pack_a;
+                }
                 gemm_out out = {.c = g->c + m * g->c_row + n, .c_row = g->c_row};
                 if (k || g->accumulate) {
                     out.add = out.c;
@@ -364,10 +371,10 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                     if (g->column_bias) out.add = g->column_bias + n;
                     if (g->row_bias) out.row_bias = g->row_bias + m;
                 }
-                if (body) block(rows, body, depth, a, g->b + k * g->b_row + n, g->b_row, &out);
+                if (body) block(rows, body, depth, a, a_row, g->a_col, g->b + k * g->b_row + n, g->b_row, &out);
                 if (out.add) out.add += body;
                 out.c += body;
-                block(rows, columns - body, depth, a, b, 0, &out);
+                block(rows, columns - body, depth, a, a_row, g->a_col, b, 0, &out);
             }
             k += depth;
         } while (k < g->K);
