@@ -34,6 +34,13 @@ def _phase(line, even, odd, stride, shift, begin):
 
 
 @inline
+def _copy(source, to):
+    """Elements by a loop: an assignment of slices costs several times as much on a line."""
+    for i in range(len(to)):
+        to[i] = source[i]
+
+
+@inline
 def _split(line, even, odd):
     """Takes a line apart into its even and odd elements."""
     pairs = len(line) // 2
@@ -81,7 +88,7 @@ def max_pool(
         kd, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
         kh, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
         row, inner = y[m, od, oh], y[m, od, oh, lo:hi]
-        line[:] = x[m, d0, h0]
+        _copy(x[m, d0, h0], line)
         if not with_taps:
             for d in range(nd):
                 for h in range(nh):
@@ -95,7 +102,7 @@ def max_pool(
             for k in range(kernel_w if hi > lo else 0):
                 source = _phase(line, even, odd, stride_w, k * dilation_w - pad_left, lo)
                 if k == 0 and stride_w <= 2:
-                    inner[:] = source[: hi - lo]
+                    _copy(source, inner)
                 elif stride_w <= 2:
                     for i in range(hi - lo):
                         v, best = source[i], inner[i]
@@ -219,7 +226,7 @@ def adaptive_max_pool(begin, end, x, y, indices):
             d0, d1 = pool_share(od, D, OD)
             for oh in range(OH):
                 h0, h1 = pool_share(oh, H, OH)
-                line[:] = x[m, d0, h0]
+                _copy(x[m, d0, h0], line)
                 places[:] = (d0 * H + h0) * W
                 for d in range(d0, d1):
                     for h in range(h0, h1):
@@ -292,7 +299,7 @@ def avg_pool(
             outer = pool_count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
             outer *= pool_count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
         row = y[m, od, oh]
-        line[:] = x[m, d0, h0]
+        _copy(x[m, d0, h0], line)
         for d in range(nd):
             for h in range(nh):
                 if d or h:
@@ -300,7 +307,8 @@ def avg_pool(
                     for w in range(W):
                         line[w] += taps[w]
         inner = row[lo:hi]
-        inner[:] = real(0)
+        for i in range(hi - lo):
+            inner[i] = real(0)
         if stride_w == 2:
             _split(line, even, odd)
         for k in range(kernel_w if hi > lo else 0):
