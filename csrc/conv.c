@@ -5,16 +5,6 @@
  * input(output, tap) = base(output) + offset(tap) with no test and no division, and every load is a whole vector. */
 #include "gemm.h"
 
-#if HL_VLEN == 64 && HL_F32
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#elif HL_VLEN == 64 || (HL_VLEN == 32 && HL_F32)
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
-#elif HL_VLEN == 32 || HL_F32
-#define EVEN_LANES 0, 2, 4, 6
-#else
-#define EVEN_LANES 0, 2
-#endif
-
 /* One spatial dimension: input = output * stride - pad + tap * dilation, zero outside [0, inputs). */
 typedef struct { int64_t outputs, inputs, taps, stride, pad, dilation; } axis;
 
@@ -63,6 +53,32 @@ static grid make_grid(const conv_job *j, int64_t positions)
     g.ranges = ceil_div(extent, g.per);
     g.boxes = outside * g.ranges;
     return g;
+}
+
+/* Of the grids with boxes of at most 16 full panels, and a sixteenth of all outputs where that leaves four, the one that
+ * does least: whole vectors of outputs, and rows of the input, of which boxes side by side both read `reach`. */
+static grid make_product_grid(const conv_job *j)
+{
+    int64_t total = j->images * outputs_of(j), most = min64(16 * GEMM_COLUMNS, max64(total / 16, 4 * GEMM_COLUMNS));
+    grid best = make_grid(j, most);
+    double least = 0;
+    int64_t inside = total / max64(best.boxes / best.ranges, 1),
+            extent = best.split < 0 ? j->images : j->axes[best.split].outputs;
+    inside /= extent;
+    const axis *x = best.split < 0 ? NULL : &j->axes[best.split];
+    for (int64_t per = best.per; per > 0 && per * inside * 4 >= most; per--) {
+        int64_t ranges = ceil_div(extent, per), last = extent - (ranges - 1) * per;
+        double vectors = (double)((ranges - 1) * ceil_div(per * inside, LANES) + ceil_div(last * inside, LANES));
+        /* To copy a vector costs as much as a tenth of its products by common numbers of filters. */
+        double rim = x ? (double)(ranges * (x->taps - 1) * x->dilation) / (double)(extent * x->stride) : 0;
+        double cost = vectors * (1 + 0.1 * rim);
+        if (least > 0 && cost >= least) continue;
+        least = cost;
+        best.boxes = best.boxes / best.ranges * ranges;
+        best.per = per;
+        best.ranges = ranges;
+    }
+    return best;
 }
 
 static box box_at(const conv_job *j, const grid *g, int64_t i)
@@ -130,32 +146,29 @@ static int64_t phase_start(const conv_job *j, const box *b, const planes *p, int
     return b->first[a] * x->stride - x->pad + phase * (p->apart[a] ? x->dilation : 1);
 }
 
-/* The first n lanes of v, zeros after them. */
-static inline vreal first_lanes(vreal v, int64_t n)
+/* -1 in the first n lanes. */
+static inline vint lanes_before(int64_t n)
 {
     static const ireal steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vint lane, limit = (ireal)n - (vint){0};
     memcpy(&lane, steps, sizeof lane);
-    return blend(lane < limit, v, splat((real)0));
+    return lane < limit;
 }
-/* At most LANES of the elements before `end`, zeros after them. */
-static inline vreal load_before(const real *from, const real *end)
+/* At most LANES of the elements before `end`, zeros after them; no `end`: all of them are there. */
+static inline __attribute__((always_inline)) vreal load_before(const real *from, const real *end)
 {
-    return end - from >= LANES ? load(from) : load_part(from, max64(end - from, 0), (real)0);
+    return !end || end - from >= LANES ? load(from) : load_part(from, max64(end - from, 0), (real)0);
 }
 
-/* to[i] = from[i * stride] for i < n, and zeros up to the end of the last vector. */
-static void copy_row(const real *from, int64_t n, int64_t stride, const real *end, real *to)
+/* to[i] = from[i * stride] for i < n, and zeros up to the end of the last vector, whose lanes before n are `inside`. */
+static inline __attribute__((always_inline)) void copy_row(const real *from, int64_t n, const int64_t stride,
+                                                           vint inside, const real *end, real *to)
 {
-    if (stride == 1)
-        for (; n > 0; n -= LANES, from += LANES, to += LANES) store(to, first_lanes(load_before(from, end), n));
-    else if (stride == 2)
-        for (; n > 0; n -= LANES, from += 2 * LANES, to += LANES) {
-            vreal low = load_before(from, end), high = load_before(from + LANES, end);
-            store(to, first_lanes(SHUFFLE(low, high, EVEN_LANES), n));
-        }
-    else
-        for (int64_t i = 0; i < n; i++) to[i] = from[i * stride];
+    for (int64_t i = 0; i < n; i += LANES, from += stride * LANES) {
+        vreal v = load_before(from, end);
+        if (stride == 2) v = evens(v, load_before(from + LANES, end));
+        store(to + i, i + LANES <= n ? v : blend(inside, v, splat((real)0)));
+    }
 }
 
 /* Copies channels into planes that are zero where no input lies: all of them, the first time. Rows go up in memory, so
@@ -164,7 +177,7 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                         int64_t channels, real *to)
 {
     const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
-    int64_t x_channel = inputs_of(j);
+    int64_t x_channel = inputs_of(j), stride = W->stride;
     const real *end = j->x + j->images * j->groups * j->channels * x_channel;
     for (int64_t n = 0; n < b->images; n++)
         for (int64_t c = 0; c < channels; c++) {
@@ -174,18 +187,25 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                 int64_t d = phase_start(j, b, p, 0, q / p->phases[2] / p->phases[1]);
                 int64_t h0 = phase_start(j, b, p, 1, q / p->phases[2] % p->phases[1]);
                 int64_t w = phase_start(j, b, p, 2, q % p->phases[2]);
-                int64_t low = w < 0 ? min64(ceil_div(-w, W->stride), p->pitch[2]) : 0;
-                int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / W->stride + 1, p->pitch[2]) : 0;
+                int64_t low = w < 0 ? min64(ceil_div(-w, stride), p->pitch[2]) : 0;
+                int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / stride + 1, p->pitch[2]) : 0;
+                int64_t columns = high - low, touched = round_up(columns, LANES) * stride;
+                vint inside = lanes_before((columns - 1) % LANES + 1);
                 for (int64_t rd = 0; rd < p->pitch[0]; rd++, d += D->stride)
-                    for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2])
-                        if (d >= 0 && d < D->inputs && h >= 0 && h < H->inputs) {
-                            const real *from = x + (d * H->inputs + h) * W->inputs + w + low * W->stride;
-                            int64_t columns = high - low, reach = min64(columns * W->stride, W->inputs);
-                            /* The next channel's row is on its way. */
-                            for (int64_t i = 0; i < reach; i += 64 / (int64_t)sizeof(real))
-                                __builtin_prefetch(from + x_channel + i);
-                            copy_row(from, columns, W->stride, end, row + low);
-                        }
+                    for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2]) {
+                        if (d < 0 || d >= D->inputs || h < 0 || h >= H->inputs || columns <= 0) continue;
+                        const real *from = x + (d * H->inputs + h) * W->inputs + w + low * stride;
+                        const real *limit = end - from >= touched ? NULL : end;
+                        /* The next channel's row is on its way. */
+                        for (int64_t i = 0; i < min64(columns * stride, W->inputs); i += 64 / (int64_t)sizeof(real))
+                            __builtin_prefetch(from + x_channel + i);
+                        if (stride == 1 && !limit) copy_row(from, columns, 1, inside, NULL, row + low);
+                        else if (stride == 2 && !limit) copy_row(from, columns, 2, inside, NULL, row + low);
+                        else if (stride == 1) copy_row(from, columns, 1, inside, limit, row + low);
+                        else if (stride == 2) copy_row(from, columns, 2, inside, limit, row + low);
+                        else
+                            for (int64_t i = 0; i < columns; i++) row[low + i] = from[i * stride];
+                    }
             }
         }
 }
@@ -417,9 +437,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
 static int conv_product(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps;
-    /* 8 full panels to a box: rows at its rim are copied twice, so not fewer; enough boxes to share out, so not more. */
-    product t = {
-        .j = j, .filter_blocks = 1, .grid = make_grid(j, 8 * GEMM_COLUMNS), .depth = part_depth(j->channels, taps)};
+    product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = part_depth(j->channels, taps)};
     t.flat = is_flat(j);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
     t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
@@ -1055,7 +1073,8 @@ static int weight_dots(int64_t begin, int64_t end, void *context)
                     int64_t image = r / b.size[1] / b.size[0] + b.image;
                     copy_row(t->gy + ((image * j->groups + group) * j->filters + f) * S +
                                  (d * j->axes[1].outputs + h) * j->axes[2].outputs + b.first[2],
-                             W, 1, t->gy + j->images * j->groups * j->filters * S, gy + r * pitch);
+                             W, 1, lanes_before((W - 1) % LANES + 1), t->gy + j->images * j->groups * j->filters * S,
+                             gy + r * pitch);
                 }
                 for (int64_t k = 0, count; k < rows; k += count) {
                     count = rows - k >= 9 ? 9 : rows - k >= 3 ? 3 : 1; /* the taps of 3x3, of one row of it */
