@@ -403,11 +403,24 @@ def test_masks(host_backend):
         y, x = np.nonzero(mask)
         assert box.tolist() == [x.min(), y.min(), x.max(), y.max()]
     assert (boxes[0] == 0).all()
-    for bad in (one.astype(np.uint8), one[0]):
+    for bad in (one[0], one.astype(complex), one.astype(object), None):
         with pytest.raises((TypeError, ValueError), match="masks"):
             hl.masks_to_boxes(bad)
     with pytest.raises(ValueError, match="masks2"):
         hl.mask_iou(one, two[:, :5])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", ">i4", "uint64", "float16", "float32", ">f8"])
+def test_masks_of_numbers(host_backend, dtype):
+    """Whatever is not zero is inside, as for torchvision."""
+    rng = np.random.default_rng(1)
+    one, two = rng.integers(0, 3, (4, 9, 11)).astype(dtype), rng.integers(0, 2, (5, 9, 11)).astype(dtype)
+    if np.dtype(dtype).kind == "f":
+        one[0, :2], one[1, 3, 4], one[2, 0, 0] = 0.25, np.nan, -0.0
+    elif np.dtype(dtype).kind == "i":
+        one[1, 2] = -1
+    assert_same_bits(hl.mask_iou(one, two), hl.mask_iou(one != 0, two != 0), "mask_iou")
+    assert_same_bits(hl.masks_to_boxes(one), hl.masks_to_boxes(one != 0), "masks_to_boxes")
 
 
 def test_refused():

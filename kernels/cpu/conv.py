@@ -1,6 +1,6 @@
 """Convolution, its gradients, and the patches that it is made of.
 
-Where a group has four filters or more, everything is one small matrix product, `_multiply`, on panels of TILE positions:
+Where a group has four filters or more, everything is one small matrix product, `_product`, on panels of TILE positions:
 the patches of a tile (never of the whole image) are packed into rows that the product reads one after the other. With fewer
 filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
 """
@@ -10,6 +10,7 @@ import numpy as np
 from ..compile import cpu, inline, real
 
 TILE = 128  # positions of a panel: a constant, so that the compiler sees how far rows are apart
+NARROW = 64  # filters of a panel of gradients
 DEPTH = 1024  # rows of a panel: 512 KiB in float32, half of a second-level cache
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
 
@@ -21,36 +22,68 @@ def _first(at, stride, outputs):
 
 
 @inline
-def _multiply(a, base, row, column, rows, depth, panel, width, sums):
-    """sums[i, t] += the sum over k of a[base + i * row + k * column] panel[k, t], for i < rows <= 4, t < width.
+def _four_rows(turned, c, rows, taps, tap, pitch, start):
+    """The rows of _turn_weights of `rows` <= 4 channels from c on, for one tap, from filter `start` on; the last again."""
+    at = (c * taps + tap) * pitch + start
+    step, last = taps * pitch, (rows - 1) * taps * pitch
+    one, two, three = at + min(step, last), at + min(2 * step, last), at + last
+    return turned[at:], turned[one:], turned[two:], turned[three:]
 
-    Four rows by four k in each sweep: sixteen multiply-adds for four loads and four stores.
-    """
-    r0 = base
-    r1 = base + row * min(1, rows - 1)
-    r2 = base + row * min(2, rows - 1)
-    r3 = base + row * min(3, rows - 1)
-    for k in range(0, depth - 3, 4):
-        c0, c1, c2, c3 = k * column, (k + 1) * column, (k + 2) * column, (k + 3) * column
-        a00, a01, a02, a03 = a[r0 + c0], a[r0 + c1], a[r0 + c2], a[r0 + c3]
-        a10, a11, a12, a13 = a[r1 + c0], a[r1 + c1], a[r1 + c2], a[r1 + c3]
-        a20, a21, a22, a23 = a[r2 + c0], a[r2 + c1], a[r2 + c2], a[r2 + c3]
-        a30, a31, a32, a33 = a[r3 + c0], a[r3 + c1], a[r3 + c2], a[r3 + c3]
-        p = panel[k * TILE : (k + 4) * TILE]
-        for t in range(width):
-            p0, p1, p2, p3 = p[t], p[t + TILE], p[t + 2 * TILE], p[t + 3 * TILE]
-            sums[t] += a00 * p0 + a01 * p1 + a02 * p2 + a03 * p3
-            sums[t + TILE] += a10 * p0 + a11 * p1 + a12 * p2 + a13 * p3
-            sums[t + 2 * TILE] += a20 * p0 + a21 * p1 + a22 * p2 + a23 * p3
-            sums[t + 3 * TILE] += a30 * p0 + a31 * p1 + a32 * p2 + a33 * p3
-    for k in range(depth - depth % 4, depth):
-        a0, a1, a2, a3 = a[r0 + k * column], a[r1 + k * column], a[r2 + k * column], a[r3 + k * column]
-        p = panel[k * TILE : (k + 1) * TILE]
-        for t in range(width):
-            sums[t] += a0 * p[t]
-            sums[t + TILE] += a1 * p[t]
-            sums[t + 2 * TILE] += a2 * p[t]
-            sums[t + 3 * TILE] += a3 * p[t]
+
+def _product(width):
+    """The product of four rows with a panel whose rows are `width` long: a constant, so that sweeps need no tail."""
+
+    @inline
+    def multiply(row0, row1, row2, row3, depth, panel, sums):
+        """sums[i, t] += the sum over k of row_i[k] panel[k, t], for k < depth, a multiple of four.
+
+        Four rows by four k in each sweep: sixteen multiply-adds for eight loads and four stores.
+        """
+        for k in range(0, depth, 4):
+            a, b, c, d = row0[k : k + 4], row1[k : k + 4], row2[k : k + 4], row3[k : k + 4]
+            a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+            b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
+            c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+            d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
+            p = panel[k * width : (k + 4) * width]
+            for t in range(width):
+                p0, p1, p2, p3 = p[t], p[t + width], p[t + 2 * width], p[t + 3 * width]
+                sums[t] += a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
+                sums[t + width] += b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
+                sums[t + 2 * width] += c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
+                sums[t + 3 * width] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
+
+    return multiply
+
+
+_multiply = _product(TILE)
+_multiply_narrow = _product(NARROW)
+
+
+@inline
+def _fours(n):
+    """n, or the next multiple of four: what is missing of a product's depth are zeros."""
+    return (n + 3) // 4 * 4
+
+
+@inline
+def _end_with_zeros(panel, depth, width):
+    for i in range(depth * width, _fours(depth) * width):
+        panel[i] = real(0)
+
+
+@inline
+def _turn_weights(w):
+    """w[F, CG, taps] of one group as [CG, taps, _fours(F)], flat."""
+    F, CG, taps = w.shape
+    depth = _fours(F)
+    turned = np.zeros(CG * taps * depth, w.dtype)
+    for c in range(CG):
+        for tap in range(taps):
+            to = turned[(c * taps + tap) * depth : (c * taps + tap + 1) * depth]
+            for f in range(F):
+                to[f] = w[f, c, tap]
+    return turned
 
 
 @inline
@@ -220,9 +253,10 @@ def conv(
     out = (y.shape[2], y.shape[3], y.shape[4])
     size = out[0] * out[1] * out[2]
     tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
-    step = max(DEPTH // taps, 1)  # channels of a panel
-    panel, sums = np.empty(min(step, CG) * taps * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
-    weights, y3 = w.reshape(w.size), y.reshape((N, F, size))
+    step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
+    pitch = _fours(step * taps)
+    panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
+    w3, y3, row = w.reshape((F, CG, taps)), y.reshape((N, F, size)), np.zeros(4 * pitch, x.dtype)
     packed = -1
     for unit in range(begin, end):
         block, tile = unit % blocks, unit // blocks
@@ -231,8 +265,10 @@ def conv(
         f_begin, f_end = g * FG + block * FILTERS, g * FG + min((block + 1) * FILTERS, FG)
         for channel in range(0, max(CG, 1), step):
             channels = min(step, CG - channel)
+            depth = channels * taps
             if packed != tile or CG > step:
                 _pack(x, g * CG + channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
+                _end_with_zeros(panel, depth, TILE)
                 packed = tile
             for f in range(f_begin, f_end, 4):
                 rows = min(4, f_end - f)
@@ -240,7 +276,15 @@ def conv(
                     bias = b[f + min(i, rows - 1)] if len(b) and channel == 0 else real(0)
                     for t in range(TILE):
                         sums[t + i * TILE] = bias
-                _multiply(weights, (f * CG + channel) * taps, CG * taps, 1, rows, channels * taps, panel, count, sums)
+                    to, source = row[i * pitch : i * pitch + depth], w3[f + min(i, rows - 1), channel : channel + channels]
+                    source = source.reshape(depth)
+                    for k in range(depth):
+                        to[k] = source[k]
+                    for k in range(i * pitch + depth, i * pitch + _fours(depth)):
+                        row[k] = real(0)
+                _multiply(
+                    row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], _fours(depth), panel, sums
+                )
                 t = 0
                 while t < count:  # a run of positions in one image
                     n, s = (first + t) // size, (first + t) % size
@@ -325,10 +369,14 @@ def conv_grad_input(
     D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
     size = OD * OH * OW
     blocks = (CG + 15) // 16
-    panel, sums = np.empty(min(FG, DEPTH) * TILE, gx.dtype), np.empty(4 * TILE, gx.dtype)
-    weights, gy3 = w.reshape(w.size), gy.reshape((N, F, size))
+    pitch = _fours(FG)
+    panel, sums = np.empty(min(pitch, DEPTH) * TILE, gx.dtype), np.empty(4 * TILE, gx.dtype)
+    w4, gy3 = w.reshape((groups, FG, CG, taps)), gy.reshape((N, F, size))
+    turned, group = np.empty(0, gx.dtype), -1
     for unit in range(begin, end):
-        block, g, n = unit % blocks, unit // blocks % groups, unit // blocks // groups
+        n, block, g = unit % N, unit // N % blocks, unit // N // blocks
+        if g != group:
+            turned, group = _turn_weights(w4[g]), g
         c_begin, c_end = block * 16, min(block * 16 + 16, CG)
         for c in range(g * CG + c_begin, g * CG + c_end):
             plane = gx[n, c].reshape(D * H * W)
@@ -343,13 +391,14 @@ def conv_grad_input(
                     source, to = gy3[n, g * FG + start + k, first : first + count], panel[k * TILE : k * TILE + count]
                     for t in range(count):
                         to[t] = source[t]
+                _end_with_zeros(panel, depth, TILE)
                 for c in range(c_begin, c_end, 4):
                     rows = min(4, c_end - c)
                     for tap in range(taps):
                         for t in range(4 * TILE):
                             sums[t] = real(0)
-                        base = ((g * FG + start) * CG + c) * taps + tap
-                        _multiply(weights, base, taps, CG * taps, rows, depth, panel, count, sums)
+                        r0, r1, r2, r3 = _four_rows(turned, c, rows, taps, tap, pitch, start)
+                        _multiply(r0, r1, r2, r3, _fours(depth), panel, sums)
                         kd, kh, kw = tap // KW // KH, tap // KW % KH, tap % KW
                         left = pad[2] - kw * dilation[2]
                         low, high = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
@@ -440,41 +489,58 @@ def conv_grad_weight(
     out = (gy.shape[2], gy.shape[3], gy.shape[4])
     size = out[0] * out[1] * out[2]
     gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
-    blocks = (FG + TILE - 1) // TILE
     step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
-    depth = (step * taps + 3) // 4 * 4
-    panel, turned = np.empty(depth * TILE, x.dtype), np.empty(TILE * TILE, x.dtype)
-    sums = np.empty(blocks * depth * TILE, x.dtype)
+    panel, turned = np.empty(step * taps * TILE, x.dtype), np.empty(TILE * NARROW, x.dtype)
+    sums = np.empty((FG + NARROW - 1) // NARROW * _fours(step * taps) * NARROW, x.dtype)
     channel = begin
     while channel < end:
-        g = channel // CG
-        channels = min(step, end - channel, (g + 1) * CG - channel)
+        channels = min(step, end - channel, (channel // CG + 1) * CG - channel)
         for i in range(len(sums)):
             sums[i] = real(0)
         for first in range(0, N * size, TILE):
             count = min(TILE, N * size - first)
             _pack(x, channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
-            for block in range(blocks):
-                width = min(TILE, FG - block * TILE)
-                t = 0
-                while t < count:  # a run of positions in one image
-                    n, s = (first + t) // size, (first + t) % size
-                    run = min(size - s, count - t)
-                    for i in range(width):
-                        line = gy3[n, g * FG + block * TILE + i, s : s + run]
-                        for j in range(run):
-                            turned[(t + j) * TILE + i] = line[j]
-                    t += run
-                for k in range(0, channels * taps, 4):
-                    part = sums[(block * depth + k) * TILE : (block * depth + k + 4) * TILE]
-                    _multiply(panel, k * TILE, TILE, 1, min(4, channels * taps - k), count, turned, width, part)
-        for block in range(blocks):
-            for i in range(min(TILE, FG - block * TILE)):
-                for c in range(channels):
-                    for k in range(taps):
-                        total = sums[(block * depth + c * taps + k) * TILE + i]
-                        gw3[g * FG + block * TILE + i, channel - g * CG + c, k] = total
+            _add_products(gy3, channel // CG * FG, FG, first, count, panel, channels * taps, turned, sums)
+        _write_sums(sums, channel // CG * FG, FG, channel % CG, channels, gw3)
         channel += channels
+
+
+@inline
+def _add_products(gy, f_begin, filters, first, count, panel, rows, turned, sums):
+    """sums[block of filters, row, filter] += the sum over t < count of panel[row, t] and gy at position first + t."""
+    size = gy.shape[2]
+    for k in range(rows):  # the depth of the products is a multiple of four
+        for t in range(k * TILE + count, k * TILE + _fours(count)):
+            panel[t] = real(0)
+    for block in range((filters + NARROW - 1) // NARROW):
+        width = min(NARROW, filters - block * NARROW)
+        t = 0
+        while t < count:  # a run of positions in one image
+            n, s = (first + t) // size, (first + t) % size
+            run = min(size - s, count - t)
+            for i in range(width):
+                line, to = gy[n, f_begin + block * NARROW + i, s : s + run], turned[t * NARROW + i :]
+                for j in range(run):
+                    to[j * NARROW] = line[j]
+            t += run
+        _end_with_zeros(turned, count, NARROW)
+        for k in range(0, rows, 4):
+            part = sums[(block * _fours(rows) + k) * NARROW : (block * _fours(rows) + k + 4) * NARROW]
+            r1, r2, r3 = min(k + 1, rows - 1), min(k + 2, rows - 1), min(k + 3, rows - 1)
+            _multiply_narrow(
+                panel[k * TILE :], panel[r1 * TILE :], panel[r2 * TILE :], panel[r3 * TILE :], _fours(count), turned, part
+            )
+
+
+@inline
+def _write_sums(sums, f_begin, filters, channel, channels, gw):
+    """gw[f, c, tap] from the sums of _add_products."""
+    taps = gw.shape[2]
+    for f in range(filters):
+        at = (f // NARROW * _fours(channels * taps)) * NARROW + f % NARROW
+        for c in range(channels):
+            for k in range(taps):
+                gw[f_begin + f, channel + c, k] = sums[at + (c * taps + k) * NARROW]
 
 
 @inline

@@ -881,7 +881,9 @@ def _roi_pool_gradient(g: Any, y: Any, a: SimpleNamespace) -> tuple[Any, ...]:
 
 
 def _masks(call: Call, name: str, value: Any) -> Any:
-    masks = call.booleans(name, value)
+    """Masks as 0 and 1: whatever is not zero is inside, a NaN too."""
+    array = host_array(call.op, name, value)
+    masks = call.booleans(name, array if array.dtype.kind == "b" else array != 0)
     if len(masks.shape) != 3:
         raise ValueError(f"{call.op}: {name} has the shape {tuple(masks.shape)}, [N, H, W] is needed")
     return masks
@@ -894,6 +896,7 @@ def mask_iou(masks1: Any, masks2: Any, *, out: Any = None) -> Any:
     Parameters
     ----------
     masks1, masks2 : bool[A, H, W], bool[B, H, W]
+        Or numbers of any type: whatever is not 0 is inside, NaN too.
     out : float64[A, B], optional
         Where the result goes.
 
@@ -905,7 +908,7 @@ def mask_iou(masks1: Any, masks2: Any, *, out: Any = None) -> Any:
     Raises
     ------
     TypeError, ValueError, MemoryError
-        Elements that are no booleans; other shapes, or masks of different sizes.
+        Elements that are no numbers; other shapes, or masks of different sizes.
 
     Notes
     -----
@@ -936,6 +939,7 @@ def masks_to_boxes(masks: Any, *, out: Any = None) -> Any:
     Parameters
     ----------
     masks : bool[N, H, W]
+        Or numbers of any type: whatever is not 0 is inside, NaN too.
     out : float32[N, 4], optional
         Where the result goes.
 
@@ -948,7 +952,7 @@ def masks_to_boxes(masks: Any, *, out: Any = None) -> Any:
     Raises
     ------
     TypeError, ValueError
-        Elements that are no booleans; a shape other than [N, H, W].
+        Elements that are no numbers; a shape other than [N, H, W].
 
     Notes
     -----
