@@ -714,7 +714,9 @@ INLINE ukey score_key(real score)
 
 /* ---- suppression ---- */
 
-enum { FIELDS = 5, FEW = 768 }; /* values of a kept box: corners and area; boxes for which a grid does not pay */
+/* Values of a kept box: corners and area. Up to FEW kept boxes, looking at all of them (24 vectors of 16) costs no more than
+ * finding those near by. */
+enum { FIELDS = 5, FEW = 384 };
 #define TINY_AREA ((real)(HL_F32 ? 1e-30 : 1e-280))
 
 /* The boxes of one group by decreasing score: plane k of box i is boxes[k * stride + i]; alive[i] is the answer. */
@@ -751,16 +753,18 @@ INLINE void add_to_block(real *block, int64_t lane, const segment *s, int64_t i)
     for (int k = 0; k < FIELDS; k++) block[k * LANES + lane] = s->boxes[k * s->stride + i];
 }
 
-/* Every box against all kept before it, in blocks of LANES; stops at the first that suppresses it. */
-static void suppress_all(const segment *s, real *blocks)
+/* Every box against all kept before it, in blocks of LANES; stops at the first that suppresses it. Ends before the box that
+ * would meet more than `most` others, and returns that box or n. */
+static int64_t suppress_all(const segment *s, real *blocks, int64_t most)
 {
     int64_t kept = 0, listed = 0;
     const vreal t = splat(s->threshold);
     for (int64_t i = 0; i < s->n; i++) {
         if (kept == s->limit) {
             memset(s->alive + i, 0, (size_t)(s->n - i));
-            return;
+            break;
         }
+        if (listed > most) return i;
         vbox a = splat_field(s, i);
         unsigned hit = 0;
         for (int64_t at = 0; at < listed && !hit; at += LANES) {
@@ -778,6 +782,7 @@ static void suppress_all(const segment *s, real *blocks)
             listed++;
         }
     }
+    return s->n;
 }
 
 /* A grid over the centres. A box of width w has IoU > t only with boxes whose centre lies within reach * w of its own along
@@ -786,6 +791,8 @@ typedef struct {
     double low, scale; /* cell = (centre - low) * scale */
     int64_t cells;
 } grid_axis;
+
+static double reach_of(double t) { return (1 - t) * fmax(1.0, 0.5 / t); }
 
 static int64_t cell_of(const grid_axis *g, double centre)
 {
@@ -847,12 +854,39 @@ static int choose_grid(const segment *s, double reach, grid_axis grid[2])
     return grid[0].cells * grid[1].cells > 3;
 }
 
-/* Returns HL_INVALID where a grid cannot be had and every pair must be looked at. */
-static int suppress_by_grid(const segment *s)
+/* Does a kept box suppress box i? The boxes of cell c are blocks from start[c] on, used[c] of them. */
+static int near_kept(const segment *s, int64_t i, const grid_axis grid[2], const int64_t *start, const int64_t *used,
+                     const real *blocks)
 {
-    const double t = (double)s->threshold, reach = (1 - t) * fmax(1.0, 0.5 / t);
+    const double t = (double)s->threshold;
+    int64_t low[2], high[2];
+    for (int axis = 0; axis < 2; axis++) {
+        double w = size_of(s, axis, i), c = centre_of(s, axis, i);
+        double magnitude =
+            fabs((double)s->boxes[axis * s->stride + i]) + fabs((double)s->boxes[(axis + 2) * s->stride + i]);
+        double r = reach_of(t) * w * 1.001 + 64 * (double)EPSILON * (magnitude + w / t);
+        low[axis] = cell_of(&grid[axis], c - r);
+        high[axis] = cell_of(&grid[axis], c + r);
+    }
+    const vreal vt = splat(s->threshold);
+    vbox a = splat_field(s, i);
+    unsigned hit = 0;
+    for (int64_t y = low[1]; y <= high[1] && !hit; y++)
+        for (int64_t c = y * grid[0].cells + low[0]; c <= y * grid[0].cells + high[0] && !hit; c++)
+            for (int64_t at = start[c], end = start[c] + used[c]; at < end && !hit; at += LANES) {
+                vbox b = load_block(blocks + at * FIELDS);
+                hit = above(&a, &b, vt); /* an empty lane overlaps nothing */
+            }
+    return hit != 0;
+}
+
+/* The boxes from `first` on; those before are decided. HL_INVALID where a grid cannot be had and every pair must be looked
+ * at. */
+static int suppress_by_grid(const segment *s, int64_t first)
+{
+    const double t = (double)s->threshold;
     grid_axis grid[2];
-    if (!(t >= 0.05 && t < 1) || !choose_grid(s, reach, grid)) return HL_INVALID;
+    if (!(t >= 0.05 && t < 1) || !choose_grid(s, reach_of(t), grid)) return HL_INVALID;
     const int64_t cells = grid[0].cells * grid[1].cells;
     int32_t *cell = hl_take((size_t)s->n * sizeof(int32_t));
     int64_t *start = hl_take((size_t)(cells + 1) * sizeof(int64_t)), *used = hl_take((size_t)cells * sizeof(int64_t));
@@ -879,38 +913,15 @@ static int suppress_by_grid(const segment *s)
     }
     blocks = hl_take((size_t)start[cells] * FIELDS * sizeof(real));
     if (!blocks) goto out;
-    const vreal vt = splat(s->threshold);
     int64_t kept = 0;
     for (int64_t i = 0; i < s->n; i++) {
         if (kept == s->limit) {
             memset(s->alive + i, 0, (size_t)(s->n - i));
             break;
         }
-        s->alive[i] = 1;
-        if (cell[i] < 0) { /* empty or not finite: overlaps nothing */
-            kept++;
-            continue;
-        }
-        int64_t low[2], high[2];
-        for (int axis = 0; axis < 2; axis++) {
-            double w = size_of(s, axis, i), c = centre_of(s, axis, i);
-            double magnitude =
-                fabs((double)s->boxes[axis * s->stride + i]) + fabs((double)s->boxes[(axis + 2) * s->stride + i]);
-            double r = reach * w * 1.001 + 64 * (double)EPSILON * (magnitude + w / t);
-            low[axis] = cell_of(&grid[axis], c - r);
-            high[axis] = cell_of(&grid[axis], c + r);
-        }
-        vbox a = splat_field(s, i);
-        unsigned hit = 0;
-        for (int64_t y = low[1]; y <= high[1] && !hit; y++)
-            for (int64_t c = y * grid[0].cells + low[0]; c <= y * grid[0].cells + high[0] && !hit; c++)
-                for (int64_t at = start[c], end = start[c] + used[c]; at < end && !hit; at += LANES) {
-                    vbox b = load_block(blocks + at * FIELDS);
-                    hit = above(&a, &b, vt); /* an empty lane overlaps nothing */
-                }
-        s->alive[i] = !hit;
-        if (hit) continue;
-        kept++;
+        if (i >= first) s->alive[i] = cell[i] < 0 || !near_kept(s, i, grid, start, used, blocks);
+        kept += s->alive[i];
+        if (!s->alive[i] || cell[i] < 0) continue; /* empty or not finite: overlaps nothing */
         int64_t c = cell[i], lane = used[c] % LANES;
         add_to_block(blocks + (start[c] + used[c] - lane) * FIELDS, lane, s, i);
         used[c]++;
@@ -926,11 +937,11 @@ out:
 
 static int suppress(const segment *s, real *blocks)
 {
-    if (s->n > FEW) {
-        int status = suppress_by_grid(s);
-        if (status != HL_INVALID) return status;
-    }
-    suppress_all(s, blocks);
+    int64_t first = suppress_all(s, blocks, FEW);
+    if (first == s->n) return HL_OK;
+    int status = suppress_by_grid(s, first);
+    if (status != HL_INVALID) return status;
+    suppress_all(s, blocks, s->n);
     return HL_OK;
 }
 

@@ -57,5 +57,7 @@ __attribute__((constructor)) static void init(void)
 ]
 for name, args in prototypes:
     names = ", ".join(re.sub(r".*?(\w+)$", r"\1", arg.strip()) for arg in args.split(","))
-    out += [f"int {name}({args}) {{ return active->{name}({names}); }}"]
+    arrays = re.findall(r"\*(\w+)", args)
+    at = " | ".join(f"(uintptr_t){a} % sizeof(*{a})" for a in arrays if a != "plan")
+    out += [f"int {name}({args}) {{ return {at} ? HL_MISALIGNED : active->{name}({names}); }}"]
 pathlib.Path(output).write_text("\n".join(out) + "\n")

@@ -4,7 +4,8 @@
  * order in which the kernel's record names them (kernels/reference), then its scalars; the arrays are contiguous in C
  * order, aligned and valid, inputs before outputs; an optional array may be NULL. A kernel checks nothing but what
  * depends on data. It returns HL_OK, HL_NOMEM (no scratch memory; outputs undefined), HL_INTERRUPTED (Ctrl-C; outputs
- * undefined) or HL_INVALID (data out of range, as the kernel states). Callable from any thread and after fork.
+ * undefined), HL_INVALID (data out of range, as the kernel states) or HL_MISALIGNED (an array does not begin at a
+ * multiple of its element size; nothing ran). Callable from any thread and after fork.
  *
  * What stands between the two markers is read by cffi: plain declarations and integer #defines only. */
 #ifndef HOTLOOPS_H
@@ -16,6 +17,7 @@
 #define HL_INVALID 1
 #define HL_NOMEM 2
 #define HL_INTERRUPTED 3
+#define HL_MISALIGNED 4
 
 const char *hl_isa_name(void);        /* the instruction set in use */
 const char *hl_isa_list(int i);       /* the i-th set that this CPU can run, from the lowest; NULL past the last */

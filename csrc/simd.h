@@ -16,15 +16,18 @@
 
 #if HL_F32
 typedef int32_t ireal; /* the integer as wide as real */
+typedef uint32_t ureal;
 #define REAL_MAX 3.402823466e38f
 #else
 typedef int64_t ireal;
+typedef uint64_t ureal;
 #define REAL_MAX 1.7976931348623157e308
 #endif
 
 typedef real vreal __attribute__((vector_size(HL_VLEN)));
 typedef real vreal_u __attribute__((vector_size(HL_VLEN), aligned(sizeof(real)), may_alias));
 typedef ireal vint __attribute__((vector_size(HL_VLEN)));
+typedef ureal vuint __attribute__((vector_size(HL_VLEN))); /* for sums of bits, which may wrap */
 enum { LANES = HL_VLEN / (int)sizeof(real) };
 
 #if defined(__AVX512F__)
@@ -54,7 +57,42 @@ static inline __attribute__((always_inline)) vreal kept(vreal v)
     return v;
 }
 
-/* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. */
+/* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. Sets that mask
+ * lanes do it in one instruction (but AMD's masked stores of AVX2 are slower than these few bytes through memory). */
+#if defined(__AVX512F__) && HL_F32
+#define HL_FIRST(n) ((unsigned short)((1u << (n)) - 1))
+static inline vreal load_part(const real *p, int64_t n, real fill)
+{
+    return __builtin_ia32_loadups512_mask((const void *)p, splat(fill), HL_FIRST(n));
+}
+static inline void store_part(real *p, int64_t n, vreal v)
+{
+    __builtin_ia32_storeups512_mask((void *)p, v, HL_FIRST(n));
+}
+#elif defined(__AVX512F__)
+#define HL_FIRST(n) ((unsigned char)((1u << (n)) - 1))
+static inline vreal load_part(const real *p, int64_t n, real fill)
+{
+    return __builtin_ia32_loadupd512_mask((const void *)p, splat(fill), HL_FIRST(n));
+}
+static inline void store_part(real *p, int64_t n, vreal v)
+{
+    __builtin_ia32_storeupd512_mask((void *)p, v, HL_FIRST(n));
+}
+#else
+#if defined(__AVX2__)
+static inline vreal load_part(const real *p, int64_t n, real fill)
+{
+#if HL_F32
+    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7}, first = lane < (ireal)n;
+    vreal v = __builtin_ia32_maskloadps256((const void *)p, first);
+#else
+    const vint lane = {0, 1, 2, 3}, first = lane < (ireal)n;
+    vreal v = __builtin_ia32_maskloadpd256((const void *)p, (__attribute__((vector_size(32))) long long)first);
+#endif
+    return (vreal)((first & (vint)v) | (~first & (vint)splat(fill)));
+}
+#else
 static inline vreal load_part(const real *p, int64_t n, real fill)
 {
     union {
@@ -64,6 +102,7 @@ static inline vreal load_part(const real *p, int64_t n, real fill)
     memcpy(u.a, p, (size_t)n * sizeof(real));
     return u.v;
 }
+#endif
 static inline void store_part(real *p, int64_t n, vreal v)
 {
     union {
@@ -72,6 +111,7 @@ static inline void store_part(real *p, int64_t n, vreal v)
     } u = {.v = v};
     memcpy(p, u.a, (size_t)n * sizeof(real));
 }
+#endif
 
 /* Lanes of a where the mask is -1, of b where it is 0 (C has no vector ?:). */
 static inline __attribute__((always_inline)) vreal blend(vint mask, vreal a, vreal b)

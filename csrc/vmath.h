@@ -22,7 +22,7 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
     vreal c = blend(high, top, blend(low, bottom, x));
     vreal shifted = c * log2e + magic;
     vreal n = shifted - magic;
-    vint k = (vint)shifted - (vint)magic;
+    vint k = (vint)((vuint)shifted - (vuint)magic);
     vreal r = c - n * ln2_hi - n * ln2_lo;
 #if HL_F32
     vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
@@ -58,7 +58,7 @@ static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
     const vreal bottom = splat(-86.5f), magic = splat(12582912.0f);
     const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
     vreal c = vmax(x, bottom), shifted = c * log2e + magic, n = shifted - magic;
-    vint k = (vint)shifted - (vint)magic;
+    vint k = (vint)((vuint)shifted - (vuint)magic);
     vreal r = c - n * ln2_hi - n * ln2_lo;
     vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
     p = splat(1.0f / 120) + r * p;
@@ -66,7 +66,7 @@ static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
     p = splat(1.0f / 6) + r * p;
     p = splat(0.5f) + r * p;
     vreal e = (r * r * p + r) + splat(1.0f);
-    e = (vreal)((vint)e + (k << 23));
+    e = (vreal)((vuint)e + ((vuint)k << 23));
     return (vreal)((vint)e & ~(x < bottom));
 #else
     return vexp(x);
@@ -113,9 +113,9 @@ static inline __attribute__((always_inline)) vreal vlog(vreal x)
     const vint one = (vint)splat((real)1);
     vint small = x < tiny;
     vreal scaled = blend(small, x * up, x);
-    vint bits = (vint)scaled - half_root;
+    vint bits = (vint)((vuint)scaled - (vuint)half_root);
     vint k = (bits >> SHIFT) - (small & SHIFT);
-    vreal m = (vreal)(bits - ((bits >> SHIFT) << SHIFT) + half_root);
+    vreal m = (vreal)((vuint)bits - ((vuint)(bits >> SHIFT) << SHIFT) + (vuint)half_root);
     vreal f = m - (vreal)one, kr = __builtin_convertvector(k, vreal);
     vreal s = f / (f + splat((real)2)), z = s * s, half = f * f * splat((real)0.5);
     vreal r = z * POLYNOMIAL(z, c);

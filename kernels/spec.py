@@ -20,7 +20,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 _ARRAY = re.compile(r"\s*(\+?)(\w+)\[([^\]]*)\](\??)(?::(\w+))?(\??)\s*")
@@ -72,30 +72,38 @@ class Kernel:
         """Where each name stands alone: (array, axis, name), present arrays first come."""
         return tuple((i, k, d) for i, a in enumerate(self.arrays) for k, d in enumerate(a.dims) if _NAME.fullmatch(d))
 
+    @cached_property
+    def _computed(self) -> tuple[tuple[int, int, str], ...]:
+        """The other sizes: (array, axis, number or expression)."""
+        return tuple((i, k, d) for i, a in enumerate(self.arrays) for k, d in enumerate(a.dims) if not _NAME.fullmatch(d))
+
     def bind(self, arrays: Sequence[Any]) -> dict[str, int]:
         """The sizes of a call, from the shapes of its arrays; ValueError where they contradict each other."""
         if len(arrays) != len(self.arrays):
             raise TypeError(f"{self.name}: {len(arrays)} arrays came, {len(self.arrays)} are needed")
-        sizes = dict.fromkeys(self.dims, 0)
-        seen = set()
-        for i, axis, dim in self._plain:
-            if arrays[i] is None:
-                continue
-            size = arrays[i].shape[axis]
-            if dim in seen and sizes[dim] != size:
-                raise ValueError(f"{self.name}: {self.arrays[i].name} has {dim} = {size}, before it was {sizes[dim]}")
-            seen.add(dim)
-            sizes[dim] = size
-        for spec, array in zip(self.arrays, arrays, strict=True):
-            if array is None:
+        shapes = [None if a is None else tuple(a.shape) for a in arrays]
+        for spec, shape in zip(self.arrays, shapes, strict=True):
+            if shape is None:
                 if not spec.optional:
                     raise TypeError(f"{self.name}: {spec.name} is needed")
+            elif len(shape) != len(spec.dims):
+                raise ValueError(f"{self.name}: {spec.name} has shape {shape}, [{','.join(spec.dims)}] is needed")
+        sizes: dict[str, int] = dict.fromkeys(self.dims, -1)
+        for i, axis, dim in self._plain:
+            shape = shapes[i]
+            if shape is None:
                 continue
-            if len(array.shape) != len(spec.dims):
-                raise ValueError(f"{self.name}: {spec.name} has shape {tuple(array.shape)}, [{','.join(spec.dims)}] is needed")
-            for size, dim in zip(array.shape, spec.dims, strict=True):
-                if not _NAME.fullmatch(dim) and size != evaluate(dim, sizes):
-                    raise ValueError(f"{self.name}: {spec.name} has {size} where {dim} = {evaluate(dim, sizes)} is needed")
+            if sizes[dim] not in (-1, shape[axis]):
+                raise ValueError(f"{self.name}: {self.arrays[i].name} has {dim} = {shape[axis]}, before it was {sizes[dim]}")
+            sizes[dim] = shape[axis]
+        for dim in sizes:
+            if sizes[dim] == -1:  # of absent arrays alone
+                sizes[dim] = 0
+        for i, axis, dim in self._computed:
+            shape = shapes[i]
+            if shape is not None and shape[axis] != (int(dim) if dim.isdecimal() else evaluate(dim, sizes)):
+                need = evaluate(dim, sizes)
+                raise ValueError(f"{self.name}: {self.arrays[i].name} has {shape[axis]} where {dim} = {need} is needed")
         return sizes
 
     def count_flops(self, sizes: Mapping[str, int], scalars: Mapping[str, Any] | None = None) -> float:
@@ -112,7 +120,12 @@ class Kernel:
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     """The value of an arithmetic expression over sizes."""
-    return eval(expression, {"__builtins__": {}, "min": min, "max": max}, dict(names))
+    return eval(_compiled(expression), {"__builtins__": {}, "min": min, "max": max}, dict(names))
+
+
+@cache
+def _compiled(expression: str) -> Any:
+    return compile(expression, "<shape line>", "eval")
 
 
 def relative_error(error: str, eps: float, names: Mapping[str, Any]) -> tuple[str, float]:

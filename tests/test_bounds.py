@@ -68,11 +68,11 @@ def test_stays_inside(name, variant, cases, at_end):
 
 @pytest.mark.skipif(not C_VARIANTS, reason="no C kernels here")
 def test_the_guard_bites():
-    """A touched guard page kills the process: the check above can fail."""
+    """A touched guard page ends the process (by a signal, or by a sanitizer that reports it): the check above can fail."""
     pid = os.fork()
     if pid == 0:
         faulthandler.disable()
         guarded = Guarded(64)
         ctypes.memset(guarded.start + PAGE + guarded.room, 0, 1)
         os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert os.waitpid(pid, 0)[1] != 0

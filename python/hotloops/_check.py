@@ -410,6 +410,15 @@ class Call:
 # --------------------------------------------------------------------------------------------------------------- ops
 
 
+def _first_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plans: dict[Any, Any], key: Any) -> Any:
+    if len(plans) >= _plan.MAX_PLANS:
+        plans.clear()
+    result, plan = _plan.make(function, args, kwargs)
+    if plan is not None:
+        plans[key] = plan
+    return result
+
+
 def op(function: Any = None, *, repeats: bool = False) -> Any:
     """Marks a public op: where an argument is an `autograd.Variable`, the call is recorded in its graph.
 
@@ -418,23 +427,27 @@ def op(function: Any = None, *, repeats: bool = False) -> Any:
     """
     if function is None:
         return functools.partial(op, repeats=repeats)
-    plans: dict[Any, Any] = {}
+    patterns: dict[Any, tuple[Any, dict[Any, Any]]] = {}  # by the types of the arguments: what makes a key, plans by key
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if repeats:
-            key = _plan.key(args, kwargs)
-            if key is not None:
-                plan = plans.get(key)
-                if plan is None:
-                    if len(plans) >= _plan.MAX_PLANS:
-                        plans.clear()
-                    result, plans[key] = _plan.make(function, args, kwargs)
-                    return result
-                if plan is not _plan.NO_PLAN:
+            values = (*args, *kwargs.values()) if kwargs else args
+            pattern = (*map(type, values), *kwargs) if kwargs else tuple(map(type, args))
+            found = patterns.get(pattern)
+            if found is None:
+                keyer = _plan.keyer(tuple(map(type, values)))
+                if keyer is not None:
+                    found = patterns[pattern] = keyer, {}
+            if found is not None:
+                key = found[0](*values)
+                plan = found[1].get(key)
+                if plan is None and key is not None:
+                    return _first_call(function, args, kwargs, found[1], key)
+                if plan is not None and plan is not _plan.NO_PLAN:
                     try:
-                        return plan((*args, *kwargs.values()) if kwargs else args)
-                    except ValueError:  # an array that is not contiguous: it needs its copy
+                        return plan(*values)
+                    except ValueError:  # an array that is not contiguous or not aligned: it needs its copy
                         pass
                 return function(*args, **kwargs)
         if autograd.any_variable(args, kwargs):

@@ -196,9 +196,9 @@ def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str)
         trace.append(Choice(name, str(dtype), backend_name, refused, chosen() is not None, algorithm, flops, moved, error))
 
 
-def context() -> Any:
-    """What besides its arguments decides how a call runs; part of the key of its plan."""
-    return _choice.get(), _exact.get(), _trace.get() is None
+def context() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    """What besides its arguments decides how a call runs, as functions: the choice, `exact`, and the log of `explain`."""
+    return _choice.get, _exact.get, _trace.get
 
 
 def prepared_plan(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> tuple[Any, ...] | None:

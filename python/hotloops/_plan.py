@@ -17,38 +17,39 @@ import numpy as np
 
 from . import _dispatch, _memory
 
-MAX_PLANS = 512  # per op; then the op forgets them all: a program that meets that many shapes does not repeat itself
+MAX_PLANS = 512  # per op and pattern; then all are forgotten: a program that meets that many shapes does not repeat itself
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _ndarray = np.ndarray
 recording = threading.local()
 NO_PLAN: Any = object()  # stands for a call that was looked at and cannot have a plan
 
 
-def key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What decides how this call runs, or None where an argument is of an unusual kind."""
-    parts: list[Any] = [_dispatch.context()]
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        kind = type(value)
+def _not_integers(values: tuple[Any, ...]) -> bool:
+    return any(type(v) is not int for v in values)
+
+
+def keyer(kinds: tuple[type, ...]) -> Callable[..., Any] | None:
+    """A function of arguments of these types: what decides how the call runs, or None where a tuple holds more than integers.
+    None instead of it when an argument is of an unusual type."""
+    parts, odd = ["choice()", "exact()", "trace() is None"], []
+    for i, kind in enumerate(kinds):
         if kind is _ndarray:
-            if not value.flags.aligned:
-                return None
-            parts += (value.shape, value.dtype)
+            parts += (f"a{i}.shape", f"a{i}.dtype")
         elif kind in _PLAIN:
-            parts += (kind, value)
+            parts.append(f"a{i}")
         elif kind is tuple:
-            for item in value:
-                if type(item) is not int:
-                    return None
-            parts.append(value)
+            parts.append(f"a{i}")
+            odd.append(f"not_integers(a{i})")
         else:
             return None
-    if kwargs:
-        parts += kwargs
-    return tuple(parts)
+    key = f"({', '.join(parts)})"
+    text = f"lambda {', '.join(f'a{i}' for i in range(len(kinds)))}: " + (f"None if {' or '.join(odd)} else {key}" if odd else key)
+    choice, exact, trace = _dispatch.context()
+    return eval(text, {"choice": choice, "exact": exact, "trace": trace, "not_integers": _not_integers})
 
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """(the result of the call, its plan or NO_PLAN)."""
+    """(the result of the call, its plan; NO_PLAN where there can be none, None where it is these arrays that are unusual)."""
     before = getattr(recording, "log", None)
     log: list[Any] = []
     recording.log = log
@@ -56,7 +57,10 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         result = function(*args, **kwargs)
     finally:
         recording.log = before
-    plan = _plan(log, (*args, *kwargs.values()), result) if len(log) == 1 else None
+    values = (*args, *kwargs.values())
+    if any(type(v) is _ndarray and not (v.flags.c_contiguous and v.flags.aligned) for v in values):
+        return result, None
+    plan = _plan(log, values, result) if len(log) == 1 else None
     return result, plan or NO_PLAN
 
 
@@ -64,7 +68,7 @@ def _place(array: np.ndarray) -> tuple[int, int]:
     return array.__array_interface__["data"][0], array.nbytes
 
 
-def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[[tuple[Any, ...]], Any] | None:
+def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[..., Any] | None:
     [call] = log
     if call.space != "host" or call.dtype != call.compute or call.out is not None or len(call.runs) != 1:
         return None
@@ -72,9 +76,9 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[[
     sources: dict[tuple[int, int], str] = {}
     for i, value in enumerate(arguments):
         if isinstance(value, _ndarray):
-            if _place(value) in sources or not value.size or not value.flags.c_contiguous:
+            if _place(value) in sources or not value.size:
                 return None
-            sources[_place(value)] = f"a[{i}]"
+            sources[_place(value)] = f"a{i}"
     results = result if type(result) is tuple else (result,)
     if not all(type(r) is _ndarray and r.flags.c_contiguous and r.size for r in results):
         return None
@@ -110,7 +114,7 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[[
             return None
     if written != fresh.keys() or read != sources.keys():  # an array that no kernel reads is an option: its values matter
         return None
-    lines = ["def run(a):"]
+    lines = [f"def run({', '.join(f'a{i}' for i in range(len(arguments)))}):"]
     for i, r in enumerate(results):
         names[f"s{i}"], names[f"d{i}"] = r.shape, r.dtype
         names[f"empty{i}"] = np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty

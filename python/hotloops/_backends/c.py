@@ -89,6 +89,8 @@ def kernel(record: Any, dtype: np.dtype) -> tuple[Any, Any, list[tuple[Any, bool
         return None
 
     def fail(status: int) -> None:
+        if status == lib.HL_MISALIGNED:
+            raise ValueError(f"{record.name}: an array does not lie at a multiple of its element size")
         if status == lib.HL_NOMEM:
             raise MemoryError(f"{record.name}: no memory for the scratch space of the C kernel")
         if status == lib.HL_INTERRUPTED:
