@@ -1,16 +1,22 @@
 /* Scaled dot-product attention, its gradients, and what stands around it.
  *
- * Scores are made for ROWS queries against a tile of KEYS keys at a time and never stored as a whole. Keys and values are
- * packed once per tile for all queries. Nothing of a hidden key or value may reach a result, not even a NaN: products with
- * weights that are 0 would let it through, so a result that is not finite where keys are hidden is made again, key by key. */
+ * Everything stands turned: a block of QUERIES queries lies across the vectors, keys go down. The scores k q^T and the sums
+ * v^T w then read keys and values where they lie, an element at a time for all queries of the block; only the queries are
+ * turned when a block begins, and the results when it ends. Maxima and sums of the softmax need no step across lanes, and
+ * a tile of at most KEYS x QUERIES scores is all that is ever stored. Scores are kept in units of ln 2.
+ *
+ * Nothing of a hidden key or value may reach a result, not even a NaN: products with weights that are 0 would let it
+ * through, so a result that is not finite where keys are hidden is made again, key by key. */
 #include "gemm.h"
 #include "random.h"
 #include "vmath.h"
 
-enum {
-    ROWS = 48,
-    KEYS = 192
-}; /* multiples of every register tile; one tile with its keys and values fills a third of 1 MiB */
+/* Three vectors of 16 across, a multiple of every register tile. A tile of scores with the values it meets takes 3/4 of a
+ * first-level cache of 32 KiB. */
+enum { QUERIES = 48, KEYS = 1024 / (int)sizeof(real) };
+
+#define LOG2E ((real)1.4426950408889634)
+#define LN2 ((real)0.6931471805599453)
 
 typedef struct {
     int64_t B, H, L, D, G, S, E, MB, MH, ML;
@@ -22,13 +28,11 @@ typedef struct {
     const uint8_t *allowed;
     const real *y_in, *lse_in, *gy;
     real *y, *lse, *w, *gq, *gk, *gv, *gbias;
-    real *packed_k; /* of all heads, tile by tile */
+    int64_t strip; /* queries in a row that blocks are cut from */
+    int64_t parts; /* of the keys, in the gradients */
 } job;
 
-static int64_t tiles(const job *j) { return (j->S + KEYS - 1) / KEYS; }
-static int64_t tile_keys(const job *j, int64_t s0) { return min64(KEYS, j->S - s0); }
 static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L || j->right < j->S; }
-static int64_t key_head(const job *j, int64_t b, int64_t h) { return b * j->G + h / (j->H / j->G); }
 
 static int has_nonfinite(const real *x, int64_t n)
 {
@@ -39,94 +43,219 @@ static int has_nonfinite(const real *x, int64_t n)
     return lane_bits(sum != sum) != 0;
 }
 
-/* ---- scores ---- */
+/* ---- products ---- */
 
-/* The rows of the masks for query l of head (b, h); NULL where there is none. */
-static const real *bias_row(const job *j, int64_t b, int64_t h, int64_t l)
-{
-    return j->bias
-               ? j->bias + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S
-               : NULL;
-}
-static const uint8_t *allowed_row(const job *j, int64_t b, int64_t h, int64_t l)
-{
-    return j->allowed
-               ? j->allowed + (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S
-               : NULL;
-}
+/* c[m * c_row + n] = (add ? c : 0) + the sum over k < depth of a[m * a_row + k * a_step] b[k * b_row + n]. */
+typedef struct {
+    int64_t depth;
+    const real *a;
+    int64_t a_row, a_step;
+    const real *b;
+    int64_t b_row;
+    real *c;
+    int64_t c_row;
+    int add;
+} operands;
 
-/* Products of query l with keys [s0, s0 + n) become scores: scaled, capped, with their bias; -inf where hidden. `capped`, when
- * there is a cap and it is not NULL, gets them without the bias. */
-static void finish_scores(const job *j, int64_t b, int64_t h, int64_t l, int64_t s0, int64_t n, real *row, real *capped)
+static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const operands *o)
 {
-    const real *bias = bias_row(j, b, h, l), low = (real)-INFINITY, scale = j->scale, limit = j->softcap;
-    const uint8_t *allowed = allowed_row(j, b, h, l);
-    if (limit > 0) {
-        for (int64_t s = 0; s < n; s += LANES) {
-            int64_t lanes = min64(LANES, n - s);
-            vreal x = lanes == LANES ? load(row + s) : load_part(row + s, lanes, (real)0);
-            x = vtanh(x * splat(scale / limit)) * splat(limit);
-            if (lanes == LANES) store(row + s, x);
-            else store_part(row + s, lanes, x);
-        }
-        if (capped) memcpy(capped, row, (size_t)n * sizeof(real));
-    } else {
-        for (int64_t s = 0; s < n; s++) row[s] *= scale;
+    vreal sum[GEMM_ROWS][GEMM_VECTORS];
+    const real *a = o->a, *b = o->b;
+    const int64_t a_row = o->a_row, a_step = o->a_step, b_row = o->b_row;
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
+    for (int64_t k = o->depth; k > 0; k--, a += a_step, b += b_row) {
+        vreal bk[GEMM_VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i * a_row]) * bk[v];
     }
-    if (bias)
-        for (int64_t s = 0; s < n; s++) {
-            real add = bias[s0 + s], sum = row[s] + add;
-            row[s] = add == low ? low : sum;
+    real *c = o->c;
+    const int64_t c_row = o->c_row;
+    if (o->add)
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[i][v] += load(c + i * c_row + v * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) store(c + i * c_row + v * LANES, sum[i][v]);
+}
+
+typedef void (*tile_fn)(const operands *o);
+#define TILE(r, v) \
+    static void tile_##r##_##v(const operands *o) { tile(r, v, o); }
+#define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
+TILES(1)
+TILES(2)
+#if HL_REGISTERS == 32
+TILES(3)
+TILE(7, 1)
+TILE(8, 1)
+TILE(7, 2)
+TILE(8, 2)
+TILE(7, 3)
+TILE(8, 3)
+#define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
+static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
+#else
+#define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
+static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
+#endif
+
+/* M x N results, N whole vectors. A panel of b stays in the first cache while a goes by. */
+static void product(int64_t M, int64_t N, operands o)
+{
+    for (int64_t n = 0, columns; n < N; n += columns) {
+        columns = gemm_columns(N - n);
+        operands t = o;
+        t.b += n, t.c += n;
+        for (int64_t m = 0, rows; m < M; m += rows) {
+            rows = gemm_rows(M - m);
+            tiles[columns / LANES - 1][rows - 1](&t);
+            t.a += rows * o.a_row, t.c += rows * o.c_row;
         }
-    if (allowed)
-        for (int64_t s = 0; s < n; s++) row[s] = allowed[s0 + s] ? row[s] : low;
+    }
+}
+
+/* ---- blocks of queries ---- */
+
+/* Queries [row, row + rows) of all B H L; the heads that share keys lie side by side. */
+typedef struct {
+    int64_t row, rows, width;    /* width: rows rounded up to whole vectors; queries beyond are 0 and lead nowhere */
+    int64_t low, high;           /* the places l in [0, L) that they cover */
+    int64_t head, begin, end;    /* of keys; those outside [begin, end) are hidden by the window */
+} block;
+
+static block block_at(const job *j, int64_t row, int64_t rows)
+{
+    block b = {.row = row,
+               .rows = rows,
+               .width = round_up(rows, LANES),
+               .low = row % j->L,
+               .head = row / (j->H / j->G * j->L)};
+    b.high = b.low + rows;
+    if (b.high > j->L) b.low = 0, b.high = j->L;
+    b.begin = max64(b.low - j->left, 0);
+    b.end = min64(b.high + j->right, j->S);
+    return b;
+}
+static int64_t blocks_per_strip(const job *j) { return (j->strip + QUERIES - 1) / QUERIES; }
+static block block_of_task(const job *j, int64_t task)
+{
+    int64_t strip = task / blocks_per_strip(j), first = task % blocks_per_strip(j) * QUERIES;
+    return block_at(j, strip * j->strip + first, min64(QUERIES, j->strip - first));
+}
+/* Short heads that share keys make one strip. */
+static void choose_strip(job *j) { j->strip = j->L < QUERIES ? j->H / j->G * j->L : j->L; }
+static int64_t block_count(const job *j) { return j->B * j->H * j->L / j->strip * blocks_per_strip(j); }
+
+/* Keys [begin, end) are cut in even tiles of at most KEYS. */
+static int64_t tile_keys(int64_t begin, int64_t end)
+{
+    int64_t count = (end - begin + KEYS - 1) / KEYS;
+    return count ? min64(round_up((end - begin + count - 1) / count, GEMM_ROWS), KEYS) : 0;
+}
+
+/* Asks for all lines of x at once, instead of one after the other when they are read or written. */
+static void fetch(const real *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(x + i, 1);
+}
+
+/* turned[d][i] = x[row i][d] factor, 0 for the queries that are not there. */
+static void turn(const block *b, const real *x, int64_t D, real factor, real *turned)
+{
+    fetch(x + b->row * D, b->rows * D);
+    gemm_transpose(b->rows, D, x + b->row * D, D, turned, QUERIES);
+    for (int64_t d = 0; d < D; d++) {
+        real *t = turned + d * QUERIES;
+        for (int64_t i = b->rows; i < b->width; i++) t[i] = 0;
+        for (int64_t i = 0; i < b->width; i += LANES) store(t + i, load(t + i) * splat(factor));
+    }
+}
+/* What queries are turned with so that products are scores in units of ln 2, or what is capped. */
+static real query_factor(const job *j) { return j->softcap > 0 ? j->scale / j->softcap : j->scale * LOG2E; }
+
+/* What is added to the scores of query `row` with keys [s0, s0 + n): its bias, -inf where the key is hidden. */
+static void mask_row(const job *j, int64_t row, int64_t s0, int64_t n, real *mask)
+{
+    const real low = (real)-INFINITY;
+    int64_t l = row % j->L, h = row / j->L % j->H, b = row / j->L / j->H;
+    int64_t at = (((j->MB > 1 ? b : 0) * j->MH + (j->MH > 1 ? h : 0)) * j->ML + (j->ML > 1 ? l : 0)) * j->S + s0;
+    if (j->bias) memcpy(mask, j->bias + at, (size_t)n * sizeof(real));
+    else
+        for (int64_t s = 0; s < n; s++) mask[s] = 0;
+    if (j->allowed)
+        for (int64_t s = 0; s < n; s++) mask[s] = j->allowed[at + s] ? mask[s] : low;
     int64_t first = min64(max64(l - j->left - s0, 0), n), last = max64(min64(l + j->right + 1 - s0, n), 0);
-    for (int64_t s = 0; s < first; s++) row[s] = low;
-    for (int64_t s = last; s < n; s++) row[s] = low;
+    for (int64_t s = 0; s < first; s++) mask[s] = low;
+    for (int64_t s = last; s < n; s++) mask[s] = low;
 }
 
-static real row_max(const real *row, int64_t n)
+/* Scratch of a task, from one hl_take: tiles [KEYS][QUERIES], and what masks and dropout are made in. */
+typedef struct { real *scores, *extra, *rows; } workspace;
+enum { TILE_SIZE = KEYS * QUERIES };
+
+/* extra[s][i] = what `fill` says of query i and key s0 + s. */
+static void turned_rows(const job *j, const block *b, int64_t s0, int64_t n, const workspace *w,
+                        void (*fill)(const job *, int64_t, int64_t, int64_t, real *))
 {
-    vreal m = splat((real)-INFINITY);
-    int64_t s = 0;
-    for (; s + LANES <= n; s += LANES) m = vmax(m, load(row + s));
-    if (s < n) m = vmax(m, load_part(row + s, n - s, (real)-INFINITY));
-    return max_lanes(m);
+    for (int64_t i = 0; i < b->width; i++)
+        if (i < b->rows) fill(j, b->row + i, s0, n, w->rows + i * KEYS);
+        else memset(w->rows + i * KEYS, 0, (size_t)n * sizeof(real));
+    gemm_transpose(b->width, n, w->rows, KEYS, w->extra, QUERIES);
 }
 
-/* row = exp(row - base); the sum. */
-static real row_exp(real *row, int64_t n, real base)
+/* Scores [n][QUERIES] in units of ln 2 of the queries that were turned, -inf where hidden; `slopes`, when not NULL, gets the
+ * derivative of the soft cap. */
+static void make_scores(const job *j, const block *b, const real *turned, int64_t s0, int64_t n, const workspace *w,
+                        real *slopes)
 {
-    vreal sum = splat((real)0);
-    int64_t s = 0;
-    for (; s + LANES <= n; s += LANES) {
-        vreal e = vexp_below(load(row + s) - splat(base));
-        store(row + s, e);
-        sum += e;
-    }
-    if (s < n) {
-        vreal e = vexp_below(load_part(row + s, n - s, (real)-INFINITY) - splat(base));
-        store_part(row + s, n - s, e);
-        sum += e; /* the lanes beyond hold exp(-inf) = 0 */
-    }
-    return sum_lanes(sum);
+    const vreal low = splat((real)-INFINITY), one = splat((real)1);
+    product(n, b->width,
+            (operands){.depth = j->D,
+                       .a = j->k + (b->head * j->S + s0) * j->D,
+                       .a_row = j->D,
+                       .a_step = 1,
+                       .b = turned,
+                       .b_row = QUERIES,
+                       .c = w->scores,
+                       .c_row = QUERIES});
+    if (j->softcap > 0)
+        for (int64_t s = 0; s < n; s++)
+            for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
+                vreal t = vtanh(load(w->scores + i));
+                store(w->scores + i, t * splat(j->softcap * LOG2E));
+                if (slopes) store(slopes + i, one - t * t);
+            }
+    if (!j->bias && !j->allowed && s0 >= b->high - 1 - j->left && s0 + n <= b->low + j->right + 1) return;
+    turned_rows(j, b, s0, n, w, mask_row);
+    for (int64_t s = 0; s < n; s++)
+        for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
+            vreal mask = load(w->extra + i);
+            store(w->scores + i, blend(mask == low, low, load(w->scores + i) + mask * splat(LOG2E)));
+        }
 }
 
-/* Weights of query l dropped, from key s0 on. */
-static void drop_weights(const job *j, int64_t b, int64_t h, int64_t l, int64_t s0, int64_t n, real *row)
+/* What the weights of query `row` are multiplied with. */
+static void kept_row(const job *j, int64_t row, int64_t s0, int64_t n, real *kept)
 {
-    if (!j->drop) return;
     uint32_t bits[KEYS];
-    int64_t at = ((b * j->H + h) * j->L + l) * j->S + s0;
     for (int64_t s = 0, m; s < n; s += m) {
         m = min64(KEYS, n - s);
-        random24(at + s, m, j->seed, bits);
-        for (int64_t i = 0; i < m; i++) {
-            real kept = row[s + i] * j->keep_scale;
-            row[s + i] = (int64_t)bits[i] >= j->drop ? kept : (real)0;
-        }
+        random24(row * j->S + s0 + s, m, j->seed, bits);
+        for (int64_t i = 0; i < m; i++) kept[s + i] = (int64_t)bits[i] >= j->drop ? j->keep_scale : (real)0;
     }
 }
+
+/* ---- forward, key by key ---- */
 
 static real dot(const real *a, const real *b, int64_t n)
 {
@@ -143,261 +272,347 @@ static void add_scaled(real *y, real a, const real *x, int64_t n)
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
-/* Query l of head (b, h) key by key, without the values of hidden keys. row[S] is scratch. */
-static void careful_query(const job *j, int64_t b, int64_t h, int64_t l, real *row)
+/* Products of one query with keys [s0, s0 + n) become scores in units of ln 2; mask[n] is scratch. */
+static void finish_row(const job *j, int64_t row, int64_t s0, int64_t length, real *scores, real *mask)
 {
-    int64_t query = (b * j->H + h) * j->L + l;
-    const real *k = j->k + key_head(j, b, h) * j->S * j->D, *v = j->v + key_head(j, b, h) * j->S * j->E;
-    real *y = j->y + query * j->E;
-    for (int64_t s = 0; s < j->S; s++) row[s] = dot(j->q + query * j->D, k + s * j->D, j->D);
-    finish_scores(j, b, h, l, 0, j->S, row, NULL);
-    real top = row_max(row, j->S), total = 0;
+    const vreal low = splat((real)-INFINITY);
+    mask_row(j, row, s0, length, mask);
+    for (int64_t s = 0; s < length; s += LANES) {
+        int64_t n = min64(LANES, length - s);
+        vreal x = load_part(scores + s, n, (real)0) * splat(query_factor(j)), m = load_part(mask + s, n, (real)0);
+        if (j->softcap > 0) x = vtanh(x) * splat(j->softcap * LOG2E);
+        store_part(scores + s, n, blend(m == low, low, x + m * splat(LOG2E)));
+    }
+}
+
+static real row_max(const real *row, int64_t n)
+{
+    vreal m = splat((real)-INFINITY);
+    int64_t s = 0;
+    for (; s + LANES <= n; s += LANES) m = vmax(m, load(row + s));
+    if (s < n) m = vmax(m, load_part(row + s, n - s, (real)-INFINITY));
+    return max_lanes(m);
+}
+
+/* One query without the values of hidden keys. scores[2 S] is scratch. */
+static void careful_query(const job *j, int64_t row, real *scores)
+{
+    int64_t head = row / (j->H / j->G * j->L);
+    const real *k = j->k + head * j->S * j->D, *v = j->v + head * j->S * j->E;
+    real *y = j->y + row * j->E, *kept = scores + j->S;
+    for (int64_t s = 0; s < j->S; s++) scores[s] = dot(j->q + row * j->D, k + s * j->D, j->D);
+    finish_row(j, row, 0, j->S, scores, kept);
+    real top = row_max(scores, j->S), total = 0;
     if (top == (real)-INFINITY) top = 0;
+    if (j->drop) kept_row(j, row, 0, j->S, kept);
     for (int64_t i = 0; i < j->E; i++) y[i] = 0;
     for (int64_t s = 0; s < j->S; s++) {
-        if (row[s] == (real)-INFINITY) continue;
-        real weight = vexp_below(splat(row[s] - top))[0];
+        if (scores[s] == (real)-INFINITY) continue;
+        real weight = vexp2(splat(scores[s] - top))[0];
         total += weight;
-        drop_weights(j, b, h, l, s, 1, &weight);
-        add_scaled(y, weight, v + s * j->E, j->E);
+        add_scaled(y, j->drop ? weight * kept[s] : weight, v + s * j->E, j->E);
     }
     if (total != 0)
         for (int64_t i = 0; i < j->E; i++) y[i] /= total;
 }
 
-/* y[rows] are unnormalised sums; divides them, writes lse, and makes rows again where something hidden may have come in. */
-static int finish_queries(const job *j, int64_t b, int64_t h, int64_t first, int64_t rows, const real *top,
-                          const real *total)
+/* Makes those of the queries again where something hidden may have come in. */
+static int check_queries(const job *j, int64_t row, int64_t rows)
 {
     real *careful = NULL;
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t query = (b * j->H + h) * j->L + first + i;
-        real *y = j->y + query * j->E, share = total[i] == 0 ? 0 : 1 / total[i];
-        j->lse[query] = total[i] == 0 ? (real)-INFINITY : top[i] + vlog(splat(total[i]))[0];
-        for (int64_t e = 0; e < j->E; e++) y[e] *= share;
-        if (hides(j) && has_nonfinite(y, j->E)) {
-            if (!careful && !(careful = hl_take((size_t)j->S * sizeof(real)))) return HL_NOMEM;
-            careful_query(j, b, h, first + i, careful);
+    for (int64_t i = row; i < row + rows && hides(j); i++)
+        if (has_nonfinite(j->y + i * j->E, j->E)) {
+            if (!careful && !(careful = hl_take((size_t)(2 * j->S) * sizeof(real)))) return HL_NOMEM;
+            careful_query(j, i, careful);
         }
-    }
     hl_give(careful);
     return HL_OK;
 }
 
 /* ---- forward, many queries ---- */
 
-static int64_t packed_size(const job *j)
-{
-    int64_t last = j->S - (tiles(j) - 1) * KEYS;
-    return j->S ? j->D * ((tiles(j) - 1) * KEYS + round_up(last, LANES)) : 0;
-}
-static int pack_tiles(int64_t begin, int64_t end, void *context)
-{
-    const job *j = context;
-    for (int64_t i = begin; i < end; i++) {
-        int64_t head = i / tiles(j), s0 = i % tiles(j) * KEYS;
-        gemm_pack_b(j->D, tile_keys(j, s0), j->k + (head * j->S + s0) * j->D, 1, j->D,
-                    j->packed_k + head * packed_size(j) + s0 * j->D);
-    }
-    return HL_OK;
-}
-/* Packs the keys of all heads; parallel over tiles. */
-static int pack_keys(job *j)
-{
-    j->packed_k = hl_take((size_t)max64(j->B * j->G * packed_size(j), 1) * sizeof(real));
-    if (!j->packed_k) return HL_NOMEM;
-    return hl_parallel_for(j->B * j->G * tiles(j), hl_grain((double)j->D * KEYS), pack_tiles, j);
-}
+/* Weights may be so many powers of two above 1 before the maximum that they are relative to is raised. */
+enum { SLACK = 8 };
 
-/* scores[rows][KEYS] = q k^T for `rows` queries from `first` on. */
-static int products(const job *j, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t s0, real *scores)
+/* Scores [n][QUERIES] of LANES queries become weights relative to `top`, their maximum or not far below it; returns what
+ * the weights so far shrink by, mostly 1. */
+static vreal weigh(real *scores, int64_t n, real *top, real *total)
 {
-    gemm_call g = {.M = rows,
-                   .N = tile_keys(j, s0),
-                   .K = j->D,
-                   .a = j->q + ((b * j->H + h) * j->L + first) * j->D,
-                   .a_row = j->D,
-                   .a_col = 1,
-                   .packed_b = j->packed_k + key_head(j, b, h) * packed_size(j) + s0 * j->D,
-                   .c = scores,
-                   .c_row = KEYS};
-    return gemm(&g);
+    vreal before = load(top), high = before, other = before, sum = splat((real)0);
+    int64_t s = 0;
+    for (; s + 2 <= n; s += 2) {
+        high = vmax(high, load(scores + s * QUERIES));
+        other = vmax(other, load(scores + (s + 1) * QUERIES));
+    }
+    if (s < n) high = vmax(high, load(scores + s * QUERIES));
+    high = vmax(high, other);
+    vreal base = blend(high == splat((real)-INFINITY), splat((real)0), high), shrink = vexp2(before - base);
+    for (s = 0; s < n; s++) {
+        vreal e = vexp2(load(scores + s * QUERIES) - base);
+        store(scores + s * QUERIES, e);
+        sum += e;
+    }
+    store(total, load(total) * shrink + sum);
+    store(top, high);
+    return shrink;
 }
 
 static int query_blocks(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
-    int64_t blocks = (j->L + ROWS - 1) / ROWS;
-    real *scores = hl_take((size_t)(ROWS * KEYS) * sizeof(real));
-    if (!scores) return HL_NOMEM;
+    int64_t D = j->D, E = j->E;
+    real *scratch = hl_take((size_t)(3 * TILE_SIZE + (D + E) * QUERIES) * sizeof(real));
+    if (!scratch) return HL_NOMEM;
+    workspace w = {scratch, scratch + TILE_SIZE, scratch + 2 * TILE_SIZE};
+    real *turned = scratch + 3 * TILE_SIZE, *sums = turned + D * QUERIES;
     int status = HL_OK;
     for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS,
-                rows = min64(ROWS, j->L - first);
-        real top[ROWS], total[ROWS], *y = j->y + ((b * j->H + h) * j->L + first) * j->E;
-        const real *v = j->v + key_head(j, b, h) * j->S * j->E;
-        for (int64_t i = 0; i < rows; i++) top[i] = (real)-INFINITY, total[i] = 0;
-        int64_t s0 = max64(first - j->left, 0) / KEYS * KEYS, stop = min64(first + rows + j->right, j->S), start = s0;
-        if (s0 >= stop) memset(y, 0, (size_t)(rows * j->E) * sizeof(real));
-        for (; s0 < stop && status == HL_OK; s0 += KEYS) {
-            int64_t n = tile_keys(j, s0);
-            status = products(j, b, h, first, rows, s0, scores);
-            for (int64_t i = 0; i < rows; i++) {
-                real *row = scores + i * KEYS;
-                finish_scores(j, b, h, first + i, s0, n, row, NULL);
-                real high = row_max(row, n);
-                if (high < top[i]) high = top[i];
-                real base = high == (real)-INFINITY ? 0 : high, shrink = vexp_below(splat(top[i] - base))[0];
-                total[i] = total[i] * shrink + row_exp(row, n, base);
-                top[i] = high;
-                if (s0 > start && shrink != 1)
-                    for (int64_t e = 0; e < j->E; e++) y[i * j->E + e] *= shrink;
-                drop_weights(j, b, h, first + i, s0, n, row);
+        block b = block_of_task(j, task);
+        real top[QUERIES], total[QUERIES];
+        for (int64_t i = 0; i < QUERIES; i++) top[i] = (real)-INFINITY, total[i] = 0;
+        if (b.begin >= b.end) memset(sums, 0, (size_t)(E * QUERIES) * sizeof(real));
+        else turn(&b, j->q, D, query_factor(j), turned);
+        fetch(j->y + b.row * E, b.rows * E);
+        int64_t step = tile_keys(b.begin, b.end);
+        for (int64_t s0 = b.begin, n; s0 < b.end; s0 += n) {
+            n = min64(step, b.end - s0);
+            make_scores(j, &b, turned, s0, n, &w, NULL);
+            for (int64_t i = 0; i < b.width; i += LANES) {
+                vreal shrink = weigh(w.scores + i, n, top + i, total + i);
+                if (s0 > b.begin && lane_bits(shrink != splat((real)1)))
+                    for (int64_t e = i; e < E * QUERIES; e += QUERIES) store(sums + e, load(sums + e) * shrink);
             }
-            gemm_call g = {.M = rows,
-                           .N = j->E,
-                           .K = n,
-                           .a = scores,
-                           .a_row = KEYS,
-                           .a_col = 1,
-                           .b = v + s0 * j->E,
-                           .b_row = j->E,
-                           .b_col = 1,
-                           .c = y,
-                           .c_row = j->E,
-                           .accumulate = s0 > start};
-            if (status == HL_OK) status = gemm(&g);
+            if (j->drop) {
+                turned_rows(j, &b, s0, n, &w, kept_row);
+                for (int64_t i = 0; i < n * QUERIES; i += LANES)
+                    store(w.scores + i, load(w.scores + i) * load(w.extra + i));
+            }
+            product(E, b.width,
+                    (operands){.depth = n,
+                               .a = j->v + (b.head * j->S + s0) * E,
+                               .a_row = 1,
+                               .a_step = E,
+                               .b = w.scores,
+                               .b_row = QUERIES,
+                               .c = sums,
+                               .c_row = QUERIES,
+                               .add = s0 > b.begin});
         }
-        if (status == HL_OK) status = finish_queries(j, b, h, first, rows, top, total);
+        for (int64_t i = 0; i < b.width; i += LANES) {
+            vreal sum = load(total + i), zero = splat((real)0), share = blend(sum == zero, zero, splat((real)1) / sum);
+            for (int64_t e = i; e < E * QUERIES; e += QUERIES) store(sums + e, load(sums + e) * share);
+            vreal lse = load(top + i) * splat(LN2) + vlog(sum);
+            store(total + i, blend(sum == zero, splat((real)-INFINITY), lse));
+        }
+        memcpy(j->lse + b.row, total, (size_t)b.rows * sizeof(real));
+        gemm_transpose(E, b.rows, sums, QUERIES, j->y + b.row * E, E);
+        status = check_queries(j, b.row, b.rows);
     }
-    hl_give(scores);
+    hl_give(scratch);
     return status;
 }
 
 /* ---- forward, few queries ---- */
 
-enum { FEW = 4 };
+/* So few queries leave most of a vector empty, and the keys' way from memory is all that counts: a query at a time, along
+ * its keys. */
+enum { FEW = 4, DOTS = LANES < 4 ? LANES : 4 };
 
-/* LANES dot products of q with neighbouring keys: each sums in its own vector, then all vectors are turned and added. */
+/* The products of q with LANES neighbouring keys: each is summed in its own vector, then neighbours are added until one
+ * vector is left. */
 static inline vreal dots(const real *q, const real *k, int64_t D)
 {
-    real parts[LANES * LANES] __attribute__((aligned(64))), turned[LANES * LANES] __attribute__((aligned(64)));
-    for (int s = 0; s < LANES; s++) {
-        vreal sum = splat((real)0);
-        int64_t d = 0;
-        for (; d + LANES <= D; d += LANES) sum += load(q + d) * load(k + s * D + d);
-        if (d < D) sum += load_part(q + d, D - d, (real)0) * load_part(k + s * D + d, D - d, (real)0);
-        store(parts + s * LANES, sum);
+    vreal sum[LANES];
+    int64_t body = D / LANES * LANES;
+#pragma GCC unroll 4
+    for (int s = 0; s < LANES; s += DOTS) {
+#pragma GCC unroll 4
+        for (int i = 0; i < DOTS; i++) sum[s + i] = splat((real)0);
+        for (int64_t d = 0; d < body; d += LANES)
+#pragma GCC unroll 4
+            for (int i = 0; i < DOTS; i++) sum[s + i] += load(q + d) * load(k + (s + i) * D + d);
+        if (body < D)
+            for (int i = 0; i < DOTS; i++)
+                sum[s + i] +=
+                    load_part(q + body, D - body, (real)0) * load_part(k + (s + i) * D + body, D - body, (real)0);
     }
-    gemm_transpose(LANES, LANES, parts, LANES, turned, LANES);
-    vreal sum = load(turned);
-    for (int i = 1; i < LANES; i++) sum += load(turned + i * LANES);
-    return sum;
+#pragma GCC unroll 4
+    for (int n = LANES / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) sum[i] = evens(sum[2 * i], sum[2 * i + 1]) + odds(sum[2 * i], sum[2 * i + 1]);
+    return sum[0];
+}
+
+/* row = 2^(row - base); the sum. */
+static real row_exp(real *row, int64_t n, real base)
+{
+    vreal sum = splat((real)0);
+    int64_t s = 0;
+    for (; s + LANES <= n; s += LANES) {
+        vreal e = vexp2(load(row + s) - splat(base));
+        store(row + s, e);
+        sum += e;
+    }
+    if (s < n) {
+        vreal e = vexp2(load_part(row + s, n - s, (real)-INFINITY) - splat(base));
+        store_part(row + s, n - s, e);
+        sum += e; /* the lanes beyond hold 2^-inf = 0 */
+    }
+    return sum_lanes(sum);
+}
+
+/* y = the sum of w[s] v[s * E], `vectors` wide. */
+static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
+                                                                   const real *v, int64_t E, real *y)
+{
+    vreal sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i++) sum[i] = splat((real)0);
+    for (int64_t s = 0; s < n; s++, v += E) {
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) sum[i] += splat(w[s]) * load(v + i * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i++) store(y + i * LANES, sum[i]);
+}
+
+/* y[E] = the sum of w[s] v[s][E] over n keys; a last vector that is not full begins earlier. */
+static void weighted_sum(const real *w, int64_t n, const real *v, int64_t E, real *y)
+{
+    if (E < LANES) {
+        for (int64_t e = 0; e < E; e++) y[e] = 0;
+        for (int64_t s = 0; s < n; s++) add_scaled(y, w[s], v + s * E, E);
+        return;
+    }
+    for (int64_t e = 0, vectors; e < E; e += vectors * LANES) {
+        if (E - e < LANES) e = E - LANES;
+        vectors = min64((E - e) / LANES, 8);
+        switch (vectors) {
+        case 1: weighted_columns(1, w, n, v + e, E, y + e); break;
+        case 2: weighted_columns(2, w, n, v + e, E, y + e); break;
+        case 3: weighted_columns(3, w, n, v + e, E, y + e); break;
+        case 4: weighted_columns(4, w, n, v + e, E, y + e); break;
+        case 5: weighted_columns(5, w, n, v + e, E, y + e); break;
+        case 6: weighted_columns(6, w, n, v + e, E, y + e); break;
+        case 7: weighted_columns(7, w, n, v + e, E, y + e); break;
+        default: weighted_columns(8, w, n, v + e, E, y + e);
+        }
+    }
 }
 
 static int few_queries(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
-    real *row = hl_take((size_t)max64(j->S, 1) * sizeof(real));
-    if (!row) return HL_NOMEM;
+    int64_t D = j->D, E = j->E;
+    real *scratch = hl_take((size_t)(2 * round_up(max64(j->S, 1), LANES)) * sizeof(real));
+    if (!scratch) return HL_NOMEM;
     int status = HL_OK;
-    for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t b = task / (j->H * j->L), h = task / j->L % j->H, l = task % j->L, s = 0;
-        const real *q = j->q + task * j->D, *k = j->k + key_head(j, b, h) * j->S * j->D;
-        for (; s + LANES <= j->S; s += LANES) store(row + s, dots(q, k + s * j->D, j->D));
-        for (; s < j->S; s++) row[s] = dot(q, k + s * j->D, j->D);
-        finish_scores(j, b, h, l, 0, j->S, row, NULL);
-        real top = row_max(row, j->S), total = row_exp(row, j->S, top == (real)-INFINITY ? 0 : top);
-        drop_weights(j, b, h, l, 0, j->S, row);
-        gemm_call g = {.M = 1,
-                       .N = j->E,
-                       .K = j->S,
-                       .a = row,
-                       .a_row = j->S,
-                       .a_col = 1,
-                       .b = j->v + key_head(j, b, h) * j->S * j->E,
-                       .b_row = j->E,
-                       .b_col = 1,
-                       .c = j->y + task * j->E,
-                       .c_row = j->E};
-        status = gemm(&g);
-        if (status == HL_OK) status = finish_queries(j, b, h, l, 1, &top, &total);
+    for (int64_t row = begin; row < end && status == HL_OK; row++) {
+        block b = block_at(j, row, 1);
+        int64_t n = max64(b.end - b.begin, 0), s = 0;
+        const real *q = j->q + row * D, *k = j->k + (b.head * j->S + b.begin) * D;
+        real *y = j->y + row * E;
+        for (; s + LANES <= n; s += LANES) store(scratch + s, dots(q, k + s * D, D));
+        for (; s < n; s++) scratch[s] = dot(q, k + s * D, D);
+        finish_row(j, row, b.begin, n, scratch, scratch + n);
+        real top = row_max(scratch, n), total = row_exp(scratch, n, top == (real)-INFINITY ? 0 : top);
+        if (j->drop) {
+            kept_row(j, row, b.begin, n, scratch + n);
+            for (s = 0; s < n; s++) scratch[s] *= scratch[n + s];
+        }
+        weighted_sum(scratch, n, j->v + (b.head * j->S + b.begin) * E, E, y);
+        real share = total == 0 ? 0 : 1 / total;
+        for (int64_t e = 0; e < E; e++) y[e] *= share;
+        j->lse[row] = total == 0 ? (real)-INFINITY : top * LN2 + vlog(splat(total))[0];
+        status = check_queries(j, row, 1);
     }
-    hl_give(row);
+    hl_give(scratch);
     return status;
 }
 
 static job forward_job(const hl_attention_plan *p)
 {
-    return (job){.B = p->B,
-                 .H = p->H,
-                 .L = p->L,
-                 .D = p->D,
-                 .G = p->G,
-                 .S = p->S,
-                 .E = p->E,
-                 .MB = p->MB,
-                 .MH = p->MH,
-                 .ML = p->ML,
-                 .scale = (real)p->scale,
-                 .softcap = (real)p->softcap,
-                 .left = p->left,
-                 .right = p->right,
-                 .drop = p->drop,
-                 .keep_scale = (real)p->keep_scale,
-                 .seed = p->seed};
+    job j = {.B = p->B,
+             .H = p->H,
+             .L = p->L,
+             .D = p->D,
+             .G = p->G,
+             .S = p->S,
+             .E = p->E,
+             .MB = p->MB,
+             .MH = p->MH,
+             .ML = p->ML,
+             .scale = (real)p->scale,
+             .softcap = (real)p->softcap,
+             .left = p->left,
+             .right = p->right,
+             .drop = p->drop,
+             .keep_scale = (real)p->keep_scale,
+             .seed = p->seed};
+    choose_strip(&j);
+    return j;
+}
+static int is_empty(const job *j) { return j->B * j->H * j->L == 0; }
+/* A multiplication in a tile costs a sixteenth of what hl_grain counts as an operation. */
+static int64_t block_grain(const job *j, int64_t depth)
+{
+    return hl_grain((double)(j->S * (depth + 16)) * QUERIES / 16);
 }
 
-/* Parallel over blocks of ROWS queries (or, of few queries, over queries). q and y move once, packed keys and values once per
- * block, from cache; the maximum so far and the sum below it are carried from tile to tile. Tiles that the window hides from
- * all queries of a block are skipped.
+/* Parallel over blocks of QUERIES queries (or, of few queries, over queries). Keys and values move once per block, from the
+ * second-level cache where a head fits it; the maximum so far and the sum below it are carried from tile to tile, and so are
+ * the sums of values, in cache. What the window hides from all queries of a block is skipped.
  * Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Dao et al., FlashAttention (2022). */
 int HL(attention)(const hl_attention_plan *p, const real *q, const real *k, const real *v, const real *bias,
                   const uint8_t *allowed, real *y, real *lse)
 {
     job j = forward_job(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y = y, j.lse = lse;
-    double work = (double)j.S * (double)(j.D + j.E + 16);
-    if (j.L <= FEW) return hl_parallel_for(j.B * j.H * j.L, hl_grain(work / 2), few_queries, &j);
-    int status = pack_keys(&j);
-    if (status == HL_OK)
-        status = hl_parallel_for(j.B * j.H * ((j.L + ROWS - 1) / ROWS), hl_grain(work * ROWS / 16), query_blocks, &j);
-    hl_give(j.packed_k);
-    return status;
+    if (is_empty(&j)) return HL_OK;
+    if (j.strip <= FEW)
+        return hl_parallel_for(j.B * j.H * j.L, hl_grain((double)(j.S * (j.D + j.E + 16)) / 2), few_queries, &j);
+    return hl_parallel_for(block_count(&j), block_grain(&j, j.D + j.E), query_blocks, &j);
 }
 
 /* ---- weights ---- */
 
+/* e^(score - lse), both in units of ln 2; 0 where the score or lse is -inf: there `seen` is 0. */
+static inline vreal weight_below(vreal score, vreal lse, vint *seen)
+{
+    const vreal low = splat((real)-INFINITY);
+    *seen = (score != low) & (lse != low);
+    return (vreal)((vint)vexp2(score - lse) & *seen);
+}
+
 static int weight_blocks(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
-    int64_t blocks = (j->L + ROWS - 1) / ROWS;
-    real *scores = hl_take((size_t)(ROWS * KEYS) * sizeof(real));
-    if (!scores) return HL_NOMEM;
-    int status = HL_OK;
-    for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t b = task / (blocks * j->H), h = task / blocks % j->H, first = task % blocks * ROWS,
-                rows = min64(ROWS, j->L - first);
-        for (int64_t s0 = 0; s0 < j->S && status == HL_OK; s0 += KEYS) {
-            int64_t n = tile_keys(j, s0);
-            status = products(j, b, h, first, rows, s0, scores);
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t query = (b * j->H + h) * j->L + first + i;
-                real *row = scores + i * KEYS, lse = j->lse_in[query], *w = j->w + query * j->S + s0;
-                finish_scores(j, b, h, first + i, s0, n, row, NULL);
-                for (int64_t s = 0; s < n; s += LANES) {
-                    int64_t lanes = min64(LANES, n - s);
-                    vreal e = vexp(load_part(row + s, lanes, (real)0) - splat(lse));
-                    store_part(w + s, lanes, lse == (real)-INFINITY ? splat((real)0) : e);
+    real *scratch = hl_take((size_t)(3 * TILE_SIZE + j->D * QUERIES) * sizeof(real));
+    if (!scratch) return HL_NOMEM;
+    workspace w = {scratch, scratch + TILE_SIZE, scratch + 2 * TILE_SIZE};
+    real *turned = scratch + 3 * TILE_SIZE;
+    for (int64_t task = begin; task < end; task++) {
+        block b = block_of_task(j, task);
+        real lse[QUERIES] = {0};
+        for (int64_t i = 0; i < b.rows; i++) lse[i] = j->lse_in[b.row + i] * LOG2E;
+        turn(&b, j->q, j->D, query_factor(j), turned);
+        for (int64_t s0 = 0, n; s0 < j->S; s0 += n) {
+            n = min64(KEYS, j->S - s0);
+            make_scores(j, &b, turned, s0, n, &w, NULL);
+            for (int64_t s = 0; s < n; s++)
+                for (int64_t i = 0; i < b.width; i += LANES) {
+                    vint seen;
+                    real *score = w.scores + s * QUERIES + i;
+                    store(score, weight_below(load(score), load(lse + i), &seen));
                 }
-            }
+            gemm_transpose(n, b.rows, w.scores, QUERIES, j->w + b.row * j->S + s0, j->S);
         }
     }
-    hl_give(scores);
-    return status;
+    hl_give(scratch);
+    return HL_OK;
 }
 
-/* Parallel over blocks of ROWS queries. Writes w once. */
+/* Parallel over blocks of QUERIES queries. Writes w once. */
 int HL(attention_weights)(const hl_attention_weights_plan *p, const real *q, const real *k, const real *bias,
                           const uint8_t *allowed, const real *lse, real *w)
 {
@@ -420,147 +635,192 @@ int HL(attention_weights)(const hl_attention_weights_plan *p, const real *q, con
              .allowed = allowed,
              .lse_in = lse,
              .w = w};
-    int status = pack_keys(&j);
-    if (status == HL_OK)
-        status = hl_parallel_for(j.B * j.H * ((j.L + ROWS - 1) / ROWS),
-                                 hl_grain((double)(j.S * (j.D + 32)) * ROWS / 16), weight_blocks, &j);
-    hl_give(j.packed_k);
-    return status;
+    if (is_empty(&j)) return HL_OK;
+    choose_strip(&j);
+    return hl_parallel_for(block_count(&j), block_grain(&j, j.D + 32), weight_blocks, &j);
 }
 
 /* ---- gradients ---- */
 
-/* Scratch of one task of the gradients. */
+/* Scratch of one task of the gradients, and the block of queries that it is at. */
 typedef struct {
-    real *weights, *ds, *capped; /* [ROWS][KEYS] each */
-    real *packed_v;              /* one tile of values */
-} workspace;
+    workspace w;
+    real *ds, *slopes;    /* [KEYS][QUERIES] */
+    real *q, *gy, *gq;    /* turned */
+    real *lse, *delta;    /* [QUERIES]; lse in units of ln 2 */
+    real *rest;
+} gradient_workspace;
 
-static int take_workspace(const job *j, workspace *w)
+static int take_workspace(const job *j, int64_t more, gradient_workspace *g)
 {
-    real *all = hl_take((size_t)(3 * ROWS * KEYS + j->E * KEYS) * sizeof(real));
-    if (!all) return HL_NOMEM;
-    *w = (workspace){all, all + ROWS * KEYS, all + 2 * ROWS * KEYS, all + 3 * ROWS * KEYS};
+    real *at = hl_take((size_t)(5 * TILE_SIZE + (2 * j->D + j->E + 2) * QUERIES + more) * sizeof(real));
+    if (!at) return HL_NOMEM;
+    g->w = (workspace){at, at + TILE_SIZE, at + 2 * TILE_SIZE};
+    g->ds = at + 3 * TILE_SIZE, g->slopes = at + 4 * TILE_SIZE, at += 5 * TILE_SIZE;
+    g->q = at, g->gq = at + j->D * QUERIES, g->gy = at + 2 * j->D * QUERIES, at += (2 * j->D + j->E) * QUERIES;
+    g->lse = at, g->delta = at + QUERIES, g->rest = at + 2 * QUERIES;
     return HL_OK;
 }
 
-/* For `rows` queries and the tile at s0, whose values are packed: the weights after dropout, and the gradient of the scores
- * with their bias. Hidden pairs get 0 whatever the products are. */
-static int score_gradient(const job *j, const workspace *w, int64_t b, int64_t h, int64_t first, int64_t rows,
-                          int64_t s0)
+/* Gets the queries of a block ready; the gradient of their scores will be multiplied with `factor`. */
+static void begin_block(const job *j, const block *b, real factor, const gradient_workspace *g)
 {
-    int64_t n = tile_keys(j, s0), query = (b * j->H + h) * j->L + first;
-    gemm_call g = {.M = rows,
-                   .N = n,
-                   .K = j->E,
-                   .a = j->gy + query * j->E,
-                   .a_row = j->E,
-                   .a_col = 1,
-                   .packed_b = w->packed_v,
-                   .c = w->ds,
-                   .c_row = KEYS};
-    int status = products(j, b, h, first, rows, s0, w->weights);
-    if (status == HL_OK) status = gemm(&g);
-    if (status != HL_OK) return status;
-    for (int64_t i = 0; i < rows; i++) {
-        real *weights = w->weights + i * KEYS, *ds = w->ds + i * KEYS, lse = j->lse_in[query + i];
-        real kept[KEYS], delta = dot(j->gy + (query + i) * j->E, j->y_in + (query + i) * j->E, j->E);
-        finish_scores(j, b, h, first + i, s0, n, weights, w->capped + i * KEYS);
-        if (j->drop) {
-            for (int64_t s = 0; s < KEYS; s++) kept[s] = 1;
-            drop_weights(j, b, h, first + i, s0, n, kept);
+    turn(b, j->q, j->D, query_factor(j), g->q);
+    turn(b, j->gy, j->E, factor, g->gy);
+    for (int64_t i = 0; i < b->width; i++) {
+        int64_t row = b->row + i;
+        g->lse[i] = i < b->rows ? j->lse_in[row] * LOG2E : (real)-INFINITY;
+        g->delta[i] = i < b->rows ? factor * dot(j->gy + row * j->E, j->y_in + row * j->E, j->E) : 0;
+    }
+}
+
+/* a *= b in the n rows of a tile; what is 0 stays 0. */
+static void multiply_tile(int64_t n, real *a, const real *b)
+{
+    const vreal zero = splat((real)0);
+    for (int64_t i = 0; i < n * QUERIES; i += LANES) {
+        vreal x = load(a + i);
+        store(a + i, blend(x == zero, zero, x * load(b + i)));
+    }
+}
+
+/* For the keys [s0, s0 + n): the weights after dropout in w.scores, and in ds the gradient of the scores with their bias.
+ * Hidden pairs get 0 whatever the products are. */
+static void score_gradient(const job *j, const block *b, int64_t s0, int64_t n, const gradient_workspace *g)
+{
+    make_scores(j, b, g->q, s0, n, &g->w, j->softcap > 0 ? g->slopes : NULL);
+    product(n, b->width,
+            (operands){.depth = j->E,
+                       .a = j->v + (b->head * j->S + s0) * j->E,
+                       .a_row = j->E,
+                       .a_step = 1,
+                       .b = g->gy,
+                       .b_row = QUERIES,
+                       .c = g->ds,
+                       .c_row = QUERIES});
+    if (j->drop) {
+        turned_rows(j, b, s0, n, &g->w, kept_row);
+        multiply_tile(n, g->ds, g->w.extra);
+    }
+    for (int64_t s = 0; s < n; s++)
+        for (int64_t i = 0; i < b->width; i += LANES) {
+            vint seen;
+            real *score = g->w.scores + s * QUERIES + i, *ds = g->ds + s * QUERIES + i;
+            vreal weight = weight_below(load(score), load(g->lse + i), &seen);
+            store(score, weight);
+            store(ds, (vreal)((vint)(weight * (load(ds) - load(g->delta + i))) & seen));
         }
-        /* Whole vectors: what lies beyond n is scratch too, and nobody reads it. No score is above lse. */
-        const vreal low = splat((real)-INFINITY), below = splat(lse);
-        for (int64_t s = 0; s < n; s += LANES) {
-            vreal score = load(weights + s), weight = vexp_below(score - below);
-            vreal factor = j->drop ? load(kept + s) : splat((real)1);
-            vint seen = (score > low) | (score != score);
-            if (lse == (real)-INFINITY) seen = (vint){0};
-            vreal gradient = weight * (load(ds + s) * factor - splat(delta));
-            store(weights + s, blend(seen, weight * factor, splat((real)0)));
-            store(ds + s, blend(seen, gradient, splat((real)0)));
+    if (j->drop) multiply_tile(n, g->w.scores, g->w.extra);
+}
+
+/* product() without the products of elements of a, or of b, that are 0. */
+static void product_of_seen(int64_t M, int64_t N, const operands *o, int in_b)
+{
+    for (int64_t m = 0; m < M; m++) {
+        for (int64_t n = 0; n < N && !o->add; n++) o->c[m * o->c_row + n] = 0;
+        for (int64_t k = 0; k < o->depth; k++) {
+            real a = o->a[m * o->a_row + k * o->a_step];
+            for (int64_t n = 0; n < N; n++) {
+                real b = o->b[k * o->b_row + n];
+                if ((in_b ? b : a) != 0) o->c[m * o->c_row + n] += a * b;
+            }
         }
     }
-    return HL_OK;
 }
 
-/* c[m] += sum of w[m, k] x[k] without the products of weights 0. */
-static void product_of_seen(int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col, const real *x,
-                            real *c)
+/* Rows of x, as they lie or, where a row is not of whole vectors, in `padded`. */
+static const real *whole_rows(int64_t rows, int64_t D, const real *x, real *padded)
 {
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t k = 0; k < K; k++)
-            if (w[m * w_row + k * w_col] != 0) add_scaled(c + m * N, w[m * w_row + k * w_col], x + k * N, N);
-}
-static int add_product(int careful, int64_t M, int64_t K, int64_t N, const real *w, int64_t w_row, int64_t w_col,
-                       const real *x, real *c)
-{
-    if (careful) return product_of_seen(M, K, N, w, w_row, w_col, x, c), HL_OK;
-    gemm_call g = {.M = M,
-                   .N = N,
-                   .K = K,
-                   .a = w,
-                   .a_row = w_row,
-                   .a_col = w_col,
-                   .b = x,
-                   .b_row = N,
-                   .b_col = 1,
-                   .c = c,
-                   .c_row = N,
-                   .accumulate = 1};
-    return gemm(&g);
+    int64_t wide = round_up(D, LANES);
+    if (wide == D) return x;
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(padded + i * wide, x + i * D, (size_t)D * sizeof(real));
+        for (int64_t d = D; d < wide; d++) padded[i * wide + d] = 0;
+    }
+    return padded;
 }
 
-static int key_heads(int64_t begin, int64_t end, void *context)
+/* Tasks: a part of the keys of one head. */
+static int key_parts(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
-    int64_t L = j->L, D = j->D, E = j->E, S = j->S, repeat = j->H / j->G;
-    workspace w;
-    int status = take_workspace(j, &w);
+    int64_t D = j->D, E = j->E, S = j->S, DW = round_up(D, LANES), EW = round_up(E, LANES), rows = j->H / j->G * j->L;
+    int64_t longest = (S + j->parts - 1) / j->parts;
+    gradient_workspace g;
+    int status = take_workspace(j, (QUERIES + longest) * (DW + EW), &g);
     if (status != HL_OK) return status;
-    for (int64_t head = begin; head < end && status == HL_OK; head++) {
-        int64_t b = head / j->G, h0 = head % j->G * repeat;
-        const real *k = j->k + head * S * D, *v = j->v + head * S * E, *q = j->q + (b * j->H + h0) * L * D;
-        const real *gy = j->gy + (b * j->H + h0) * L * E;
-        real *gk = j->gk + head * S * D, *gv = j->gv + head * S * E, *gq = j->gq + (b * j->H + h0) * L * D;
-        memset(gk, 0, (size_t)(S * D) * sizeof(real));
-        memset(gv, 0, (size_t)(S * E) * sizeof(real));
-        memset(gq, 0, (size_t)(repeat * L * D) * sizeof(real));
-        int careful = hides(j) && (has_nonfinite(k, S * D) || has_nonfinite(q, repeat * L * D) ||
-                                   has_nonfinite(gy, repeat * L * E));
-        for (int64_t s0 = 0; s0 < S && status == HL_OK; s0 += KEYS) {
-            int64_t n = tile_keys(j, s0);
-            gemm_pack_b(E, n, v + s0 * E, 1, E, w.packed_v);
-            int64_t from = max64(s0 - j->right, 0) / ROWS * ROWS, to = min64(s0 + n + j->left, L);
-            for (int64_t h = 0; h < repeat; h++)
-                for (int64_t first = from; first < to && status == HL_OK; first += ROWS) {
-                    int64_t rows = min64(ROWS, L - first);
-                    status = score_gradient(j, &w, b, h0 + h, first, rows, s0);
-                    if (status != HL_OK) break;
-                    for (int64_t i = 0; i < rows; i++)
-                        for (int64_t s = 0; s < n; s++) {
-                            real *ds = w.ds + i * KEYS + s, slope = j->scale;
-                            if (j->softcap > 0) {
-                                real t = w.capped[i * KEYS + s] / j->softcap;
-                                slope *= 1 - t * t;
-                            }
-                            *ds = *ds == 0 ? 0 : *ds * slope;
-                        }
-                    const real *qs = q + (h * L + first) * D, *gs = gy + (h * L + first) * E;
-                    status = add_product(careful, rows, n, D, w.ds, KEYS, 1, k + s0 * D, gq + (h * L + first) * D);
-                    if (status == HL_OK) status = add_product(careful, n, rows, D, w.ds, 1, KEYS, qs, gk + s0 * D);
-                    if (status == HL_OK) status = add_product(careful, n, rows, E, w.weights, 1, KEYS, gs, gv + s0 * E);
+    real *padded_q = g.rest, *padded_gy = padded_q + QUERIES * DW, *padded_gk = padded_gy + QUERIES * EW,
+         *padded_gv = padded_gk + longest * DW;
+    for (int64_t task = begin; task < end; task++) {
+        int64_t head = task / j->parts, part = task % j->parts, from = S * part / j->parts,
+                to = S * (part + 1) / j->parts;
+        real *gk = D == DW ? j->gk + (head * S + from) * D : padded_gk,
+             *gv = E == EW ? j->gv + (head * S + from) * E : padded_gv;
+        real *gq = j->gq + part * (j->B * j->H * j->L * D);
+        memset(gk, 0, (size_t)((to - from) * DW) * sizeof(real));
+        memset(gv, 0, (size_t)((to - from) * EW) * sizeof(real));
+        int careful = hides(j) && (has_nonfinite(j->k + (head * S + from) * D, (to - from) * D) ||
+                                   has_nonfinite(j->q + head * rows * D, rows * D) ||
+                                   has_nonfinite(j->gy + head * rows * E, rows * E));
+        int64_t blocks = rows / j->strip * blocks_per_strip(j);
+        for (int64_t i = 0; i < blocks; i++) {
+            block b = block_of_task(j, head * blocks + i);
+            int64_t first = max64(b.begin, from), last = min64(b.end, to), step = tile_keys(first, max64(first, last));
+            if (first >= last) {
+                memset(gq + b.row * D, 0, (size_t)(b.rows * D) * sizeof(real));
+                continue;
+            }
+            begin_block(j, &b, j->scale, &g);
+            const real *q = whole_rows(b.rows, D, j->q + b.row * D, padded_q),
+                       *gy = whole_rows(b.rows, E, j->gy + b.row * E, padded_gy);
+            for (int64_t s0 = first, n; s0 < last; s0 += n) {
+                n = min64(step, last - s0);
+                score_gradient(j, &b, s0, n, &g);
+                if (j->softcap > 0) multiply_tile(n, g.ds, g.slopes);
+                operands of_v = {b.rows, g.w.scores, QUERIES, 1, gy, EW, gv + (s0 - from) * EW, EW, 1};
+                operands of_k = {b.rows, g.ds, QUERIES, 1, q, DW, gk + (s0 - from) * DW, DW, 1};
+                operands of_q = {n, j->k + (head * S + s0) * D, 1, D, g.ds, QUERIES, g.gq, QUERIES, s0 > first};
+                if (careful) {
+                    product_of_seen(n, EW, &of_v, 0);
+                    product_of_seen(n, DW, &of_k, 0);
+                    product_of_seen(D, b.width, &of_q, 1);
+                } else {
+                    product(n, EW, of_v);
+                    product(n, DW, of_k);
+                    product(D, b.width, of_q);
                 }
+            }
+            gemm_transpose(D, b.rows, g.gq, QUERIES, gq + b.row * D, D);
         }
+        for (int64_t s = from; s < to && gk == padded_gk; s++)
+            memcpy(j->gk + (head * S + s) * D, gk + (s - from) * DW, (size_t)D * sizeof(real));
+        for (int64_t s = from; s < to && gv == padded_gv; s++)
+            memcpy(j->gv + (head * S + s) * E, gv + (s - from) * EW, (size_t)E * sizeof(real));
     }
-    hl_give(w.weights);
-    return status;
+    hl_give(g.w.scores);
+    return HL_OK;
 }
 
-/* Parallel over key heads; a task takes the query heads of its group one after the other, so that no one else adds to its
- * gradients. Packed keys and values move once per head, queries once per tile of keys. The weights are made again from lse.
- * Source: Dao et al., FlashAttention (2022), appendix B. */
+typedef struct {
+    int64_t parts, size;
+    const real *x;
+    real *y;
+} parts_job;
+
+static int add_parts(int64_t begin, int64_t end, void *context)
+{
+    const parts_job *p = context;
+    for (int64_t i = begin; i < end; i++) {
+        real sum = p->x[i];
+        for (int64_t part = 1; part < p->parts; part++) sum += p->x[part * p->size + i];
+        p->y[i] = sum;
+    }
+    return HL_OK;
+}
+
+/* Parallel over key heads and, when those are few, over parts of their keys, each with its own share of gq. A task takes the
+ * blocks of queries one after the other, so that no one else adds to its gradients of keys and values, which stay in cache
+ * with the keys. The weights are made again from lse. Source: Dao et al., FlashAttention (2022), appendix B. */
 int HL(attention_backward)(const hl_attention_backward_plan *p, const real *q, const real *k, const real *v,
                            const real *bias, const uint8_t *allowed, const real *y, const real *lse, const real *gy,
                            real *gq, real *gk, real *gv)
@@ -570,36 +830,52 @@ int HL(attention_backward)(const hl_attention_backward_plan *p, const real *q, c
     job j = forward_job(&forward);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y_in = y, j.lse_in = lse, j.gy = gy;
     j.gq = gq, j.gk = gk, j.gv = gv;
-    int status = pack_keys(&j);
-    if (status == HL_OK) status = hl_parallel_for(j.B * j.G, 1, key_heads, &j);
-    hl_give(j.packed_k);
+    int64_t heads = j.B * j.G, size = j.B * j.H * j.L * j.D;
+    if (is_empty(&j)) {
+        if (heads)
+            memset(gk, 0, (size_t)(heads * j.S * j.D) * sizeof(real)),
+                memset(gv, 0, (size_t)(heads * j.S * j.E) * sizeof(real));
+        return HL_OK;
+    }
+    j.parts = max64(min64((15 + heads) / heads, j.S / (2 * KEYS)), 1); /* 16 tasks, if the parts are not too small */
+    real *shares = NULL;
+    if (j.parts > 1) {
+        shares = hl_take((size_t)(j.parts * size) * sizeof(real));
+        if (!shares) return HL_NOMEM;
+        j.gq = shares;
+    }
+    int status = hl_parallel_for(heads * j.parts, 1, key_parts, &j);
+    parts_job all = {j.parts, size, shares, gq};
+    if (shares && status == HL_OK) status = hl_parallel_for(size, hl_grain((double)j.parts), add_parts, &all);
+    hl_give(shares);
     return status;
 }
 
 static int mask_tiles(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
-    workspace w;
-    int status = take_workspace(j, &w);
+    int64_t count = (j->S + KEYS - 1) / KEYS;
+    gradient_workspace g;
+    int status = take_workspace(j, 0, &g);
     if (status != HL_OK) return status;
-    for (int64_t task = begin; task < end && status == HL_OK; task++) {
-        int64_t mask = task / tiles(j), s0 = task % tiles(j) * KEYS, n = tile_keys(j, s0);
+    for (int64_t task = begin; task < end; task++) {
+        int64_t mask = task / count, s0 = task % count * KEYS, n = min64(KEYS, j->S - s0);
         real *gbias = j->gbias + mask * j->ML * j->S + s0;
         for (int64_t l = 0; l < j->ML; l++) memset(gbias + l * j->S, 0, (size_t)n * sizeof(real));
         for (int64_t pair = 0; pair < j->B * j->H; pair++) {
-            int64_t b = pair / j->H, h = pair % j->H;
-            if ((j->MB > 1 && b != mask / j->MH) || (j->MH > 1 && h != mask % j->MH)) continue;
-            gemm_pack_b(j->E, n, j->v + (key_head(j, b, h) * j->S + s0) * j->E, 1, j->E, w.packed_v);
-            for (int64_t first = 0; first < j->L && status == HL_OK; first += ROWS) {
-                int64_t rows = min64(ROWS, j->L - first);
-                status = score_gradient(j, &w, b, h, first, rows, s0);
-                for (int64_t i = 0; i < rows && status == HL_OK; i++)
-                    add_scaled(gbias + (j->ML > 1 ? first + i : 0) * j->S, 1, w.ds + i * KEYS, n);
+            if ((j->MB > 1 && pair / j->H != mask / j->MH) || (j->MH > 1 && pair % j->H != mask % j->MH)) continue;
+            for (int64_t first = 0; first < j->L; first += QUERIES) {
+                block b = block_at(j, pair * j->L + first, min64(QUERIES, j->L - first));
+                begin_block(j, &b, 1, &g);
+                score_gradient(j, &b, s0, n, &g);
+                gemm_transpose(n, b.rows, g.ds, QUERIES, g.w.rows, KEYS);
+                for (int64_t i = 0; i < b.rows; i++)
+                    add_scaled(gbias + (j->ML > 1 ? first + i : 0) * j->S, 1, g.w.rows + i * KEYS, n);
             }
         }
     }
-    hl_give(w.weights);
-    return status;
+    hl_give(g.w.scores);
+    return HL_OK;
 }
 
 /* Parallel over tiles of keys of the mask; a task adds up all batches, heads and queries that share its elements. */
@@ -610,10 +886,7 @@ int HL(attention_grad_bias)(const hl_attention_grad_bias_plan *p, const real *q,
     memcpy(&forward, p, sizeof forward);
     job j = forward_job(&forward);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.y_in = y, j.lse_in = lse, j.gy = gy, j.gbias = gbias;
-    int status = pack_keys(&j);
-    if (status == HL_OK) status = hl_parallel_for(j.MB * j.MH * tiles(&j), 1, mask_tiles, &j);
-    hl_give(j.packed_k);
-    return status;
+    return hl_parallel_for(j.MB * j.MH * ((j.S + KEYS - 1) / KEYS), 1, mask_tiles, &j);
 }
 
 /* ---- around it ---- */

@@ -83,6 +83,26 @@ static inline __attribute__((always_inline)) vreal polynomial(vreal x, const rea
 }
 #define POLYNOMIAL(x, c) polynomial(x, c, (int)(sizeof(c) / sizeof(c[0])))
 
+/* 2^x for an x below 127, or NaN; what is below the smallest normal number counts as 0. For weights that are normalised by
+ * their sum: the factor ln 2 goes into what x is made from, and half a unit of error in x's last place is x's own. */
+static inline __attribute__((always_inline)) vreal vexp2(vreal x)
+{
+#if HL_F32
+    enum { BIAS = 127, SHIFT = 23 };
+    const vreal magic = splat(12582912.0f + BIAS);
+    static const real c[] = {1.3276468e-3f, 9.6755413e-3f, 5.5507133e-2f, 2.4022120e-1f, 6.9314697e-1f, 1.0f};
+#else
+    enum { BIAS = 1023, SHIFT = 52 };
+    const vreal magic = splat(6755399441055744.0 + BIAS);
+    static const real c[] = {4.435280703192546e-10, 7.0741055798305342e-9, 1.0178198035371477e-7, 1.3215433089906127e-6,
+                             1.5252733489955561e-5, 1.5403530462513906e-4, 1.3333558146789955e-3, 9.6181291075883357e-3,
+                             5.5504108664819921e-2, 2.4022650695910156e-1, 6.9314718055994533e-1, 1.0};
+#endif
+    x = vmax(x, splat((real)-BIAS)); /* where the scale is 0 */
+    vreal shifted = x + magic;
+    return POLYNOMIAL(x - (shifted - magic), c) * (vreal)((vint)shifted << SHIFT);
+}
+
 static inline __attribute__((always_inline)) vreal vabs(vreal x) { return (vreal)((vint)x & ~(vint)splat((real)-0.0)); }
 /* The magnitude of x with the sign of y. */
 static inline __attribute__((always_inline)) vreal vcopysign(vreal x, vreal y)
