@@ -329,6 +329,131 @@ static int check_queries(const job *j, int64_t row, int64_t rows)
     return HL_OK;
 }
 
+/* ---- forward, few queries ---- */
+
+enum { FEW = LANES / 2, DOTS = LANES < 4 ? LANES : 4 };
+
+/* Neighbours among n vectors are added lane by lane until one vector is left: for n = LANES, their sums in order. */
+static inline __attribute__((always_inline)) vreal fold(const int n, vreal *x)
+{
+#pragma GCC unroll 4
+    for (int m = n / 2; m > 0; m /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < m; i++) x[i] = evens(x[2 * i], x[2 * i + 1]) + odds(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
+/* The products of q with LANES neighbouring keys, DOTS of them side by side. */
+static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_t D)
+{
+    vreal group[LANES / DOTS];
+    int64_t body = D / LANES * LANES;
+#pragma GCC unroll 4
+    for (int g = 0; g < LANES / DOTS; g++, k += DOTS * D) {
+        vreal sum[DOTS];
+#pragma GCC unroll 4
+        for (int i = 0; i < DOTS; i++) sum[i] = splat((real)0);
+        for (int64_t d = 0; d < body; d += LANES)
+#pragma GCC unroll 4
+            for (int i = 0; i < DOTS; i++) sum[i] += load(q + d) * load(k + i * D + d);
+        if (body < D)
+#pragma GCC unroll 4
+            for (int i = 0; i < DOTS; i++)
+                sum[i] += load_part(q + body, D - body, (real)0) * load_part(k + i * D + body, D - body, (real)0);
+        group[g] = fold(DOTS, sum);
+    }
+    return fold(LANES / DOTS, group);
+}
+
+/* row = 2^(row - base); the sum. */
+static real row_exp(real *row, int64_t n, real base)
+{
+    vreal sum = splat((real)0);
+    int64_t s = 0;
+    for (; s + LANES <= n; s += LANES) {
+        vreal e = vexp2(load(row + s) - splat(base));
+        store(row + s, e);
+        sum += e;
+    }
+    if (s < n) {
+        vreal e = vexp2(load_part(row + s, n - s, (real)-INFINITY) - splat(base));
+        store_part(row + s, n - s, e);
+        sum += e; /* the lanes beyond hold 2^-inf = 0 */
+    }
+    return sum_lanes(sum);
+}
+
+/* y += the sum of w[s] v[s * E], `vectors` wide. */
+static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
+                                                                   const real *v, int64_t E, real *y)
+{
+    vreal sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i++) sum[i] = load(y + i * LANES);
+    for (int64_t s = 0; s < n; s++, v += E) {
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) sum[i] += splat(w[s]) * load(v + i * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i++) store(y + i * LANES, sum[i]);
+}
+
+/* y[E] += the sum of w[s] v[s][E] over n keys. */
+static void weighted_sum(const real *w, int64_t n, const real *v, int64_t E, real *y)
+{
+    int64_t e = 0;
+    for (int64_t vectors; e + LANES <= E; e += vectors * LANES) {
+        vectors = min64((E - e) / LANES, 8);
+        switch (vectors) {
+        case 1: weighted_columns(1, w, n, v + e, E, y + e); break;
+        case 2: weighted_columns(2, w, n, v + e, E, y + e); break;
+        case 3: weighted_columns(3, w, n, v + e, E, y + e); break;
+        case 4: weighted_columns(4, w, n, v + e, E, y + e); break;
+        case 5: weighted_columns(5, w, n, v + e, E, y + e); break;
+        case 6: weighted_columns(6, w, n, v + e, E, y + e); break;
+        case 7: weighted_columns(7, w, n, v + e, E, y + e); break;
+        default: weighted_columns(8, w, n, v + e, E, y + e);
+        }
+    }
+    if (e < E) {
+        vreal sum = load_part(y + e, E - e, (real)0);
+        for (int64_t s = 0; s < n; s++) sum += splat(w[s]) * load_part(v + s * E + e, E - e, (real)0);
+        store_part(y + e, E - e, sum);
+    }
+}
+
+/* Queries [row, row + rows) that read the same keys, each along its keys: they would leave half of a vector empty. They take
+ * turns at a tile of keys, then of values. scratch: (rows + 1) S. */
+static int few_queries(const job *j, int64_t row, int64_t rows, real *scratch)
+{
+    int64_t D = j->D, E = j->E;
+    block b = block_at(j, row, rows);
+    int64_t n = max64(b.end - b.begin, 0);
+    const real *k = j->k + (b.head * j->S + b.begin) * D, *v = j->v + (b.head * j->S + b.begin) * E;
+    real *extra = scratch + rows * n;
+    for (int64_t s0 = 0; s0 < n; s0 += KEYS)
+        for (int64_t i = 0; i < rows; i++) {
+            const real *q = j->q + (row + i) * D;
+            int64_t s = s0, end = min64(s0 + KEYS, n);
+            for (; s + LANES <= end; s += LANES) store(scratch + i * n + s, dots(q, k + s * D, D));
+            for (; s < end; s++) scratch[i * n + s] = dot(q, k + s * D, D);
+        }
+    for (int64_t i = 0; i < rows; i++) {
+        real *scores = scratch + i * n;
+        finish_row(j, row + i, b.begin, n, scores, extra);
+        real top = row_max(scores, n), total = row_exp(scores, n, top == (real)-INFINITY ? 0 : top);
+        j->lse[row + i] = total == 0 ? (real)-INFINITY : top * LN2 + vlog(splat(total))[0];
+        real share = total == 0 ? 0 : 1 / total;
+        if (j->drop) kept_row(j, row + i, b.begin, n, extra);
+        for (int64_t s = 0; s < n; s++) scores[s] *= j->drop ? share * extra[s] : share;
+    }
+    memset(j->y + row * E, 0, (size_t)(rows * E) * sizeof(real));
+    for (int64_t s0 = 0; s0 < n; s0 += KEYS)
+        for (int64_t i = 0; i < rows; i++)
+            weighted_sum(scratch + i * n + s0, min64(KEYS, n - s0), v + s0 * E, E, j->y + (row + i) * E);
+    return check_queries(j, row, rows);
+}
+
 /* ---- forward, many queries ---- */
 
 /* Weights may be so many powers of two above 1 before the maximum that they are relative to is raised. */
@@ -361,13 +486,18 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     int64_t D = j->D, E = j->E;
-    real *scratch = hl_take((size_t)(3 * TILE_SIZE + (D + E) * QUERIES) * sizeof(real));
+    int64_t size = max64(3 * TILE_SIZE + (D + E) * QUERIES, (FEW + 1) * j->S);
+    real *scratch = hl_take((size_t)size * sizeof(real));
     if (!scratch) return HL_NOMEM;
     workspace w = {scratch, scratch + TILE_SIZE, scratch + 2 * TILE_SIZE};
     real *turned = scratch + 3 * TILE_SIZE, *sums = turned + D * QUERIES;
     int status = HL_OK;
     for (int64_t task = begin; task < end && status == HL_OK; task++) {
         block b = block_of_task(j, task);
+        int64_t few = b.rows % LANES <= FEW ? b.rows % LANES : 0;
+        if (few) status = few_queries(j, b.row + b.rows - few, few, scratch);
+        if (few == b.rows) continue;
+        b = block_at(j, b.row, b.rows - few);
         real top[QUERIES], total[QUERIES];
         for (int64_t i = 0; i < QUERIES; i++) top[i] = (real)-INFINITY, total[i] = 0;
         if (b.begin >= b.end) memset(sums, 0, (size_t)(E * QUERIES) * sizeof(real));
@@ -406,125 +536,7 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
         }
         memcpy(j->lse + b.row, total, (size_t)b.rows * sizeof(real));
         gemm_transpose(E, b.rows, sums, QUERIES, j->y + b.row * E, E);
-        status = check_queries(j, b.row, b.rows);
-    }
-    hl_give(scratch);
-    return status;
-}
-
-/* ---- forward, few queries ---- */
-
-/* So few queries leave most of a vector empty, and the keys' way from memory is all that counts: a query at a time, along
- * its keys. */
-enum { FEW = 4, DOTS = LANES < 4 ? LANES : 4 };
-
-/* The products of q with LANES neighbouring keys: each is summed in its own vector, then neighbours are added until one
- * vector is left. */
-static inline vreal dots(const real *q, const real *k, int64_t D)
-{
-    vreal sum[LANES];
-    int64_t body = D / LANES * LANES;
-#pragma GCC unroll 4
-    for (int s = 0; s < LANES; s += DOTS) {
-#pragma GCC unroll 4
-        for (int i = 0; i < DOTS; i++) sum[s + i] = splat((real)0);
-        for (int64_t d = 0; d < body; d += LANES)
-#pragma GCC unroll 4
-            for (int i = 0; i < DOTS; i++) sum[s + i] += load(q + d) * load(k + (s + i) * D + d);
-        if (body < D)
-            for (int i = 0; i < DOTS; i++)
-                sum[s + i] +=
-                    load_part(q + body, D - body, (real)0) * load_part(k + (s + i) * D + body, D - body, (real)0);
-    }
-#pragma GCC unroll 4
-    for (int n = LANES / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < n; i++) sum[i] = evens(sum[2 * i], sum[2 * i + 1]) + odds(sum[2 * i], sum[2 * i + 1]);
-    return sum[0];
-}
-
-/* row = 2^(row - base); the sum. */
-static real row_exp(real *row, int64_t n, real base)
-{
-    vreal sum = splat((real)0);
-    int64_t s = 0;
-    for (; s + LANES <= n; s += LANES) {
-        vreal e = vexp2(load(row + s) - splat(base));
-        store(row + s, e);
-        sum += e;
-    }
-    if (s < n) {
-        vreal e = vexp2(load_part(row + s, n - s, (real)-INFINITY) - splat(base));
-        store_part(row + s, n - s, e);
-        sum += e; /* the lanes beyond hold 2^-inf = 0 */
-    }
-    return sum_lanes(sum);
-}
-
-/* y = the sum of w[s] v[s * E], `vectors` wide. */
-static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
-                                                                   const real *v, int64_t E, real *y)
-{
-    vreal sum[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < vectors; i++) sum[i] = splat((real)0);
-    for (int64_t s = 0; s < n; s++, v += E) {
-#pragma GCC unroll 8
-        for (int i = 0; i < vectors; i++) sum[i] += splat(w[s]) * load(v + i * LANES);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < vectors; i++) store(y + i * LANES, sum[i]);
-}
-
-/* y[E] = the sum of w[s] v[s][E] over n keys; a last vector that is not full begins earlier. */
-static void weighted_sum(const real *w, int64_t n, const real *v, int64_t E, real *y)
-{
-    if (E < LANES) {
-        for (int64_t e = 0; e < E; e++) y[e] = 0;
-        for (int64_t s = 0; s < n; s++) add_scaled(y, w[s], v + s * E, E);
-        return;
-    }
-    for (int64_t e = 0, vectors; e < E; e += vectors * LANES) {
-        if (E - e < LANES) e = E - LANES;
-        vectors = min64((E - e) / LANES, 8);
-        switch (vectors) {
-        case 1: weighted_columns(1, w, n, v + e, E, y + e); break;
-        case 2: weighted_columns(2, w, n, v + e, E, y + e); break;
-        case 3: weighted_columns(3, w, n, v + e, E, y + e); break;
-        case 4: weighted_columns(4, w, n, v + e, E, y + e); break;
-        case 5: weighted_columns(5, w, n, v + e, E, y + e); break;
-        case 6: weighted_columns(6, w, n, v + e, E, y + e); break;
-        case 7: weighted_columns(7, w, n, v + e, E, y + e); break;
-        default: weighted_columns(8, w, n, v + e, E, y + e);
-        }
-    }
-}
-
-static int few_queries(int64_t begin, int64_t end, void *context)
-{
-    const job *j = context;
-    int64_t D = j->D, E = j->E;
-    real *scratch = hl_take((size_t)(2 * round_up(max64(j->S, 1), LANES)) * sizeof(real));
-    if (!scratch) return HL_NOMEM;
-    int status = HL_OK;
-    for (int64_t row = begin; row < end && status == HL_OK; row++) {
-        block b = block_at(j, row, 1);
-        int64_t n = max64(b.end - b.begin, 0), s = 0;
-        const real *q = j->q + row * D, *k = j->k + (b.head * j->S + b.begin) * D;
-        real *y = j->y + row * E;
-        for (; s + LANES <= n; s += LANES) store(scratch + s, dots(q, k + s * D, D));
-        for (; s < n; s++) scratch[s] = dot(q, k + s * D, D);
-        finish_row(j, row, b.begin, n, scratch, scratch + n);
-        real top = row_max(scratch, n), total = row_exp(scratch, n, top == (real)-INFINITY ? 0 : top);
-        if (j->drop) {
-            kept_row(j, row, b.begin, n, scratch + n);
-            for (s = 0; s < n; s++) scratch[s] *= scratch[n + s];
-        }
-        weighted_sum(scratch, n, j->v + (b.head * j->S + b.begin) * E, E, y);
-        real share = total == 0 ? 0 : 1 / total;
-        for (int64_t e = 0; e < E; e++) y[e] *= share;
-        j->lse[row] = total == 0 ? (real)-INFINITY : top * LN2 + vlog(splat(total))[0];
-        status = check_queries(j, row, 1);
+        if (status == HL_OK) status = check_queries(j, b.row, b.rows);
     }
     hl_give(scratch);
     return status;
@@ -559,7 +571,7 @@ static int64_t block_grain(const job *j, int64_t depth)
     return hl_grain((double)(j->S * (depth + 16)) * QUERIES / 16);
 }
 
-/* Parallel over blocks of QUERIES queries (or, of few queries, over queries). Keys and values move once per block, from the
+/* Parallel over blocks of QUERIES queries. Keys and values move once per block, from the
  * second-level cache where a head fits it; the maximum so far and the sum below it are carried from tile to tile, and so are
  * the sums of values, in cache. What the window hides from all queries of a block is skipped.
  * Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Dao et al., FlashAttention (2022). */
@@ -569,8 +581,6 @@ int HL(attention)(const hl_attention_plan *p, const real *q, const real *k, cons
     job j = forward_job(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y = y, j.lse = lse;
     if (is_empty(&j)) return HL_OK;
-    if (j.strip <= FEW)
-        return hl_parallel_for(j.B * j.H * j.L, hl_grain((double)(j.S * (j.D + j.E + 16)) / 2), few_queries, &j);
     return hl_parallel_for(block_count(&j), block_grain(&j, j.D + j.E), query_blocks, &j);
 }
 

@@ -57,61 +57,45 @@ static inline __attribute__((always_inline)) vreal kept(vreal v)
     return v;
 }
 
-/* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. Sets that mask
- * lanes do it in one instruction (but AMD's masked stores of AVX2 are slower than these few bytes through memory). */
+/* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. Sets that mask lanes do it in one
+ * instruction, but for AVX2's masked stores, which on AMD are slower than these few bytes through memory. */
+static inline __attribute__((always_inline)) vreal load_part(const real *p, int64_t n, real fill)
+{
 #if defined(__AVX512F__) && HL_F32
-#define HL_FIRST(n) ((unsigned short)((1u << (n)) - 1))
-static inline vreal load_part(const real *p, int64_t n, real fill)
-{
-    return __builtin_ia32_loadups512_mask((const void *)p, splat(fill), HL_FIRST(n));
-}
-static inline void store_part(real *p, int64_t n, vreal v)
-{
-    __builtin_ia32_storeups512_mask((void *)p, v, HL_FIRST(n));
-}
+    return __builtin_ia32_loadups512_mask((const void *)p, splat(fill), (unsigned short)((1u << n) - 1));
 #elif defined(__AVX512F__)
-#define HL_FIRST(n) ((unsigned char)((1u << (n)) - 1))
-static inline vreal load_part(const real *p, int64_t n, real fill)
-{
-    return __builtin_ia32_loadupd512_mask((const void *)p, splat(fill), HL_FIRST(n));
-}
-static inline void store_part(real *p, int64_t n, vreal v)
-{
-    __builtin_ia32_storeupd512_mask((void *)p, v, HL_FIRST(n));
-}
+    return __builtin_ia32_loadupd512_mask((const void *)p, splat(fill), (unsigned char)((1u << n) - 1));
+#elif defined(__AVX2__) && HL_F32
+    const vint first = (vint){0, 1, 2, 3, 4, 5, 6, 7} < (ireal)n;
+    vint v = (vint)__builtin_ia32_maskloadps256((const void *)p, first);
+    return (vreal)((first & v) | (~first & (vint)splat(fill)));
+#elif defined(__AVX2__)
+    const vint first = (vint){0, 1, 2, 3} < (ireal)n;
+    vint v = (vint)__builtin_ia32_maskloadpd256((const void *)p, (__attribute__((vector_size(32))) long long)first);
+    return (vreal)((first & v) | (~first & (vint)splat(fill)));
 #else
-#if defined(__AVX2__)
-static inline vreal load_part(const real *p, int64_t n, real fill)
-{
-#if HL_F32
-    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7}, first = lane < (ireal)n;
-    vreal v = __builtin_ia32_maskloadps256((const void *)p, first);
-#else
-    const vint lane = {0, 1, 2, 3}, first = lane < (ireal)n;
-    vreal v = __builtin_ia32_maskloadpd256((const void *)p, (__attribute__((vector_size(32))) long long)first);
-#endif
-    return (vreal)((first & (vint)v) | (~first & (vint)splat(fill)));
-}
-#else
-static inline vreal load_part(const real *p, int64_t n, real fill)
-{
     union {
         vreal v;
         real a[LANES];
     } u = {.v = splat(fill)};
     memcpy(u.a, p, (size_t)n * sizeof(real));
     return u.v;
-}
 #endif
-static inline void store_part(real *p, int64_t n, vreal v)
+}
+static inline __attribute__((always_inline)) void store_part(real *p, int64_t n, vreal v)
 {
+#if defined(__AVX512F__) && HL_F32
+    __builtin_ia32_storeups512_mask((void *)p, v, (unsigned short)((1u << n) - 1));
+#elif defined(__AVX512F__)
+    __builtin_ia32_storeupd512_mask((void *)p, v, (unsigned char)((1u << n) - 1));
+#else
     union {
         vreal v;
         real a[LANES];
     } u = {.v = v};
     memcpy(p, u.a, (size_t)n * sizeof(real));
-}
 #endif
+}
 
 /* Lanes of a where the mask is -1, of b where it is 0 (C has no vector ?:). */
 static inline __attribute__((always_inline)) vreal blend(vint mask, vreal a, vreal b)
