@@ -55,18 +55,16 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
 static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
 {
 #if HL_F32
-    const vreal bottom = splat(-86.5f), magic = splat(12582912.0f);
+    const vreal bottom = splat(-86.5f), magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
     const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
     vreal c = vmax(x, bottom), shifted = c * log2e + magic, n = shifted - magic;
-    vint k = (vint)((vuint)shifted - (vuint)magic);
     vreal r = c - n * ln2_hi - n * ln2_lo;
     vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
     p = splat(1.0f / 120) + r * p;
     p = splat(1.0f / 24) + r * p;
     p = splat(1.0f / 6) + r * p;
     p = splat(0.5f) + r * p;
-    vreal e = (r * r * p + r) + splat(1.0f);
-    e = (vreal)((vuint)e + ((vuint)k << 23));
+    vreal e = ((r * r * p + r) + splat(1.0f)) * (vreal)((vuint)shifted << 23);
     return (vreal)((vint)e & ~(x < bottom));
 #else
     return vexp(x);
@@ -100,7 +98,7 @@ static inline __attribute__((always_inline)) vreal vexp2(vreal x)
 #endif
     x = vmax(x, splat((real)-BIAS)); /* where the scale is 0 */
     vreal shifted = x + magic;
-    return POLYNOMIAL(x - (shifted - magic), c) * (vreal)((vint)shifted << SHIFT);
+    return POLYNOMIAL(x - (shifted - magic), c) * (vreal)((vuint)shifted << SHIFT);
 }
 
 static inline __attribute__((always_inline)) vreal vabs(vreal x) { return (vreal)((vint)x & ~(vint)splat((real)-0.0)); }
