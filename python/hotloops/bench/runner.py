@@ -23,7 +23,7 @@ from . import peaks as _peaks
 from .workloads import Inputs, Workload
 
 ROUNDS = 7
-SETTLE = 0.03  # seconds after a NumPy matrix product, whose threads go on spinning for that long
+SETTLE = 0.15  # seconds after a NumPy matrix product, whose threads go on spinning for that long
 BATCH = 2e-4  # seconds: what is shorter is timed several calls at once
 CACHED = 0.75  # of the last cache: a call that moves fewer bytes finds its arrays there
 SCHEMA = 1
@@ -245,8 +245,6 @@ class _Runner:
             if self.samples > 1:
                 self.once()
             self.times.append(statistics.median(self.once() for _ in range(self.samples)))
-        if self.backend == "reference":
-            time.sleep(SETTLE)
 
 
 @dataclasses.dataclass
@@ -298,24 +296,27 @@ def _checked(task: _Task, backends: Sequence[str], peers: Sequence[Any], threads
 
 
 def _time(task: _Task, runners: Sequence[_Runner], seconds: float, note: _Notes) -> None:
-    """Times the runners in turns, without the garbage collector."""
-    for runner in runners:
-        note.step(task.workload, runner.backend)
-        if runner.backend == "reference" and task.seconds > seconds:
-            runner.times.append(task.seconds)  # once is enough
-        else:
-            runner.plan(seconds)
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        for k in range(ROUNDS):
-            for runner in [r for r in runners if k < r.rounds]:
-                note.step(task.workload, runner.backend)
-                runner.round()
-    finally:
-        if enabled:
-            gc.enable()
+    """Times the runners in turns, without the garbage collector; NumPy alone, after the others, for its spinning threads."""
+    time.sleep(SETTLE)  # NumPy has just made the truth
+    others = [r for r in runners if r.backend != "reference"]
+    for group in (others, [r for r in runners if r.backend == "reference"]):
+        for runner in group:
+            note.step(task.workload, runner.backend)
+            if runner.backend == "reference" and task.seconds > seconds:
+                runner.times.append(task.seconds)  # once is enough
+            else:
+                runner.plan(seconds)
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            for k in range(ROUNDS):
+                for runner in [r for r in group if k < r.rounds]:
+                    note.step(task.workload, runner.backend)
+                    runner.round()
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _result(task: _Task, runner: _Runner, threads: int) -> Result:
