@@ -348,6 +348,39 @@ typedef struct { int64_t N, F, S; } hl_conv_grad_bias_plan;
 int hl_conv_grad_bias_f32(const hl_conv_grad_bias_plan *plan, const float *gy, float *gb);
 int hl_conv_grad_bias_f64(const hl_conv_grad_bias_plan *plan, const double *gy, double *gb);
 
+/* y[N,F,OH,OW] = deformable convolution of x[N,C,H,W] with w[F,CG,KH,KW], + b[F]: tap k reads offset[N,OG,KH,KW,2,OH,OW]
+ * pixels beside its place, bilinearly, times mask[N,OG,KH,KW,OH,OW]; mask and b may be NULL. */
+typedef struct {
+    int64_t N, C, H, W, OG, KH, KW, OH, OW, F, CG;
+    int64_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_deform_conv_plan;
+int hl_deform_conv_f32(const hl_deform_conv_plan *plan, const float *x, const float *offset, const float *mask,
+                       const float *w, const float *b, float *y);
+int hl_deform_conv_f64(const hl_deform_conv_plan *plan, const double *x, const double *offset, const double *mask,
+                       const double *w, const double *b, double *y);
+
+/* The gradients of deform_conv by x, offset and mask, those that are not NULL. */
+typedef struct {
+    int64_t N, F, OH, OW, C, H, W, OG, KH, KW, CG;
+    int64_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_deform_conv_grad_samples_plan;
+int hl_deform_conv_grad_samples_f32(const hl_deform_conv_grad_samples_plan *plan, const float *gy, const float *x,
+                                    const float *offset, const float *mask, const float *w, float *gx, float *goffset,
+                                    float *gmask);
+int hl_deform_conv_grad_samples_f64(const hl_deform_conv_grad_samples_plan *plan, const double *gy, const double *x,
+                                    const double *offset, const double *mask, const double *w, double *gx,
+                                    double *goffset, double *gmask);
+
+/* gw[F,CG,KH,KW] of deform_conv. */
+typedef struct {
+    int64_t N, F, OH, OW, C, H, W, OG, KH, KW, CG;
+    int64_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+} hl_deform_conv_grad_weight_plan;
+int hl_deform_conv_grad_weight_f32(const hl_deform_conv_grad_weight_plan *plan, const float *gy, const float *x,
+                                   const float *offset, const float *mask, float *gw);
+int hl_deform_conv_grad_weight_f64(const hl_deform_conv_grad_weight_plan *plan, const double *gy, const double *x,
+                                   const double *offset, const double *mask, double *gw);
+
 /* cols[N,C,KH,KW,OH,OW]: the patch under each window of x[N,C,H,W], 0 in the padding. */
 typedef struct {
     int64_t N, C, H, W, KH, KW, OH, OW, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;

@@ -170,6 +170,14 @@ def conv2d_backward(rng, dtype):
     return [normal(rng, dtype, *hl.conv2d(x, w, **kwargs).shape), x, w], kwargs
 
 
+@call
+def deform_conv2d(rng, dtype):
+    [x, w, b], kwargs = convolution(rng, dtype, 2)
+    y = hl.conv2d(x, w, **kwargs).shape
+    offset, mask = normal(rng, dtype, 2, 2 * 2 * 6, *y[2:]), normal(rng, dtype, 2, 2 * 6, *y[2:])
+    return [x, offset, w, b, kwargs["stride"], kwargs["padding"], 1, mask], {}
+
+
 @define("unfold", "im2col")
 def _(rng, dtype):
     return [normal(rng, dtype, 2, 3, 6, 7), (2, 3)], {"stride": 2, "padding": 1}

@@ -5,6 +5,8 @@ the input at o * stride - pad + k * dilation; outside [0, size) stands a zero. `
 padded at the end follows from the size of the output. Scalars of an axis with one output or one tap do not matter.
 """
 
+import math
+
 import numpy as np
 
 from ..spec import kernel
@@ -148,3 +150,145 @@ def col2im(
     """The adjoint of im2col: x[n,c,h,w] = the sum of what the windows hold of it, 0 where none reaches."""
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     _add_patches(cols.transpose(0, 3, 1, 2, 4, 5), x, cols.shape[1:3], cols.shape[4:], *geometry)
+
+
+# -------------------------------------------------------------------------------------------- deformable convolution
+
+
+FAR = 2.0**30  # an offset of so many pixels leads outside, whatever the padding
+
+
+def _places(offset, stride, pad, dilation, axis):
+    """(low, fraction) along one axis, each [N, OG, KH, KW, OH, OW]: where the taps of every window read, o * stride - pad +
+    k * dilation + offset, as the pixel below and the way from it. Far outside low is -2; the fraction of a NaN is NaN."""
+    moved = offset[:, :, :, :, axis]
+    outputs, taps = moved.shape[4 + axis], moved.shape[2 + axis]
+    still = (np.arange(taps) * dilation)[:, None] - pad + np.arange(outputs) * stride
+    still = still.reshape((taps, 1, outputs, 1) if axis == 0 else (1, taps, 1, outputs))
+    near = np.abs(moved) < FAR
+    whole = np.floor(np.where(near, moved, 0))
+    low = np.where(near, still + whole.astype(np.int64), -2)
+    return low, np.where(near, moved - whole, np.where(np.isnan(moved), moved, 0))
+
+
+def _deform(x, offset, stride, pad, dilation):
+    """(index, value, fraction down, fraction to the right): the four pixels around each place, [2, 2, N, OG, 1, KH, KW, OH, OW]
+    as an index into the H*W of a plane, H*W where there is none, and [2, 2, N, OG, C/OG, KH, KW, OH, OW], 0 where there is none.
+    """
+    N, C, H, W = x.shape
+    OG = offset.shape[1]
+    (low_h, down), (low_w, right) = (_places(offset, stride[a], pad[a], dilation[a], a) for a in (0, 1))
+    flat = np.zeros((N, OG, C // OG, H * W + 1), x.dtype)
+    flat[..., :-1] = x.reshape(N, OG, C // OG, H * W)
+    index = np.empty((2, 2, *low_h.shape), np.int64)
+    for i in (0, 1):
+        for j in (0, 1):
+            h, w = low_h + i, low_w + j
+            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            index[i, j] = np.where(inside, h * W + w, H * W)
+    places = index.reshape(2, 2, N, OG, 1, math.prod(index.shape[4:]))
+    value = np.take_along_axis(flat[None, None], places, axis=5)
+    value = value.reshape(2, 2, N, OG, C // OG, *index.shape[4:])
+    return index, value, down[:, :, None], right[:, :, None]
+
+
+def _between(value, down, right):
+    """Bilinear interpolation: all four pixels count, those of weight 0 too (0 times an infinity is NaN)."""
+    upper = (1 - right) * value[0, 0] + right * value[0, 1]
+    return (1 - down) * upper + down * ((1 - right) * value[1, 0] + right * value[1, 1])
+
+
+def _masked(samples, mask):
+    return samples if mask is None else mask[:, :, None] * samples
+
+
+def _sample_gradient(gy, w, OG, groups):
+    """[N, OG, C/OG, KH, KW, OH, OW]: the gradient by the samples, through the weights."""
+    (N, F, OH, OW), (CG, KH, KW) = gy.shape, w.shape[1:]
+    gradients, filters = gy.reshape(N, groups, F // groups, OH, OW), w.reshape(groups, F // groups, CG, KH, KW)
+    g = np.einsum("ngfhw,gfcij->ngcijhw", gradients, filters, optimize=True)
+    return g.reshape(N, OG, groups * CG // OG, KH, KW, OH, OW)
+
+
+@kernel(
+    "x[N,C,H,W], offset[N,OG,KH,KW,2,OH,OW], mask[N,OG,KH,KW,OH,OW]?, w[F,CG,KH,KW], b[F]? -> y[N,F,OH,OW]",
+    error="reduce:CG*KH*KW",
+    flops="2*N*F*OH*OW*CG*KH*KW",
+)
+def deform_conv(
+    x, offset, mask, w, b, y, groups: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int
+):  # fmt: skip
+    """Convolution whose every tap reads at o * stride - pad + k * dilation + offset[n, channel's offset group, k], down and to
+    the right, by bilinear interpolation between the four pixels around, times mask; a pixel outside the image is 0.
+
+    All four pixels count: one of weight 0 that is infinite makes a NaN. An offset of 2**30 or more leads outside; one that is
+    NaN makes the sample NaN.
+
+    Source: Dai et al., Deformable convolutional networks, arXiv 1703.06211; with the mask Zhu et al., arXiv 1811.11168.
+    """
+    (N, C, _, _), (F, CG) = x.shape, w.shape[:2]
+    with np.errstate(invalid="ignore", over="ignore"):
+        _, value, down, right = _deform(x, offset, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
+        samples = _masked(_between(value, down, right), mask).reshape(N, groups, CG, *w.shape[2:], *y.shape[2:])
+        filters = w.reshape(groups, F // groups, *w.shape[1:])
+        y[...] = np.einsum("ngcijhw,gfcij->ngfhw", samples, filters, optimize=True).reshape(y.shape)
+        if b is not None:
+            y += b[:, None, None]
+
+
+@kernel(
+    "gy[N,F,OH,OW], x[N,C,H,W], offset[N,OG,KH,KW,2,OH,OW], mask[N,OG,KH,KW,OH,OW]?, w[F,CG,KH,KW] "
+    "-> gx[N,C,H,W]?, goffset[N,OG,KH,KW,2,OH,OW]?, gmask[N,OG,KH,KW,OH,OW]?",
+    error="reduce:4*C*F*KH*KW",
+    flops="2*N*F*OH*OW*CG*KH*KW",
+)
+def deform_conv_grad_samples(
+    gy, x, offset, mask, w, gx, goffset, gmask, groups: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+    dilation_h: int, dilation_w: int,
+):  # fmt: skip
+    """The gradients of deform_conv that go through its samples: those wanted of gx, goffset and gmask (the last with a mask).
+
+    goffset is the slope between the four pixels; on a whole number, where it jumps, that towards larger coordinates. A sample
+    at an offset that is NaN or leads outside adds nothing to gx.
+
+    Source: as deform_conv, equation 7 and appendix A.
+    """
+    (N, C, H, W), OG = x.shape, offset.shape[1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        index, value, down, right = _deform(x, offset, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
+        g = _sample_gradient(gy, w, OG, groups)
+        if gmask is not None:
+            gmask[...] = (g * _between(value, down, right)).sum(axis=2)
+        g = _masked(g, mask)
+        if goffset is not None:
+            slope = (1 - right) * (value[1, 0] - value[0, 0]) + right * (value[1, 1] - value[0, 1])
+            goffset[:, :, :, :, 0] = (g * slope).sum(axis=2)
+            slope = (1 - down) * (value[0, 1] - value[0, 0]) + down * (value[1, 1] - value[1, 0])
+            goffset[:, :, :, :, 1] = (g * slope).sum(axis=2)
+        if gx is not None:
+            flat = np.zeros((N, OG, C // OG, H * W + 1), gx.dtype)
+            images, offset_groups, channels = np.ogrid[:N, :OG, : C // OG]
+            places = math.prod(index.shape[4:])
+            for i, j in np.ndindex(2, 2):
+                part = g * (down if i else 1 - down) * (right if j else 1 - right)
+                at = index[i, j].reshape(N, OG, 1, places)
+                where = images[..., None], offset_groups[..., None], channels[..., None], at
+                np.add.at(flat, where, part.reshape(N, OG, C // OG, places))
+            gx[...] = flat[..., :-1].reshape(gx.shape)
+
+
+@kernel(
+    "gy[N,F,OH,OW], x[N,C,H,W], offset[N,OG,KH,KW,2,OH,OW], mask[N,OG,KH,KW,OH,OW]? -> gw[F,CG,KH,KW]",
+    error="reduce:N*OH*OW",
+    flops="2*N*F*OH*OW*CG*KH*KW",
+)
+def deform_conv_grad_weight(
+    gy, x, offset, mask, gw, groups: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int
+):  # fmt: skip
+    """gw[f,c,k] = the sum over n, o of gy[n,f,o] and the sample of channel c under tap k."""
+    (N, F), (CG, KH, KW) = gy.shape[:2], gw.shape[1:]
+    with np.errstate(invalid="ignore", over="ignore"):
+        _, value, down, right = _deform(x, offset, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
+        samples = _masked(_between(value, down, right), mask).reshape(N, groups, CG, KH, KW, *gy.shape[2:])
+        gradients = gy.reshape(N, groups, F // groups, *gy.shape[2:])
+        gw[...] = np.einsum("ngcijhw,ngfhw->gfcij", samples, gradients, optimize=True).reshape(gw.shape)

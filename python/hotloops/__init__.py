@@ -40,7 +40,7 @@ from .boxes import (
 
 # conv
 from .conv import col2im, conv1d, conv2d, conv2d_backward, conv2d_trace, conv3d, conv_output_size, conv_parameters
-from .conv import conv_transpose1d, conv_transpose2d, conv_transpose3d, fold, im2col, same_padding, unfold
+from .conv import conv_transpose1d, conv_transpose2d, conv_transpose3d, deform_conv2d, fold, im2col, same_padding, unfold
 
 # linear
 from .linear import dropout, linear, matmul

@@ -931,6 +931,7 @@ for _op in (conv.conv1d, conv.conv2d, conv.conv3d):
     tie(_op, ("input", "weight", "bias"), conv._conv_gradient)
 for _op in (conv.conv_transpose1d, conv.conv_transpose2d, conv.conv_transpose3d):
     tie(_op, ("input", "weight", "bias"), conv._conv_transpose_gradient)
+tie(conv.deform_conv2d, ("input", "offset", "weight", "bias", "mask"), conv._deform_conv_gradient)
 tie(conv.unfold, "input", conv._unfold_gradient)
 tie(conv.fold, "input", conv._fold_gradient)
 tie(conv.im2col, "input", conv._im2col_gradient)

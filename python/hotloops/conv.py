@@ -708,6 +708,130 @@ def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
     return tuple(None if r is None else call.finish(r) for r in (gy, gw, gb))
 
 
+# -------------------------------------------------------------------------------------------- deformable convolution
+
+
+def _deform_plan(
+    op: str, x: Any, offset: Any, weight: Any, mask: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
+    """(the shape of the result, [N, OG, KH, KW], the kernels' scalars) from the arrays' shapes."""
+    if len(x) != 4:
+        raise ValueError(f"{op}: input must be [N, C, H, W], the shape {x} came")
+    groups = x[1] // weight[1] if len(weight) == 4 and weight[1] else 1
+    plan = _plan(op, 2, x, weight, stride, padding, dilation, max(groups, 1))
+    taps = weight[2] * weight[3]
+    offset_groups = offset[1] // (2 * taps) if len(offset) == 4 else 0
+    if offset_groups < 1 or x[1] % offset_groups or offset != (x[0], 2 * offset_groups * taps, *plan.result[2:]):
+        raise ValueError(
+            f"{op}: offset must be [{x[0]}, 2*G*{taps}, {plan.result[2]}, {plan.result[3]}] (the batch, two coordinates for each of G "
+            f"offset groups and {taps} taps, the result's size) with a G that divides the {x[1]} channels, the shape {offset} came"
+        )
+    needed = (x[0], offset_groups * taps, *plan.result[2:])
+    if mask is not None and mask != needed:
+        raise ValueError(f"{op}: mask must have the shape {needed}, one number for each place of offset; {mask} came")
+    scalars = {k: v for k, v in plan.scalars.items() if not k.endswith("_d")}
+    return plan.result, (x[0], offset_groups, *weight[2:]), scalars
+
+
+@op(repeats=True)
+def deform_conv2d(
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    mask: Any = None,
+    *,
+    out: Any = None,
+) -> Any:
+    """The convolution of images whose every tap reads beside its place, by an offset of its own: the deformable convolution.
+
+    Parameters
+    ----------
+    input : float[N, C, H, W]
+        float16, float32 or float64.
+    offset : float[N, 2*G*KH*KW, OH, OW]
+        In pixels, down and then to the right, for each of G offset groups and each tap of the filter, row by row. The channels
+        fall into the G groups in order; G follows from the shape. Between pixels the image is interpolated bilinearly, around
+        it stands 0. An offset of 2**30 or more, or infinite, leads outside; NaN gives NaN.
+    weight : float[F, C/groups, KH, KW]
+        The number of groups follows from the shapes.
+    bias : float[F], optional
+    stride, padding, dilation
+        As for `conv2d`.
+    mask : float[N, G*KH*KW, OH, OW], optional
+        What each sample is multiplied with (version 2 of the paper).
+    out : array, optional
+        Where the result goes.
+
+    Returns
+    -------
+    float[N, F, OH, OW]
+        In the wider element type of the inputs.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `conv2d`; an offset or a mask whose shape does not fit.
+
+    Notes
+    -----
+    All four pixels around a place count: an infinite one with the weight 0 makes a NaN. The gradient by an offset that is a whole
+    number, where the slope jumps, is that towards larger coordinates.
+
+    Source: Dai et al., Deformable convolutional networks, arXiv 1703.06211; Zhu et al., Deformable ConvNets v2, arXiv
+    1811.11168; torchvision.ops.deform_conv2d.
+
+    Examples
+    --------
+    >>> import numpy as np, hotloops as hl
+    >>> x = np.array([[[[1.0, 2.0, 4.0]]]])
+    >>> offset = np.zeros((1, 2, 1, 3))
+    >>> offset[0, 1] = [[0.5, 1.0, 0.25]]  # to the right; the last reads a quarter of the 0 behind the image
+    >>> hl.deform_conv2d(x, offset, np.ones((1, 1, 1, 1)))
+    array([[[[1.5, 4. , 3. ]]]])
+    """
+    name = "deform_conv2d"
+    _check_there(name, input=input, offset=offset, weight=weight)
+    call = Call(name, out)
+    x, o, w, b, m = call.floats(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    shapes = [None if a is None else tuple(a.shape) for a in (x, o, w, m)]
+    result, place, scalars = _deform_plan(name, *shapes, stride, padding, dilation)
+    _check_bias(name, b, result[1])
+    y = call.result(result)
+    o, m = _at_places(o, m, place, result[2:])
+    call.run("deform_conv", x, o, m, w, b, y, **scalars)
+    return call.finish(y)
+
+
+def _at_places(offset: Any, mask: Any, place: tuple[int, ...], size: tuple[int, ...]) -> tuple[Any, Any]:
+    """offset and mask, either of which may be missing, as the kernels see them: [N, OG, KH, KW, (2,) OH, OW]."""
+    return (
+        None if offset is None else offset.reshape((*place, 2, *size)),
+        None if mask is None else mask.reshape((*place, *size)),
+    )
+
+
+def _deform_conv_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
+    call = Call("deform_conv2d")
+    g, x, o, w, m = call.floats(grad_output=g, input=a.input, offset=a.offset, weight=a.weight, mask=a.mask)
+    shapes = [None if v is None else tuple(v.shape) for v in (x, o, w, m)]
+    result, place, scalars = _deform_plan("deform_conv2d", *shapes, a.stride, a.padding, a.dilation)
+    named = {"input": x, "offset": o, "weight": w, "mask": m}
+    gx, go, gw, gm = (call.empty(v.shape) if name in a.needs and v is not None else None for name, v in named.items())
+    gb = None
+    o, m = _at_places(o, m, place, result[2:])
+    if not (gx is None and go is None and gm is None):
+        call.run("deform_conv_grad_samples", g, x, o, m, w, gx, *_at_places(go, gm, place, result[2:]), **scalars)
+    if gw is not None:
+        call.run("deform_conv_grad_weight", g, x, o, m, gw, **scalars)
+    if "bias" in a.needs:
+        gb = _grad_bias(call, g)
+    return tuple(None if v is None else call.finish(v) for v in (gx, go, gw, gb, gm))
+
+
 # ------------------------------------------------------------------------------------------------------------ patches
 
 

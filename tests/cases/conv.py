@@ -105,7 +105,58 @@ PATCHES += [
 ]
 ADJOINTS = [c for c in PATCHES if c.id != "nan"]
 
+
+
+def deform(c, size, f, kernel, offset_groups, **more):
+    values = geometry(c, size, f, kernel, **more)
+    return {**{k: v for k, v in values.items() if not k.endswith("_d") and k not in ("D", "KD", "OD")}, "OG": offset_groups}
+
+
+def places(rng, shape, dtype):
+    """Offsets that lead between pixels, onto them and outside; in quarters, so that sums of small integers stay exact."""
+    return (np.round(rng.standard_normal(shape) * 8) / 4).astype(dtype)
+
+
+def far_places(rng, shape, dtype):
+    """Some offsets are no place of an image, or none at all."""
+    offset = rng.integers(-2, 3, shape).astype(dtype)
+    odd = np.array([np.nan, np.inf, -np.inf, 1e9, -1e9, 3e38, -3e38, 2.0**30, -(2.0**30), 2.0**31, 2.0**62, 2.0**63, 1e-38], dtype)
+    offset.flat[: 3 * len(odd) : 3] = odd[: len(offset.flat[: 3 * len(odd) : 3])]
+    return offset
+
+
+DEFORM = {
+    "one": deform(1, (1, 1), 1, (1, 1), 1),
+    "square": deform(3, (6, 7), 4, (3, 3), 1, n=2, pad=1),
+    "offset_groups": deform(6, (5, 4), 2, (2, 1), 3, n=2),
+    "groups": deform(6, (5, 5), 9, (3, 2), 2, n=2, groups=3, pad=(1, 0)),
+    "depthwise": deform(5, (5, 4), 5, (3, 3), 5, groups=5, pad=1),
+    "stride": deform(4, (9, 8), 3, (3, 2), 2, stride=(2, 3), pad=(2, 1), dilation=(2, 1)),
+    "far_padding": deform(1, (2, 2), 1, (1, 1), 1, stride=2**40, pad=2**40),
+    "no_images": deform(2, (4, 4), 3, (3, 3), 1, n=0),
+    "no_channels": deform(0, (4, 4), 3, (3, 3), 1),
+    "large": deform(40, (23, 25), 35, (3, 3), 1, n=3, pad=1),
+    "large_groups": deform(72, (15, 14), 40, (3, 3), 3, n=2, groups=2, pad=1),
+    "large_shared": deform(36, (19, 18), 72, (3, 3), 2, n=2, groups=9, pad=1, stride=2),
+    "large_depthwise": deform(37, (20, 21), 37, (3, 3), 1, n=2, groups=37, pad=1),
+    "large_offset_groups": deform(48, (14, 15), 16, (1, 2), 48, n=2),
+}
+
+
+def deformed(*left_out):
+    """The cases of a kernel; without the mask, and without each of the outputs that may be left out."""
+    cases = [case(name, **values, offset=places) for name, values in DEFORM.items()]
+    for name in ("groups", "large"):
+        cases.append(case(f"{name}_no_mask", **DEFORM[name], offset=places, mask=None, **{"gmask": None} if left_out else {}))
+    for name in left_out:
+        cases.append(case(f"no_{name}", **DEFORM["square"], offset=places, **{name: None}))
+    return [*cases, case("far", **DEFORM["square"], offset=far_places)]
+
+
 CASES = {
+    "deform_conv": [*deformed(), case("no_bias", **DEFORM["square"], offset=places, b=None)],
+    "deform_conv_grad_samples": [*deformed("gx", "goffset", "gmask")],
+    "deform_conv_grad_weight": deformed(),
     "conv": [
         *convolutions(exact=1),
         *fast(),
