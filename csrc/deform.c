@@ -193,7 +193,8 @@ static void sample(const job *j, const chunk *c, int64_t image, int64_t first, i
                 vreal w0 = splat(p->weight[0][i]), w1 = splat(p->weight[1][i]), w2 = splat(p->weight[2][i]),
                       w3 = splat(p->weight[3][i]), mask = splat(p->mask[i]);
                 for (int64_t k = begin; k < end; k += LANES)
-                    store(to + k, mask * (w0 * load(v0 + k) + w1 * load(v1 + k) + w2 * load(v2 + k) + w3 * load(v3 + k)));
+                    store(to + k,
+                          mask * (w0 * load(v0 + k) + w1 * load(v1 + k) + w2 * load(v2 + k) + w3 * load(v3 + k)));
             }
         }
 }
@@ -307,12 +308,20 @@ static int forward_images(job *j, void *context)
 }
 
 #define JOB(p) \
-    { \
-        .N = p->N, .C = p->C, .groups = max64(p->groups, 1), .channels = p->CG, \
-        .filters = p->F / max64(p->groups, 1), .OG = max64(p->OG, 1), .taps = p->KH * p->KW, .S = p->OH * p->OW, \
-        .P = p->H * p->W, .h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h}, \
-        .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}, .x = x, .offset = offset, .mask = mask \
-    }
+    {.N = p->N, \
+     .C = p->C, \
+     .groups = max64(p->groups, 1), \
+     .channels = p->CG, \
+     .filters = p->F / max64(p->groups, 1), \
+     .OG = max64(p->OG, 1), \
+     .taps = p->KH * p->KW, \
+     .S = p->OH * p->OW, \
+     .P = p->H * p->W, \
+     .h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h}, \
+     .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}, \
+     .x = x, \
+     .offset = offset, \
+     .mask = mask}
 
 /* Parallel over blocks of positions of each image; y = w[filters, taps x channels] samples[taps x channels, positions].
  * Chunk by chunk of channels: the samples go along them, the products along the positions. x is copied with the channels
@@ -485,8 +494,7 @@ static int add_parts(int64_t begin, int64_t end, void *context)
             for (int64_t k = 0; k < j->chunks; k++) {
                 chunk c = chunk_at(j, k);
                 if (!c.channels || group < first_group(j, &c) || group > last_group(j, &c)) continue;
-                const real *from =
-                    t->sums + (((n * (j->chunks + j->OG) + k + group) * j->taps + tap) * 3 + v) * j->S;
+                const real *from = t->sums + (((n * (j->chunks + j->OG) + k + group) * j->taps + tap) * 3 + v) * j->S;
                 for (int64_t s = 0; s < j->S; s++) to[v][s] += from[s];
             }
         }
@@ -523,11 +531,13 @@ int HL(deform_conv_grad_samples)(const hl_deform_conv_grad_samples_plan *plan, c
     }
     cut_chunks(&j);
     cut_blocks(&j, 1);
-    gradients t = {.weights = {.j = &j, .w = w, .by_columns = 1}, .gy = gy, .gx = gx, .goffset = goffset, .gmask = gmask};
+    gradients t = {
+        .weights = {.j = &j, .w = w, .by_columns = 1}, .gy = gy, .gx = gx, .goffset = goffset, .gmask = gmask};
     int status = pack_weights(&t.weights), places_too = goffset || gmask;
     int64_t parts = places_too ? (j.chunks + j.OG) * j.taps * 3 * j.S : 0;
     cut_passes(&j, parts);
-    if (status == HL_OK && places_too && !(t.sums = hl_take((size_t)(j.pass * parts) * sizeof(real)))) status = HL_NOMEM;
+    if (status == HL_OK && places_too && !(t.sums = hl_take((size_t)(j.pass * parts) * sizeof(real))))
+        status = HL_NOMEM;
     if (status == HL_OK) status = in_passes(&j, places_too, gradient_images, &t);
     hl_give(t.sums);
     hl_give(t.weights.packed);
@@ -554,7 +564,8 @@ static int weight_parts(int64_t begin, int64_t end, void *context)
 {
     const weight_job *t = context;
     const job *j = t->j;
-    int64_t row = j->taps * j->per_chunk + LANES, shared = is_shared(j), all = j->groups * j->filters * j->channels * j->taps;
+    int64_t row = j->taps * j->per_chunk + LANES, shared = is_shared(j),
+            all = j->groups * j->filters * j->channels * j->taps;
     size_t matrix = (size_t)(j->per_block * row), turned_size = shared ? matrix : 0;
     real *columns = hl_take((matrix + turned_size) * sizeof(real) + sizeof(places)), *turned = columns + matrix;
     if (!columns) return HL_NOMEM;
