@@ -214,9 +214,9 @@ typedef struct {
     const job *j;
     const real *w, *b;
     real *y;
-    real *packed; /* w by chunks, in panels; not where groups share a chunk */
+    real *packed; /* w by chunks; not where groups share a chunk */
     int64_t panel; /* elements of a chunk in it */
-    int by_columns; /* panels of taps and channels (the gradient), not of filters */
+    int by_columns; /* in panels of taps and channels (the gradient), not as rows of filters */
 } weights;
 
 static int pack_chunks(int64_t begin, int64_t end, void *context)
@@ -228,9 +228,8 @@ static int pack_chunks(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         chunk c = chunk_at(j, i);
         int64_t columns = j->taps * c.channels;
-        turn_weights(j, &c, t->w, turned);
+        turn_weights(j, &c, t->w, t->by_columns ? turned : t->packed + i * t->panel);
         if (t->by_columns) gemm_pack_b(j->filters, columns, turned, columns, 1, t->packed + i * t->panel);
-        else gemm_pack_a(j->filters, columns, turned, columns, 1, t->packed + i * t->panel);
     }
     hl_give(turned);
     return HL_OK;
@@ -266,7 +265,9 @@ static int forward_blocks(int64_t begin, int64_t end, void *context)
             gemm_call g = {.M = j->filters,
                            .N = n,
                            .K = j->taps * c.channels,
-                           .packed_a = t->packed + k * t->panel,
+                           .a = t->packed + k * t->panel,
+                           .a_row = j->taps * c.channels,
+                           .a_col = 1,
                            .b = columns,
                            .b_row = 1,
                            .b_col = row,
@@ -284,7 +285,6 @@ static int forward_blocks(int64_t begin, int64_t end, void *context)
                 for (int64_t channel = 0; channel < j->channels && status == HL_OK; channel++) {
                     int64_t at = q * j->channels + channel;
                     g.K = j->taps;
-                    g.packed_a = NULL;
                     g.a = t->w + ((filter + q * j->filters) * j->channels + channel) * j->taps;
                     g.a_row = j->channels * j->taps;
                     g.a_col = 1;

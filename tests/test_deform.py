@@ -211,7 +211,7 @@ def test_offsets_that_are_no_place(host_backend, dtype):
         offset = np.zeros((1, 2, 4, 5), dtype)
         offset[0, :, 1, 2] = a, b
         mask = np.ones((1, 1, 4, 5), dtype)
-        y, pullback = hl.vjp(lambda *v: run(v[0], v[1], w, None, v[2]), x, offset, mask)
+        y, pullback = hl.vjp(lambda *v, w=w: run(v[0], v[1], w, None, v[2]), x, offset, mask)
         small = abs(a) < 1 and abs(b) < 1
         value = np.nan if np.isnan(a) or np.isnan(b) else 3.0 if small else 0.0
         expected = np.full((1, 2, 4, 5), 3, dtype)

@@ -5,6 +5,8 @@ the patches of a tile (never of the whole image) are packed into rows that the p
 filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
 """
 
+import math
+
 import numpy as np
 
 from ..compile import cpu, inline, real
@@ -704,3 +706,276 @@ def col2im(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, di
                         i = ow * stride_w - pad_w + kw * dilation_w
                         if 0 <= i < W:
                             x[n, c, h, i] += cols[n, oh, ow, c, kh, kw]
+
+
+# --------------------------------------------------------------------------------------------- deformable convolution
+
+FAR = 2.0**30  # an offset of so many pixels leads outside
+
+
+@inline
+def _low(still, moved):
+    """The pixel below still + moved and the way from it; far outside -2. The way is NaN where the offset is."""
+    if real(-FAR) < moved and moved < real(FAR):
+        whole = int(math.floor(moved))
+        return still + whole, moved - real(whole)
+    return -2, (moved if moved != moved else real(0))
+
+
+@inline
+def _find_places(offset, mask, taps_w, outputs_w, first, count, H, W, stride, pad, dilation, at, weight, way, scale):
+    """Where each tap of an image's offset group reads at `count` positions: at[tap, v, t] of four pixels, -1 outside, their
+    weights, the ways down and to the right that make these, and the mask."""
+    for tap in range(len(offset)):
+        still_h, still_w = tap // taps_w * dilation[0] - pad[0], tap % taps_w * dilation[1] - pad[1]
+        for t in range(count):
+            oh, ow = (first + t) // outputs_w, (first + t) % outputs_w
+            h, down = _low(oh * stride[0] + still_h, offset[tap, 0, first + t])
+            u, right = _low(ow * stride[1] + still_w, offset[tap, 1, first + t])
+            for v in range(4):
+                i, j = h + v // 2, u + v % 2
+                at[tap, v, t] = i * W + j if 0 <= i < H and 0 <= j < W else -1
+            weight[tap, 0, t] = (real(1) - down) * (real(1) - right)
+            weight[tap, 1, t] = (real(1) - down) * right
+            weight[tap, 2, t] = down * (real(1) - right)
+            weight[tap, 3, t] = down * right
+            way[tap, 0, t], way[tap, 1, t] = down, right
+            scale[tap, t] = mask[tap, first + t] if len(mask) else real(1)
+
+
+@inline
+def _pixel(plane, at):
+    return plane[at] if at >= 0 else real(0)
+
+
+@inline
+def _sample(plane, at, weight, scale, count, to):
+    """to[t] = what a tap reads of one channel."""
+    for t in range(count):
+        upper = weight[0, t] * _pixel(plane, at[0, t]) + weight[1, t] * _pixel(plane, at[1, t])
+        lower = weight[2, t] * _pixel(plane, at[2, t]) + weight[3, t] * _pixel(plane, at[3, t])
+        to[t] = scale[t] * (upper + lower)
+
+
+@inline
+def _scatter(g, at, weight, scale, count, plane):
+    """Adds the gradient of what a tap read to the pixels that it read."""
+    for t in range(count):
+        for v in range(4):
+            if at[v, t] >= 0:
+                plane[at[v, t]] += g[t] * scale[t] * weight[v, t]
+
+
+@inline(exact=True)
+def _between(a, b, way):
+    """Not a + way (b - a), which would make a NaN of two infinities."""
+    return (real(1) - way) * a + way * b
+
+
+@inline
+def _slopes(g, plane, at, way, count, sums):
+    """Adds to sums[0, t] and sums[1, t] the gradients by the place, down and to the right, to sums[2, t] that by the mask."""
+    for t in range(count):
+        a, b = _pixel(plane, at[0, t]), _pixel(plane, at[1, t])
+        c, d = _pixel(plane, at[2, t]), _pixel(plane, at[3, t])
+        down, right = way[0, t], way[1, t]
+        sums[0, t] += g[t] * _between(c - a, d - b, right)
+        sums[1, t] += g[t] * _between(b - a, d - c, down)
+        sums[2, t] += g[t] * _between(_between(a, b, right), _between(c, d, right), down)
+
+
+@inline
+def _pack_filters(w, f, rows, channel, channels, row, pitch):
+    """row[i * pitch + k] = the weights of filter f + i (the last of `rows` again) for some channels, then zeros."""
+    taps = w.shape[2]
+    for i in range(4):
+        source = w[f + min(i, rows - 1), channel : channel + channels].reshape(channels * taps)
+        to = row[i * pitch : (i + 1) * pitch]
+        for k in range(channels * taps):
+            to[k] = source[k]
+        for k in range(channels * taps, _fours(channels * taps)):
+            to[k] = real(0)
+
+
+# Parallel over images x tiles of positions. The samples of a tile are a panel in the second cache, for all filters of a group;
+# an offset group's places are found once a tile. The products go along the positions.
+# Reads x four times a sample (from cache) and w once a tile; writes y once per DEPTH.
+# Source: Dai et al., Deformable convolutional networks, arXiv 1703.06211.
+@cpu(over="N*((OH*OW+127)//128)")
+def deform_conv(
+    begin, end, x, offset, mask, w, b, y, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+):  # fmt: skip
+    (N, C, H, W), (F, CG, KH, KW), OG = x.shape, w.shape, offset.shape[1]
+    FG, taps, size = F // groups, KH * KW, y.shape[2] * y.shape[3]
+    tiles, per_group = (size + TILE - 1) // TILE, max(C // OG, 1)
+    stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
+    pitch = _fours(step * taps)
+    panel, sums, row = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype), np.empty(4 * pitch, x.dtype)
+    at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
+    way, scale = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype)
+    x3, y3, w3 = x.reshape((N, C, H * W)), y.reshape((N, F, size)), w.reshape((F, CG, taps))
+    offset5 = offset.reshape((N, OG, taps, 2, size))
+    mask4 = mask.reshape((N, OG, mask.size // max(N * OG * size, 1), size))  # or no taps of it
+    for unit in range(begin, end):
+        n, first = unit // tiles, unit % tiles * TILE
+        count = min(TILE, size - first)
+        found = -1  # the offset group whose places are at hand
+        for g in range(groups):
+            for start in range(0, max(CG, 1), step):
+                channels = min(step, CG - start)
+                for k in range(channels):
+                    c = g * CG + start + k
+                    if c // per_group != found:
+                        found = c // per_group
+                        _find_places(
+                            offset5[n, found], mask4[n, found], KW, y.shape[3], first, count, H, W, stride, pad, dilation,
+                            at, weight, way, scale,
+                        )  # fmt: skip
+                    for tap in range(taps):
+                        _sample(x3[n, c], at[tap], weight[tap], scale[tap], count, panel[(k * taps + tap) * TILE :])
+                depth = channels * taps
+                _end_with_zeros(panel, depth, TILE)
+                for f in range(g * FG, (g + 1) * FG, 4):
+                    rows = min(4, (g + 1) * FG - f)
+                    _pack_filters(w3, f, rows, start, channels, row, pitch)
+                    for t in range(4 * TILE):
+                        sums[t] = real(0)
+                    _multiply(
+                        row[:pitch],
+                        row[pitch : 2 * pitch],
+                        row[2 * pitch : 3 * pitch],
+                        row[3 * pitch :],
+                        _fours(depth),
+                        panel,
+                        sums,
+                    )
+                    for i in range(rows):
+                        to, part = y3[n, f + i, first : first + count], sums[i * TILE : i * TILE + count]
+                        if start == 0:
+                            bias = b[f + i] if len(b) else real(0)
+                            for t in range(count):
+                                to[t] = part[t] + bias
+                        else:
+                            for t in range(count):
+                                to[t] += part[t]
+
+
+# Parallel over images x offset groups, which own the channels that they move. Tile by tile of positions: the gradients of
+# four (channel, tap)s' samples are a product of w and gy in cache, which goes to the pixels read, places and masks at once.
+# Reads gy once a tile (packed), x four times a sample, reads and writes gx four times a sample (from cache).
+# Source: as deform_conv, appendix A.
+@cpu(over="N*OG")
+def deform_conv_grad_samples(
+    begin, end, gy, x, offset, mask, w, gx, goffset, gmask, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+):  # fmt: skip
+    (N, C, H, W), (F, CG, KH, KW), OG = x.shape, w.shape, offset.shape[1]
+    FG, taps, size, per_group = F // groups, KH * KW, gy.shape[2] * gy.shape[3], C // OG
+    stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    pitch = _fours(FG)
+    panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
+    at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
+    way, scale, slope = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype), np.empty((taps, 3, TILE), x.dtype)
+    turned = np.zeros(C * taps * pitch, x.dtype)  # the weights of each (channel, tap), of all filters of its group
+    w3 = w.reshape((F, CG, taps))
+    for c in range(C):
+        for tap in range(taps):
+            for f in range(FG):
+                turned[(c * taps + tap) * pitch + f] = w3[c // CG * FG + f, c % CG, tap]
+    x3, gy3 = x.reshape((N, C, H * W)), gy.reshape((N, F, size))
+    offset5 = offset.reshape((N, OG, taps, 2, size))
+    mask4 = mask.reshape((N, OG, mask.size // max(N * OG * size, 1), size))  # or no taps of it
+    wants_x, wants_offset, wants_mask = gx.size > 0, goffset.size > 0, gmask.size > 0
+    gx3 = gx.reshape((N, C, gx.size // max(N * C, 1)))
+    goffset5 = goffset.reshape((N, OG, goffset.size // max(2 * N * OG * size, 1), 2, size))
+    gmask4 = gmask.reshape((N, OG, gmask.size // max(N * OG * size, 1), size))
+    for unit in range(begin, end):
+        n, group = unit // OG, unit % OG
+        c_begin, c_end = group * per_group, (group + 1) * per_group
+        for c in range(c_begin, c_end):
+            plane = gx3[n, c]
+            for i in range(len(plane)):
+                plane[i] = real(0)
+        for first in range(0, size, TILE):
+            count = min(TILE, size - first)
+            _find_places(
+                offset5[n, group], mask4[n, group], KW, gy.shape[3], first, count, H, W, stride, pad, dilation,
+                at, weight, way, scale,
+            )  # fmt: skip
+            for tap in range(taps):
+                for v in range(3):
+                    for t in range(count):
+                        slope[tap, v, t] = real(0)
+            c = c_begin
+            while c < c_end:  # the channels of one group of filters
+                g = c // CG
+                stop = min(c_end, (g + 1) * CG)
+                for f in range(FG):
+                    source, to = gy3[n, g * FG + f, first : first + count], panel[f * TILE : f * TILE + count]
+                    for t in range(count):
+                        to[t] = source[t]
+                _end_with_zeros(panel, FG, TILE)
+                last = stop * taps - 1
+                for k in range(c * taps, stop * taps, 4):
+                    for t in range(4 * TILE):
+                        sums[t] = real(0)
+                    r1, r2, r3 = min(k + 1, last), min(k + 2, last), min(k + 3, last)
+                    _multiply(
+                        turned[k * pitch :], turned[r1 * pitch :], turned[r2 * pitch :], turned[r3 * pitch :], pitch, panel, sums
+                    )
+                    for i in range(min(4, last + 1 - k)):
+                        channel, tap = (k + i) // taps, (k + i) % taps
+                        part = sums[i * TILE : (i + 1) * TILE]
+                        if wants_x:
+                            _scatter(part, at[tap], weight[tap], scale[tap], count, gx3[n, channel])
+                        if wants_offset or wants_mask:
+                            _slopes(part, x3[n, channel], at[tap], way[tap], count, slope[tap])
+                c = stop
+            for tap in range(taps):
+                for t in range(count):
+                    if wants_offset:
+                        goffset5[n, group, tap, 0, first + t] = scale[tap, t] * slope[tap, 0, t]
+                        goffset5[n, group, tap, 1, first + t] = scale[tap, t] * slope[tap, 1, t]
+                    if wants_mask:
+                        gmask4[n, group, tap, first + t] = slope[tap, 2, t]
+
+
+# Parallel over blocks of eight channels, which share the places. Tile by tile of positions: the samples of a channel stay in
+# the first cache, for all filters of its group.
+# Reads x four times a sample (from cache) and gy once a channel; adds to gw once a tile.
+# Source: as deform_conv.
+@cpu(over="(C+7)//8")
+def deform_conv_grad_weight(
+    begin, end, gy, x, offset, mask, gw, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+):  # fmt: skip
+    (N, C, H, W), (F, CG, KH, KW), OG = x.shape, gw.shape, offset.shape[1]
+    FG, taps, size, per_group = F // groups, KH * KW, gy.shape[2] * gy.shape[3], max(C // OG, 1)
+    stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    samples = np.empty((taps, TILE), x.dtype)
+    at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
+    way, scale = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype)
+    x3, gy3, gw3 = x.reshape((N, C, H * W)), gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
+    offset5 = offset.reshape((N, OG, taps, 2, size))
+    mask4 = mask.reshape((N, OG, mask.size // max(N * OG * size, 1), size))  # or no taps of it
+    for unit in range(begin, end):
+        c_begin, c_end = unit * 8, min(unit * 8 + 8, C)
+        for c in range(c_begin, c_end):
+            for f in range(c // CG * FG, (c // CG + 1) * FG):
+                for tap in range(taps):
+                    gw3[f, c % CG, tap] = real(0)
+        for n in range(N):
+            for first in range(0, size, TILE):
+                count = min(TILE, size - first)
+                found = -1
+                for c in range(c_begin, c_end):
+                    if c // per_group != found:
+                        found = c // per_group
+                        _find_places(
+                            offset5[n, found], mask4[n, found], KW, gy.shape[3], first, count, H, W, stride, pad, dilation,
+                            at, weight, way, scale,
+                        )  # fmt: skip
+                    for tap in range(taps):
+                        _sample(x3[n, c], at[tap], weight[tap], scale[tap], count, samples[tap])
+                    for f in range(c // CG * FG, (c // CG + 1) * FG):
+                        for tap in range(taps):
+                            gw3[f, c % CG, tap] += _dot(gy3[n, f, first : first + count], samples[tap], count, 1)

@@ -6,6 +6,8 @@ where that is a whole number in [0, size). For conv the source is x: step = stri
 gathered by one thread or in a fixed tree, never added to memory by many: the same bits every time.
 """
 
+import math
+
 import numpy as np
 
 from ..compile import block, cuda, gpu, inline, real
@@ -432,3 +434,183 @@ def im2col(x, cols, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
         patches = cols.reshape(N, OH * OW, C * KH * KW)
         axes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
         _im2col_windows[N * OH * OW, THREADS](x, patches, OW, KH, KW, *axes)
+
+
+# --------------------------------------------------------------------------------------------- deformable convolution
+
+FAR = 2.0**30  # an offset of so many pixels leads outside
+COLUMNS = 1 << 26  # samples at a time (or those of one image)
+
+
+@inline
+def _low(still, moved):
+    """The pixel below still + moved and the way from it; far outside -2. The way is NaN where the offset is."""
+    if real(-FAR) < moved and moved < real(FAR):
+        whole = int(math.floor(moved))
+        return still + whole, moved - real(whole)
+    return -2, (moved if moved != moved else real(0))
+
+
+@inline
+def _pixel(x, plane, h, u, H, W):
+    return x[plane + h * W + u] if 0 <= h < H and 0 <= u < W else real(0)
+
+
+@inline
+def _between(a, b, way):
+    return (real(1) - way) * a + way * b
+
+
+# Parallel over samples, a thread each; neighbouring threads have neighbouring positions.
+# Reads offset and mask once a channel, coalesced, four pixels mostly beside those of the neighbours; writes once, coalesced.
+# Source: Dai et al., Deformable convolutional networks, arXiv 1703.06211.
+@gpu("real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64")
+def _deform_samples(
+    x, offset, mask, cols, image, C, H, W, OG, KH, KW, OH, OW, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+):  # fmt: skip
+    i = cuda.grid(1)
+    if i >= cols.size:
+        return
+    size, taps = OH * OW, KH * KW
+    s, tap, c, n = i % size, i // size % taps, i // size // taps % C, image + i // size // taps // C
+    place = (n * OG + c // (C // OG)) * taps + tap
+    h, down = _low(s // OW * stride_h - pad_h + tap // KW * dilation_h, offset[2 * place * size + s])
+    u, right = _low(s % OW * stride_w - pad_w + tap % KW * dilation_w, offset[(2 * place + 1) * size + s])
+    plane = (n * C + c) * H * W
+    upper = _between(_pixel(x, plane, h, u, H, W), _pixel(x, plane, h, u + 1, H, W), right)
+    lower = _between(_pixel(x, plane, h + 1, u, H, W), _pixel(x, plane, h + 1, u + 1, H, W), right)
+    value = _between(upper, lower, down)
+    cols[i] = mask[place * size + s] * value if mask.size > 0 else value
+
+
+def _passes(N, one):
+    """(first, end) of the images whose samples are made at a time; `one` image has so many."""
+    step = max(COLUMNS // max(one, 1), 1)
+    return [(first, min(first + step, N)) for first in range(0, N, step)]
+
+
+def _samples(x, offset, mask, cols, image, sizes, axes):
+    """cols[images from `image` on, C * KH * KW, 1, 1, OH * OW]: what the taps read, times the mask."""
+    if cols.size:
+        flat = [a.reshape(a.size) for a in (x, offset, mask, cols)]
+        _deform_samples[(cols.size + THREADS - 1) // THREADS, THREADS](*flat, image, *sizes, *axes)
+
+
+def deform_conv(x, offset, mask, w, b, y, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    (N, C, H, W), (F, _, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
+    if not y.size:
+        return
+    rows, depth = F // groups, w.size // F
+    sizes, axes = (C, H, W, offset.shape[1], KH, KW, OH, OW), (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+    for first, end in _passes(N, C * KH * KW * OH * OW):
+        cols = cuda.device_array((end - first, C * KH * KW, 1, 1, OH * OW), y.dtype)
+        _samples(x, offset, mask, cols, first, sizes, axes)
+        results = y[first:end].reshape(end - first, F, 1, 1, OH * OW)
+        _run(cols, w.reshape(F, depth, 1, 1, 1), b, results, groups, rows, depth, depth, 1, (1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1))
+
+
+# Parallel over places, a thread each, which sums over the channels that it moves; neighbouring threads have neighbouring
+# positions. Reads the gradient of each sample once, coalesced, and four pixels; writes the three gradients once, coalesced.
+# Source: as _deform_samples, appendix A.
+@gpu(
+    "real[:], real[:], real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, "
+    "i64, i64, i64"
+)
+def _deform_places(
+    gcols, x, offset, mask, goffset, gmask, image, images, C, H, W, OG, KH, KW, OH, OW,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+):  # fmt: skip
+    i = cuda.grid(1)
+    size, taps, per_group = OH * OW, KH * KW, C // OG
+    if i >= images * OG * taps * size:
+        return
+    s, tap, group, n = i % size, i // size % taps, i // size // taps % OG, i // size // taps // OG
+    place = ((image + n) * OG + group) * taps + tap
+    h, down = _low(s // OW * stride_h - pad_h + tap // KW * dilation_h, offset[2 * place * size + s])
+    u, right = _low(s % OW * stride_w - pad_w + tap % KW * dilation_w, offset[(2 * place + 1) * size + s])
+    sum_h, sum_w, sum_mask = real(0), real(0), real(0)
+    for c in range(group * per_group, (group + 1) * per_group):
+        plane = ((image + n) * C + c) * H * W
+        g = gcols[((n * C + c) * taps + tap) * size + s]
+        p, q = _pixel(x, plane, h, u, H, W), _pixel(x, plane, h, u + 1, H, W)
+        r, t = _pixel(x, plane, h + 1, u, H, W), _pixel(x, plane, h + 1, u + 1, H, W)
+        sum_h += g * _between(r - p, t - q, right)
+        sum_w += g * _between(q - p, t - r, down)
+        sum_mask += g * _between(_between(p, q, right), _between(r, t, right), down)
+    scale = mask[place * size + s] if mask.size > 0 else real(1)
+    if goffset.size > 0:
+        goffset[2 * place * size + s] = scale * sum_h
+        goffset[(2 * place + 1) * size + s] = scale * sum_w
+    if gmask.size > 0:
+        gmask[place * size + s] = sum_mask
+
+
+# Parallel over planes of gx, a thread each, which alone adds to it, tap by tap and position by position: the same bits every
+# time. Reads the gradient of each sample once; reads and writes four pixels a sample.
+# Source: as _deform_places.
+@gpu("real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64")
+def _deform_planes(
+    gcols, offset, mask, gx, image, images, C, H, W, OG, KH, KW, OH, OW,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+):  # fmt: skip
+    i = cuda.grid(1)
+    if i >= images * C:
+        return
+    c, n, size, taps = i % C, image + i // C, OH * OW, KH * KW
+    plane = (n * C + c) * H * W
+    for p in range(H * W):
+        gx[plane + p] = real(0)
+    for tap in range(taps):
+        place = (n * OG + c // (C // OG)) * taps + tap
+        for s in range(size):
+            h, down = _low(s // OW * stride_h - pad_h + tap // KW * dilation_h, offset[2 * place * size + s])
+            u, right = _low(s % OW * stride_w - pad_w + tap % KW * dilation_w, offset[(2 * place + 1) * size + s])
+            g = gcols[(i * taps + tap) * size + s]
+            if mask.size > 0:
+                g *= mask[place * size + s]
+            for v in range(4):
+                at_h, at_w = h + v // 2, u + v % 2
+                if 0 <= at_h < H and 0 <= at_w < W:
+                    part = g * (down if v // 2 else real(1) - down)
+                    gx[plane + at_h * W + at_w] += part * (right if v % 2 else real(1) - right)
+
+
+def deform_conv_grad_samples(
+    gy, x, offset, mask, w, gx, goffset, gmask, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+):  # fmt: skip
+    (N, C, H, W), (F, CG, KH, KW), (OH, OW), OG = x.shape, w.shape, gy.shape[2:], offset.shape[1]
+    sizes, axes = (C, H, W, OG, KH, KW, OH, OW), (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+    x, offset, mask, flat_gx, flat_goffset, flat_gmask = (a.reshape(a.size) for a in (x, offset, mask, gx, goffset, gmask))
+    rows, no_bias = CG * KH * KW, cuda.device_array(0, gy.dtype)
+    for first, end in _passes(N, C * KH * KW * OH * OW):
+        images = end - first
+        gcols = cuda.device_array((images, C * KH * KW, 1, 1, OH * OW), gy.dtype)
+        gradients = gy[first:end].reshape(images, F, 1, 1, OH * OW)
+        ones = (1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1)
+        _run(gradients, w.reshape(F, rows, 1, 1, 1), no_bias, gcols, groups, rows, F // groups, 1, rows, ones)
+        gcols = gcols.reshape(gcols.size)
+        places = images * OG * KH * KW * OH * OW
+        if places and (goffset.size or gmask.size):
+            _deform_places[(places + THREADS - 1) // THREADS, THREADS](
+                gcols, x, offset, mask, flat_goffset, flat_gmask, first, images, *sizes, *axes
+            )
+        if gx.size:
+            _deform_planes[(images * C + THREADS - 1) // THREADS, THREADS](
+                gcols, offset, mask, flat_gx, first, images, *sizes, *axes
+            )
+
+
+def deform_conv_grad_weight(gy, x, offset, mask, gw, groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    (N, C, H, W), (F, CG, KH, KW), (OH, OW) = x.shape, gw.shape, gy.shape[2:]
+    if not gw.size:
+        return
+    sizes, axes = (C, H, W, offset.shape[1], KH, KW, OH, OW), (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+    passes = _passes(N, C * KH * KW * OH * OW)
+    partial = cuda.device_array(max(len(passes), 1) * gw.size, gw.dtype)
+    for i, (first, end) in enumerate(passes):
+        cols = cuda.device_array((end - first, C * KH * KW, 1, 1, OH * OW), gw.dtype)
+        _samples(x, offset, mask, cols, first, sizes, axes)
+        gradients = gy[first:end].reshape(end - first, F, 1, 1, OH * OW)
+        part = partial[i * gw.size : (i + 1) * gw.size].reshape(F, CG * KH * KW, 1, 1, 1)
+        conv_grad_weight(gradients, cols, part, groups, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1)
+    _add_parts[(gw.size + THREADS - 1) // THREADS, THREADS](partial, gw.reshape(gw.size), len(passes))

@@ -226,7 +226,7 @@ def deform_conv(
 
     Source: Dai et al., Deformable convolutional networks, arXiv 1703.06211; with the mask Zhu et al., arXiv 1811.11168.
     """
-    (N, C, _, _), (F, CG) = x.shape, w.shape[:2]
+    N, (F, CG) = len(x), w.shape[:2]
     with np.errstate(invalid="ignore", over="ignore"):
         _, value, down, right = _deform(x, offset, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
         samples = _masked(_between(value, down, right), mask).reshape(N, groups, CG, *w.shape[2:], *y.shape[2:])

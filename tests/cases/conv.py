@@ -106,7 +106,6 @@ PATCHES += [
 ADJOINTS = [c for c in PATCHES if c.id != "nan"]
 
 
-
 def deform(c, size, f, kernel, offset_groups, **more):
     values = geometry(c, size, f, kernel, **more)
     return {**{k: v for k, v in values.items() if not k.endswith("_d") and k not in ("D", "KD", "OD")}, "OG": offset_groups}
