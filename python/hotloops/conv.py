@@ -723,8 +723,8 @@ def _deform_plan(
     offset_groups = offset[1] // (2 * taps) if len(offset) == 4 else 0
     if offset_groups < 1 or x[1] % offset_groups or offset != (x[0], 2 * offset_groups * taps, *plan.result[2:]):
         raise ValueError(
-            f"{op}: offset must be [{x[0]}, 2*G*{taps}, {plan.result[2]}, {plan.result[3]}] (the batch, two coordinates for each of "
-            f"G offset groups and {taps} taps, the result's size) with a G that divides the {x[1]} channels, the shape {offset} came"
+            f"{op}: offset must be [{x[0]}, 2*G*{taps}, {plan.result[2]}, {plan.result[3]}] (the batch, two coordinates for each "
+            f"of G offset groups and {taps} taps, the result's size), G a divisor of the {x[1]} channels; the shape {offset} came"
         )
     needed = (x[0], offset_groups * taps, *plan.result[2:])
     if mask is not None and mask != needed:

@@ -126,6 +126,9 @@ def far_places(rng, shape, dtype):
 
 DEFORM = {
     "one": deform(1, (1, 1), 1, (1, 1), 1),
+    "small": deform(2, (3, 3), 9, (2, 2), 1, pad=(1, 0)),
+    "small_groups": deform(4, (3, 4), 2, (2, 2), 2, n=2, groups=2, stride=(1, 2)),
+    "small_offset_groups": deform(4, (3, 2), 2, (2, 1), 4, n=2, dilation=(2, 1)),
     "square": deform(3, (6, 7), 4, (3, 3), 1, n=2, pad=1),
     "offset_groups": deform(6, (5, 4), 2, (2, 1), 3, n=2),
     "groups": deform(6, (5, 5), 9, (3, 2), 2, n=2, groups=3, pad=(1, 0)),
@@ -145,15 +148,15 @@ DEFORM = {
 def deformed(*left_out):
     """The cases of a kernel; without the mask, and without each of the outputs that may be left out."""
     cases = [case(name, **values, offset=places) for name, values in DEFORM.items()]
-    for name in ("groups", "large"):
+    for name in ("small_groups", "groups", "large"):
         cases.append(case(f"{name}_no_mask", **DEFORM[name], offset=places, mask=None, **{"gmask": None} if left_out else {}))
     for name in left_out:
-        cases.append(case(f"no_{name}", **DEFORM["square"], offset=places, **{name: None}))
-    return [*cases, case("far", **DEFORM["square"], offset=far_places)]
+        cases.append(case(f"no_{name}", **DEFORM["small"], offset=places, **{name: None}))
+    return [*cases, *(case(f"far_{name}", **DEFORM[name], offset=far_places) for name in ("small", "square"))]
 
 
 CASES = {
-    "deform_conv": [*deformed(), case("no_bias", **DEFORM["square"], offset=places, b=None)],
+    "deform_conv": [*deformed(), case("no_bias", **DEFORM["small"], offset=places, b=None)],
     "deform_conv_grad_samples": [*deformed("gx", "goffset", "gmask")],
     "deform_conv_grad_weight": deformed(),
     "conv": [
