@@ -712,9 +712,10 @@ def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
 
 
 def _deform_plan(
-    op: str, x: Any, offset: Any, weight: Any, mask: Any, stride: Any, padding: Any, dilation: Any
+    op: str, shapes: Any, stride: Any, padding: Any, dilation: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
-    """(the shape of the result, [N, OG, KH, KW], the kernels' scalars) from the arrays' shapes."""
+    """(the shape of the result, [N, OG, KH, KW], the kernels' scalars) from the shapes of input, offset, weight and mask."""
+    x, offset, weight, mask = shapes
     if len(x) != 4:
         raise ValueError(f"{op}: input must be [N, C, H, W], the shape {x} came")
     groups = x[1] // weight[1] if len(weight) == 4 and weight[1] else 1
@@ -798,7 +799,7 @@ def deform_conv2d(
     call = Call(name, out)
     x, o, w, b, m = call.floats(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     shapes = [None if a is None else tuple(a.shape) for a in (x, o, w, m)]
-    result, place, scalars = _deform_plan(name, *shapes, stride, padding, dilation)
+    result, place, scalars = _deform_plan(name, shapes, stride, padding, dilation)
     _check_bias(name, b, result[1])
     y = call.result(result)
     o, m = _at_places(o, m, place, result[2:])
@@ -818,7 +819,7 @@ def _deform_conv_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
     call = Call("deform_conv2d")
     g, x, o, w, m = call.floats(grad_output=g, input=a.input, offset=a.offset, weight=a.weight, mask=a.mask)
     shapes = [None if v is None else tuple(v.shape) for v in (x, o, w, m)]
-    result, place, scalars = _deform_plan("deform_conv2d", *shapes, a.stride, a.padding, a.dilation)
+    result, place, scalars = _deform_plan("deform_conv2d", shapes, a.stride, a.padding, a.dilation)
     named = {"input": x, "offset": o, "weight": w, "mask": m}
     gx, go, gw, gm = (call.empty(v.shape) if name in a.needs and v is not None else None for name, v in named.items())
     gb = None
