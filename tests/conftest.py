@@ -50,3 +50,13 @@ def host_backend(request):
     """Runs the test once on every backend of the host."""
     with hl.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def vision():
+    """torchvision's operators; a skip where it is not there or not built for the torch that is."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no torchvision: {error}")
+    return torchvision.ops

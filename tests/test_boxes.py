@@ -69,11 +69,6 @@ def test_overlap_like_torch(name, dtype, host_backend):
         assert_oracle(actual, t.grad.numpy().astype(dtype), what=f"{name}, paired gradient")
 
 
-@pytest.fixture
-def vision():
-    return pytest.importorskip("torchvision", exc_type=ImportError).ops
-
-
 def test_suppression_like_torchvision(vision, host_backend):
     torch = pytest.importorskip("torch")
     for make, threshold in itertools.product((some_boxes, clustered), (0.1, 0.5, 0.7)):

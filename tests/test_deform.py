@@ -83,13 +83,12 @@ def test_against_plain_loops(host_backend, sizes, more, options):
 
 @pytest.mark.parametrize(("sizes", "more", "options"), CONFIGURATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_against_torchvision(host_backend, sizes, more, options, dtype):
+def test_against_torchvision(vision, host_backend, sizes, more, options, dtype):
     torch = pytest.importorskip("torch")
-    deform_conv2d = pytest.importorskip("torchvision.ops").deform_conv2d
     arrays = inputs(*sizes, **more, **options, dtype=np.dtype(dtype).type)
     tensors = [None if a is None else torch.from_numpy(a.copy()).requires_grad_() for a in arrays]
     settings = [options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1)]
-    theirs = deform_conv2d(*tensors[:4], *settings, tensors[4])
+    theirs = vision.deform_conv2d(*tensors[:4], *settings, tensors[4])
     there = [i for i, a in enumerate(arrays) if a is not None]
 
     def call(*values):
