@@ -20,7 +20,7 @@ static inline int64_t hl_grain(double work_per_item)
     return g < 1.0 ? 1 : (int64_t)g;
 }
 
-/* What the kernel picked ("winograd 4x4"), for hl.explain; kept by the calling thread, a literal. */
+/* What the kernel picked ("direct"), for hl.explain; kept by the calling thread, a literal. */
 void hl_note(const char *algorithm);
 
 /* Asked every 50 ms by the thread that called; set by the extension module, NULL in plain C programs. */
