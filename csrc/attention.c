@@ -34,15 +34,6 @@ typedef struct {
 
 static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L || j->right < j->S; }
 
-static int has_nonfinite(const real *x, int64_t n)
-{
-    vreal sum = splat((real)0);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sum += load(x + i) * splat((real)0);
-    if (i < n) sum += load_part(x + i, n - i, (real)0) * splat((real)0);
-    return lane_bits(sum != sum) != 0;
-}
-
 /* ---- products ---- */
 
 /* c[m * c_row + n] = (add ? c : 0) + the sum over k < depth of a[m * a_row + k * a_step] b[k * b_row + n]. */

@@ -795,11 +795,71 @@ static residue residue_of(int64_t i, int64_t inputs, int64_t outputs, int64_t ta
     return r;
 }
 
+typedef struct {
+    const hl_conv_grad_input_plan *plan;
+    const real *gy, *w, *bias;
+    real *gx;
+    int nonfinite; /* set by any thread, read after all of them */
+} input_job;
+
+static int scan_weights(int64_t begin, int64_t end, void *context)
+{
+    input_job *t = context;
+    if (has_nonfinite(t->w + begin, end - begin)) __atomic_store_n(&t->nonfinite, 1, __ATOMIC_RELAXED);
+    return HL_OK;
+}
+
+/* [*low, *high): the outputs that read an input at tap `offset` - pad = tap * dilation - pad. */
+static void outputs_inside(int64_t offset, int64_t stride, int64_t inputs, int64_t outputs, int64_t *low, int64_t *high)
+{
+    *low = offset < 0 ? min64(ceil_div(-offset, stride), outputs) : 0;
+    *high = offset < inputs ? min64((inputs - 1 - offset) / stride + 1, outputs) : 0;
+}
+
+/* The gradient by its definition, each gy * w added where x was read: the convolutions below multiply w by the zeros
+ * around gy, which is NaN for a weight that is not finite. Parallel over (image, channel). */
+static int add_products(int64_t begin, int64_t end, void *context)
+{
+    const input_job *t = context;
+    const hl_conv_grad_input_plan *p = t->plan;
+    int64_t groups = max64(p->groups, 1), FG = p->F / groups, inputs = p->D * p->H * p->W, OHW = p->OH * p->OW;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t n = i / p->C, c = i % p->C, group = c / p->CG;
+        real *gx = t->gx + i * inputs;
+        for (int64_t k = 0; k < inputs; k++) gx[k] = t->bias ? t->bias[c] : (real)0;
+        for (int64_t f = group * FG; f < (group + 1) * FG; f++)
+            for (int64_t k = 0; k < p->KD * p->KH * p->KW; k++) {
+                int64_t d = k / p->KW / p->KH * p->dilation_d - p->pad_d, d_low, d_high;
+                int64_t h = k / p->KW % p->KH * p->dilation_h - p->pad_h, h_low, h_high;
+                int64_t v = k % p->KW * p->dilation_w - p->pad_w, v_low, v_high;
+                outputs_inside(d, p->stride_d, p->D, p->OD, &d_low, &d_high);
+                outputs_inside(h, p->stride_h, p->H, p->OH, &h_low, &h_high);
+                outputs_inside(v, p->stride_w, p->W, p->OW, &v_low, &v_high);
+                real weight = t->w[(f * p->CG + c % p->CG) * p->KD * p->KH * p->KW + k];
+                for (int64_t od = d_low; od < d_high; od++)
+                    for (int64_t oh = h_low; oh < h_high; oh++) {
+                        const real *from = t->gy + ((n * p->F + f) * p->OD + od) * OHW + oh * p->OW;
+                        real *to = gx + ((od * p->stride_d + d) * p->H + oh * p->stride_h + h) * p->W;
+                        for (int64_t ow = v_low; ow < v_high; ow++) to[ow * p->stride_w + v] += weight * from[ow];
+                    }
+            }
+    }
+    return HL_OK;
+}
+
 /* One convolution of gy for each residue of the strides; all of them write apart from each other. */
 int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const real *w, const real *b, real *gx)
 {
     int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
     if (p->D <= 0 || p->H <= 0 || p->W <= 0) return HL_OK;
+    input_job direct = {.plan = p, .gy = gy, .w = w, .bias = b, .gx = gx};
+    int scanned = parallel_even(p->F * p->CG * taps, 1, scan_weights, &direct);
+    if (scanned != HL_OK) return scanned;
+    if (direct.nonfinite) {
+        hl_note("direct");
+        double work = (double)(p->F / groups * taps) * (double)p->OD * (double)p->OH * (double)p->OW;
+        return parallel_even(p->N * p->C, work, add_products, &direct);
+    }
     for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
         for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)
             for (int64_t v = 0; v < min64(p->stride_w, p->W); v++) {

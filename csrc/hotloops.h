@@ -325,7 +325,8 @@ typedef struct {
 int hl_conv_f32(const hl_conv_plan *plan, const float *x, const float *w, const float *b, float *y);
 int hl_conv_f64(const hl_conv_plan *plan, const double *x, const double *w, const double *b, double *y);
 
-/* gx[N,C,D,H,W] of conv, + b[C] (then it is the transposed convolution); b may be NULL. */
+/* gx[N,C,D,H,W] of conv, + b[C] (then it is the transposed convolution); b may be NULL. An infinite or NaN weight reaches
+ * only what it is multiplied into: then every product is added alone, slowly. */
 typedef struct {
     int64_t N, F, OD, OH, OW, CG, KD, KH, KW, C, D, H, W;
     int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;

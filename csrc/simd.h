@@ -250,6 +250,15 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+static inline int has_nonfinite(const real *x, int64_t n)
+{
+    vreal sum = splat((real)0);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(x + i) * splat((real)0);
+    if (i < n) sum += load_part(x + i, n - i, (real)0) * splat((real)0);
+    return lane_bits(sum != sum) != 0;
+}
+
 /* Copies past the cache, but for the ends that are no whole aligned vector. */
 static inline void copy_past_cache(real *to, const real *from, int64_t n)
 {

@@ -37,6 +37,7 @@ def _meet(at, divide, size):
 # Parallel over tiles of TILE rows (filters) x TILE positions; each thread keeps PER x PER sums in registers.
 # Neighbouring threads load neighbouring positions; DEPTH threads work out the geometry of DEPTH taps for all.
 # Reads the source once per tile of rows and the weights once per tile of positions, through shared memory; writes once.
+# A tile multiplies the weights by the zeros beyond the source too: one that is infinite makes NaN there.
 # Source: implicit GEMM, Chetlur et al., cuDNN: efficient primitives for deep learning, arXiv 1410.0759.
 @gpu(
     "real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, "

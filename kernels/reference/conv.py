@@ -86,8 +86,9 @@ def conv_grad_input(
     geometry = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
     filters = w.reshape(groups, f // groups, *w.shape[1:])
     gradients = gy.reshape(n, groups, f // groups, *gy.shape[2:])
-    patches = np.einsum("ngfdhw,gfcijk->ngcdhwijk", gradients, filters, optimize=True)
-    _add_patches(patches.reshape(n, gx.shape[1], *patches.shape[3:]), gx, gy.shape[2:], w.shape[2:], *geometry)
+    with np.errstate(invalid="ignore"):
+        patches = np.einsum("ngfdhw,gfcijk->ngcdhwijk", gradients, filters, optimize=True)
+        _add_patches(patches.reshape(n, gx.shape[1], *patches.shape[3:]), gx, gy.shape[2:], w.shape[2:], *geometry)
     if b is not None:
         gx += b[:, None, None, None]
 

@@ -86,6 +86,7 @@ def specials(rng, shape, dtype):
     return x
 
 
+NONFINITE = ("square", "same_even", "stride", "dilation", "groups", "depthwise", "volume", "tall_filters")
 SPECIAL = geometry(2, (6, 7), 3, (3, 3), pad=1)
 
 
@@ -172,6 +173,7 @@ CASES = {
         case("no_bias", **SHAPES["stride"], exact=1, b=None),
         case("no_bias_large", **LARGE["large_3x3"], exact=1, b=None),
         case("no_filters", **geometry(2, (4, 4), 0, (3, 3)), exact=1),
+        *(case(f"{name}_nan", **SHAPES[name], exact=name == "stride", w=specials) for name in NONFINITE),
     ],
     "conv_grad_weight": [*convolutions(exact=1), *fast()],
     "conv_grad_bias": [
