@@ -1,4 +1,5 @@
 /* Softmax and its kin over the middle axis of [M, K, I]. */
+#include "gemm.h"
 #include "vmath.h"
 
 /* ---- columns: LANES neighbouring positions i, K values each, `stride` apart; the lanes from n on are not there ---- */
@@ -46,12 +47,18 @@ static void log_softmax_column(pointers p, int64_t K, int64_t stride, int64_t n)
     for (int64_t k = 0; k < K; k++) put(p.y + k * stride, n, (take(p.a + k * stride, n, (real)0) - top) - sum);
 }
 
+/* For slices whose maximum may be infinite: base(top) is 0 then, and what lies above it counts as 1, like every maximum. */
+static inline vreal base(vreal top) { return blend(vabs(top) == splat((real)INFINITY), splat((real)0), top); }
+static inline __attribute__((always_inline)) vreal bounded_exp(vreal x, vreal base)
+{
+    return vexp_below(vmin(x - base, splat((real)0)));
+}
+
 static void logsumexp_column(pointers p, int64_t K, int64_t stride, int64_t n)
 {
-    vreal top = K ? column_max(p.a, K, stride, n) : splat((real)-INFINITY), sum = splat((real)0);
-    vreal base = blend(vabs(top) == splat((real)INFINITY), splat((real)0), top);
-    for (int64_t k = 0; k < K; k++) sum += vexp(take(p.a + k * stride, n, (real)0) - base);
-    put(p.y, n, base + vlog(sum));
+    vreal top = K ? column_max(p.a, K, stride, n) : splat((real)-INFINITY), low = base(top), sum = splat((real)0);
+    for (int64_t k = 0; k < K; k++) sum += bounded_exp(take(p.a + k * stride, n, (real)0), low);
+    put(p.y, n, top + vlog(sum));
 }
 
 static void softmax_backward_column(pointers p, int64_t K, int64_t stride, int64_t n)
@@ -76,9 +83,8 @@ static void log_softmax_backward_column(pointers p, int64_t K, int64_t stride, i
 
 /* ---- rows: K values side by side ---- */
 
-/* A row is written past the cache when `past` says so: through `row`, K elements of scratch, as long as the row needs
- * another pass. */
-typedef void (*row_fn)(pointers p, int64_t K, real *row, int past);
+/* n rows one after the other. */
+typedef void (*rows_fn)(pointers p, int64_t K, int64_t n);
 
 enum { PIECE = 64 * LANES };
 
@@ -96,48 +102,20 @@ static inline vreal row_max(const real *x, int64_t K)
     return splat(max_lanes(vmax(vmax(m[0], m[1]), vmax(m[2], m[3]))));
 }
 
-/* How many elements of y come before one that `stream` may write at. */
-static inline int64_t before_aligned(const real *y, int64_t K)
+/* What a pass over a row leaves in y: exp(x - top), x - top, or nothing, where `top` may be infinite (see bounded_exp). */
+enum pass { EXPONENTIALS, DIFFERENCES, BOUNDED };
+
+static inline __attribute__((always_inline)) vreal pass_over(vreal x, vreal top, enum pass pass, real *y, int64_t n)
 {
-    return min64(K, (int64_t)((HL_VLEN - (uintptr_t)y % HL_VLEN) % HL_VLEN / sizeof(real)));
+    if (pass == BOUNDED) return bounded_exp(x, top);
+    vreal t = x - top, e = vexp_below(t);
+    put(y, n, pass == EXPONENTIALS ? e : t);
+    return e;
 }
 
-static void softmax_row(pointers p, int64_t K, real *row, int past)
-{
-    const real *x = p.a;
-    real *e = past ? row : p.y;
-    vreal top = row_max(x, K), sum = splat((real)0);
-    int64_t i = 0;
-    while (i < K) { /* sums of pieces, so that rounding does not grow with the row */
-        int64_t stop = min64(K, i + PIECE);
-        vreal s[2] = {splat((real)0), splat((real)0)};
-        for (; i + 2 * LANES <= stop; i += 2 * LANES)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                vreal v = vexp_below(load(x + i + j * LANES) - top);
-                store(e + i + j * LANES, v);
-                s[j] += v;
-            }
-        for (; i < stop; i += LANES) {
-            int64_t n = min64(stop - i, LANES);
-            vreal v = vexp_below(take(x + i, n, (real)-INFINITY) - top);
-            put(e + i, n, v);
-            s[0] += n == LANES ? v : load_part(e + i, n, (real)0);
-        }
-        sum += s[0] + s[1];
-    }
-    vreal scale = splat((real)1 / sum_lanes(sum));
-    i = 0;
-    if (past) {
-        i = before_aligned(p.y, K);
-        if (i) store_part(p.y, i, take(row, i, (real)0) * scale);
-        for (; i + LANES <= K; i += LANES) stream(p.y + i, load(row + i) * scale);
-    }
-    for (; i + LANES <= K; i += LANES) store(p.y + i, load(e + i) * scale);
-    if (i < K) store_part(p.y + i, K - i, load_part(e + i, K - i, (real)0) * scale);
-}
-
-static inline vreal row_exp_sum(const real *x, int64_t K, vreal top)
+/* The sum of exp(x - top) over a row. The lanes that a last vector lacks count as -inf: they add 0, but for a `top` of -inf,
+ * and then the row is NaN already. Sums of pieces, so that rounding does not grow with the row. */
+static inline __attribute__((always_inline)) vreal row_sum(const real *x, int64_t K, vreal top, enum pass pass, real *y)
 {
     vreal sum = splat((real)0);
     int64_t i = 0;
@@ -146,67 +124,79 @@ static inline vreal row_exp_sum(const real *x, int64_t K, vreal top)
         vreal s[2] = {splat((real)0), splat((real)0)};
         for (; i + 2 * LANES <= stop; i += 2 * LANES)
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) s[j] += vexp(load(x + i + j * LANES) - top);
-        for (; i < stop; i += LANES) s[0] += vexp(take(x + i, min64(stop - i, LANES), (real)-INFINITY) - top);
+            for (int j = 0; j < 2; j++) s[j] += pass_over(load(x + i + j * LANES), top, pass, y + i + j * LANES, LANES);
+        for (; i < stop; i += LANES) {
+            int64_t n = min64(stop - i, LANES);
+            s[0] += pass_over(take(x + i, n, (real)-INFINITY), top, pass, y + i, n);
+        }
         sum += s[0] + s[1];
     }
     return splat(sum_lanes(sum));
 }
 
-/* The lanes that a last vector lacks hold exp(-inf - top) = 0 there, except where top is -inf: the row is NaN already. */
-static void log_softmax_row(pointers p, int64_t K, real *row, int past)
+/* The next row's maximum is found between the two passes over a row: the second waits for the sum of the first, lane after
+ * lane, and for a division. */
+static void softmax_rows(pointers p, int64_t K, int64_t n)
 {
-    (void)row;
-    const real *x = p.a;
-    vreal top = row_max(x, K), rest = vlog(row_exp_sum(x, K, top));
-    int64_t i = 0;
-    if (past) {
-        i = before_aligned(p.y, K);
-        if (i) store_part(p.y, i, (load_part(x, i, (real)0) - top) - rest);
-        for (; i + LANES <= K; i += LANES) stream(p.y + i, (load(x + i) - top) - rest);
-    }
-    for (; i < K; i += LANES) {
-        int64_t n = min64(K - i, LANES);
-        put(p.y + i, n, (take(x + i, n, (real)0) - top) - rest);
+    vreal next = row_max(p.a, K);
+    for (; n > 0; n--, p.a += K, p.y += K) {
+        vreal scale = splat((real)1) / row_sum(p.a, K, next, EXPONENTIALS, p.y);
+        if (n > 1) next = row_max(p.a + K, K);
+        for (int64_t i = 0; i < K; i += LANES) {
+            int64_t m = min64(K - i, LANES);
+            put(p.y + i, m, take(p.y + i, m, (real)0) * scale);
+        }
     }
 }
 
-static void logsumexp_row(pointers p, int64_t K, real *row, int past)
+static void log_softmax_rows(pointers p, int64_t K, int64_t n)
 {
-    (void)row, (void)past;
-    vreal top = row_max(p.a, K);
-    vreal base = blend(vabs(top) == splat((real)INFINITY), splat((real)0), top);
-    vreal y = base + vlog(row_exp_sum(p.a, K, base));
-    p.y[0] = y[0];
-}
-
-static void softmax_backward_row(pointers p, int64_t K, real *row, int past)
-{
-    (void)row, (void)past;
-    vreal sum = splat((real)0);
-    int64_t i = 0;
-    for (; i < K; i += LANES) {
-        int64_t n = min64(K - i, LANES);
-        sum += take(p.a + i, n, (real)0) * take(p.b + i, n, (real)0);
-    }
-    sum = splat(sum_lanes(sum));
-    for (i = 0; i < K; i += LANES) {
-        int64_t n = min64(K - i, LANES);
-        vreal y = take(p.b + i, n, (real)0);
-        put(p.y + i, n, y * (take(p.a + i, n, (real)0) - sum));
+    vreal next = row_max(p.a, K);
+    for (; n > 0; n--, p.a += K, p.y += K) {
+        vreal rest = vlog(row_sum(p.a, K, next, DIFFERENCES, p.y));
+        if (n > 1) next = row_max(p.a + K, K);
+        for (int64_t i = 0; i < K; i += LANES) {
+            int64_t m = min64(K - i, LANES);
+            put(p.y + i, m, take(p.y + i, m, (real)0) - rest);
+        }
     }
 }
 
-static void log_softmax_backward_row(pointers p, int64_t K, real *row, int past)
+static void logsumexp_rows(pointers p, int64_t K, int64_t n)
 {
-    (void)row, (void)past;
-    vreal sum = splat((real)0);
-    int64_t i = 0;
-    for (; i < K; i += LANES) sum += take(p.a + i, min64(K - i, LANES), (real)0);
-    sum = splat(sum_lanes(sum));
-    for (i = 0; i < K; i += LANES) {
-        int64_t n = min64(K - i, LANES);
-        put(p.y + i, n, take(p.a + i, n, (real)0) - vexp(take(p.b + i, n, (real)0)) * sum);
+    for (; n > 0; n--, p.a += K, p.y++) {
+        vreal top = row_max(p.a, K);
+        p.y[0] = (top + vlog(row_sum(p.a, K, base(top), BOUNDED, NULL)))[0];
+    }
+}
+
+static void softmax_backward_rows(pointers p, int64_t K, int64_t n)
+{
+    for (; n > 0; n--, p.a += K, p.b += K, p.y += K) {
+        vreal sum = splat((real)0);
+        for (int64_t i = 0; i < K; i += LANES) {
+            int64_t m = min64(K - i, LANES);
+            sum += take(p.a + i, m, (real)0) * take(p.b + i, m, (real)0);
+        }
+        sum = splat(sum_lanes(sum));
+        for (int64_t i = 0; i < K; i += LANES) {
+            int64_t m = min64(K - i, LANES);
+            vreal y = take(p.b + i, m, (real)0);
+            put(p.y + i, m, y * (take(p.a + i, m, (real)0) - sum));
+        }
+    }
+}
+
+static void log_softmax_backward_rows(pointers p, int64_t K, int64_t n)
+{
+    for (; n > 0; n--, p.a += K, p.b += K, p.y += K) {
+        vreal sum = splat((real)0);
+        for (int64_t i = 0; i < K; i += LANES) sum += take(p.a + i, min64(K - i, LANES), (real)0);
+        sum = splat(sum_lanes(sum));
+        for (int64_t i = 0; i < K; i += LANES) {
+            int64_t m = min64(K - i, LANES);
+            put(p.y + i, m, take(p.a + i, m, (real)0) - vexp(take(p.b + i, m, (real)0)) * sum);
+        }
     }
 }
 
@@ -216,13 +206,19 @@ typedef struct {
     int64_t M, K, I;
     pointers p;
     int reduces; /* y is [M, I] */
-    row_fn row;
+    rows_fn rows;
     column_fn column;
-    int past;
 } slices_job;
 
-/* Rows this short are turned, LANES of them at a time, so that a vector holds one value of each. */
-enum { SHORT = 16 };
+/* Rows up to this long are turned, LANES of them at a time, so that a vector holds one value of each: transposing a vector
+ * costs less than a step across the lanes, and the wait for it, do in a row of a vector or two. */
+enum { SHORT = 32 };
+
+static pointers pointers_at(const slices_job *j, int64_t m)
+{
+    int64_t at = m * j->K * j->I;
+    return (pointers){j->p.a + at, j->p.b ? j->p.b + at : NULL, j->p.y + (j->reduces ? m * j->I : at)};
+}
 
 static int short_rows(int64_t begin, int64_t end, void *context)
 {
@@ -230,14 +226,16 @@ static int short_rows(int64_t begin, int64_t end, void *context)
     int64_t K = j->K, KY = j->reduces ? 1 : K;
     real a[SHORT * LANES], b[SHORT * LANES], y[SHORT * LANES];
     for (int64_t block = begin; block < end; block++) {
-        int64_t r = block * LANES, n = min64(LANES, j->M - r);
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t k = 0; k < K; k++) a[k * LANES + i] = j->p.a[(r + i) * K + k];
-        for (int64_t i = 0; i < n && j->p.b; i++)
-            for (int64_t k = 0; k < K; k++) b[k * LANES + i] = j->p.b[(r + i) * K + k];
+        int64_t n = min64(LANES, j->M - block * LANES);
+        pointers p = pointers_at(j, block * LANES);
+        if (n < LANES / 2) {
+            j->rows(p, K, n);
+            continue;
+        }
+        gemm_transpose(n, K, p.a, K, a, LANES);
+        if (p.b) gemm_transpose(n, K, p.b, K, b, LANES);
         j->column((pointers){a, b, y}, K, LANES, n);
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t k = 0; k < KY; k++) j->p.y[(r + i) * KY + k] = y[k * LANES + i];
+        gemm_transpose(KY, n, y, LANES, p.y, KY);
     }
     return HL_OK;
 }
@@ -245,30 +243,21 @@ static int short_rows(int64_t begin, int64_t end, void *context)
 static int long_rows(int64_t begin, int64_t end, void *context)
 {
     const slices_job *j = context;
-    int64_t K = j->K, KY = j->reduces ? 1 : K;
-    real *row = j->past ? hl_take((size_t)K * sizeof(real)) : NULL;
-    if (j->past && !row) return HL_NOMEM;
-    for (int64_t r = begin; r < end; r++)
-        j->row((pointers){j->p.a + r * K, j->p.b ? j->p.b + r * K : NULL, j->p.y + r * KY}, K, row, j->past);
-    if (j->past) stream_end();
-    hl_give(row);
+    j->rows(pointers_at(j, begin), j->K, end - begin);
     return HL_OK;
 }
 
 static int columns(int64_t begin, int64_t end, void *context)
 {
     const slices_job *j = context;
-    int64_t per_slice = (j->I + LANES - 1) / LANES, KY = j->reduces ? 1 : j->K;
+    int64_t per_slice = (j->I + LANES - 1) / LANES;
     for (int64_t block = begin; block < end; block++) {
-        int64_t m = block / per_slice, i = block % per_slice * LANES, from = m * j->K * j->I + i;
-        pointers p = {j->p.a + from, j->p.b ? j->p.b + from : NULL, j->p.y + m * KY * j->I + i};
-        j->column(p, j->K, j->I, min64(LANES, j->I - i));
+        int64_t i = block % per_slice * LANES;
+        pointers p = pointers_at(j, block / per_slice);
+        j->column((pointers){p.a + i, p.b ? p.b + i : NULL, p.y + i}, j->K, j->I, min64(LANES, j->I - i));
     }
     return HL_OK;
 }
-
-/* Results from here on are written past the cache: they would not stay in it, and a line need not be read to be written. */
-enum { PAST_CACHE = 8 << 20 };
 
 /* Parallel over rows (I = 1; LANES short ones together) or over LANES positions i of a slice. A slice is read once from
  * memory, then from the nearest caches; each result is written once. Source: the shifted exponential, Goodfellow et al., Deep
@@ -276,39 +265,35 @@ enum { PAST_CACHE = 8 << 20 };
 static int slices(slices_job *j)
 {
     double work = 8.0 * (double)j->K;
-    if (j->I == 1 && j->K <= SHORT && j->K)
-        return hl_parallel_for((j->M + LANES - 1) / LANES, hl_grain(work * LANES), short_rows, j);
-    if (j->I == 1 && j->K) {
-        j->past = !j->reduces && j->M * j->K * (int64_t)sizeof(real) >= PAST_CACHE;
-        return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
-    }
+    if (j->I == 1 && j->K > SHORT) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
+    if (j->I == 1 && j->K) return hl_parallel_for((j->M + LANES - 1) / LANES, hl_grain(work * LANES), short_rows, j);
     return hl_parallel_for(j->M * ((j->I + LANES - 1) / LANES), hl_grain(work * LANES), columns, j);
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_row, softmax_column, 0});
+    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_rows, softmax_column});
 }
 
 int HL(log_softmax)(const hl_log_softmax_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_row, log_softmax_column, 0});
+    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_rows, log_softmax_column});
 }
 
 int HL(logsumexp)(const hl_logsumexp_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_row, logsumexp_column, 0});
+    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_rows, logsumexp_column});
 }
 
 int HL(softmax_backward)(const hl_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, softmax_backward_row, softmax_backward_column, 0});
+    return slices(&(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, softmax_backward_rows, softmax_backward_column});
 }
 
 int HL(log_softmax_backward)(const hl_log_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
 {
     return slices(
-        &(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, log_softmax_backward_row, log_softmax_backward_column, 0});
+        &(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, log_softmax_backward_rows, log_softmax_backward_column});
 }
 
 typedef struct {

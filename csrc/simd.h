@@ -150,18 +150,6 @@ static inline __attribute__((always_inline)) unsigned lane_bits(vint mask)
 #endif
 }
 
-static inline real max_lanes(vreal v)
-{
-    union {
-        vreal v;
-        real a[LANES];
-    } u = {.v = v};
-    real m = u.a[0];
-    for (int i = 1; i < LANES; i++)
-        if (m < u.a[i]) m = u.a[i];
-    return m;
-}
-
 /* Pairs of vectors taken apart and put together: the elements 0, 2, 4 ... of a then b; 1, 3, 5 ...; a0 b0 a1 b1 ... of the
  * lower halves; of the upper halves. */
 #if defined(__clang__)
@@ -195,24 +183,35 @@ static inline __attribute__((always_inline)) vreal odds(vreal a, vreal b) { retu
 static inline __attribute__((always_inline)) vreal zip_low(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_LOW); }
 static inline __attribute__((always_inline)) vreal zip_high(vreal a, vreal b) { return HL_SHUFFLE(a, b, HL_HIGH); }
 
-/* Sums the lanes in a fixed tree (each half onto the other), so that every call adds in the same order. */
+/* All lanes in a fixed tree (each half with the other), so that every call adds in the same order. */
+#if HL_VLEN / (HL_F32 ? 4 : 8) == 16
+#define HL_TREE(v, OP) \
+    v = OP(v, HL_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+    v = OP(v, HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+    v = OP(v, HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+    v = OP(v, HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 8
+#define HL_TREE(v, OP) \
+    v = OP(v, HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3)); \
+    v = OP(v, HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5)); \
+    v = OP(v, HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6))
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 4
+#define HL_TREE(v, OP) \
+    v = OP(v, HL_SHUFFLE(v, v, 2, 3, 0, 1)); \
+    v = OP(v, HL_SHUFFLE(v, v, 1, 0, 3, 2))
+#elif HL_VLEN / (HL_F32 ? 4 : 8) == 2
+#define HL_TREE(v, OP) v = OP(v, HL_SHUFFLE(v, v, 1, 0))
+#endif
+static inline __attribute__((always_inline)) vreal vadd(vreal a, vreal b) { return a + b; }
 static inline __attribute__((always_inline)) real sum_lanes(vreal v)
 {
-#if HL_VLEN / (HL_F32 ? 4 : 8) == 16
-    v += HL_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    v += HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#elif HL_VLEN / (HL_F32 ? 4 : 8) == 8
-    v += HL_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += HL_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-    v += HL_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-#elif HL_VLEN / (HL_F32 ? 4 : 8) == 4
-    v += HL_SHUFFLE(v, v, 2, 3, 0, 1);
-    v += HL_SHUFFLE(v, v, 1, 0, 3, 2);
-#elif HL_VLEN / (HL_F32 ? 4 : 8) == 2
-    v += HL_SHUFFLE(v, v, 1, 0);
-#endif
+    HL_TREE(v, vadd);
+    return v[0];
+}
+/* A NaN among them may be passed over. */
+static inline __attribute__((always_inline)) real max_lanes(vreal v)
+{
+    HL_TREE(v, vmax);
     return v[0];
 }
 

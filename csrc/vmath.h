@@ -4,73 +4,6 @@
 #define HL_VMATH_H
 #include "simd.h"
 
-/* exp(x): n = round(x / ln 2), a polynomial on [-ln 2 / 2, ln 2 / 2], then two exact scalings by powers of two, so that
- * results below the smallest normal number are right too. NaN stays NaN. */
-static inline __attribute__((always_inline)) vreal vexp(vreal x)
-{
-#if HL_F32
-    const vreal top = splat(88.7228394f), bottom = splat(-103.972084f), magic = splat(12582912.0f);
-    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
-    enum { BIAS = 127, SHIFT = 23 };
-#else
-    const vreal top = splat(709.782712893384), bottom = splat(-745.1332191019412), magic = splat(6755399441055744.0);
-    const vreal log2e = splat(1.4426950408889634), ln2_hi = splat(6.93147180369123816490e-01),
-                ln2_lo = splat(1.90821492927058770002e-10);
-    enum { BIAS = 1023, SHIFT = 52 };
-#endif
-    vint high = x > top, low = x < bottom;
-    vreal c = blend(high, top, blend(low, bottom, x));
-    vreal shifted = c * log2e + magic;
-    vreal n = shifted - magic;
-    vint k = (vint)((vuint)shifted - (vuint)magic);
-    vreal r = c - n * ln2_hi - n * ln2_lo;
-#if HL_F32
-    vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
-    p = splat(1.0f / 120) + r * p;
-    p = splat(1.0f / 24) + r * p;
-    p = splat(1.0f / 6) + r * p;
-    p = splat(0.5f) + r * p;
-#else
-    vreal p = splat(1.0 / 479001600) + r * splat(1.0 / 6227020800);
-    p = splat(1.0 / 39916800) + r * p;
-    p = splat(1.0 / 3628800) + r * p;
-    p = splat(1.0 / 362880) + r * p;
-    p = splat(1.0 / 40320) + r * p;
-    p = splat(1.0 / 5040) + r * p;
-    p = splat(1.0 / 720) + r * p;
-    p = splat(1.0 / 120) + r * p;
-    p = splat(1.0 / 24) + r * p;
-    p = splat(1.0 / 6) + r * p;
-    p = splat(0.5) + r * p;
-#endif
-    vreal e = (r * r * p + r) + splat((real)1);
-    vint half = k >> 1;
-    vreal scale1 = (vreal)((half + BIAS) << SHIFT), scale2 = (vreal)((k - half + BIAS) << SHIFT);
-    vreal y = e * scale1 * scale2;
-    y = blend(high, splat((real)INFINITY), y);
-    return blend(low, splat((real)0), y);
-}
-
-/* exp for an x of at most 0, or NaN: no overflow to look for, and what is below the smallest normal number counts as 0. */
-static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
-{
-#if HL_F32
-    const vreal bottom = splat(-86.5f), magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
-    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
-    vreal c = vmax(x, bottom), shifted = c * log2e + magic, n = shifted - magic;
-    vreal r = c - n * ln2_hi - n * ln2_lo;
-    vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
-    p = splat(1.0f / 120) + r * p;
-    p = splat(1.0f / 24) + r * p;
-    p = splat(1.0f / 6) + r * p;
-    p = splat(0.5f) + r * p;
-    vreal e = ((r * r * p + r) + splat(1.0f)) * (vreal)((vuint)shifted << 23);
-    return (vreal)((vint)e & ~(x < bottom));
-#else
-    return vexp(x);
-#endif
-}
-
 /* c[0] x^(n-1) + ... + c[n-1]. */
 static inline __attribute__((always_inline)) vreal polynomial(vreal x, const real *c, const int n)
 {
@@ -80,6 +13,59 @@ static inline __attribute__((always_inline)) vreal polynomial(vreal x, const rea
     return p;
 }
 #define POLYNOMIAL(x, c) polynomial(x, c, (int)(sizeof(c) / sizeof(c[0])))
+
+/* exp(x): n = round(x / ln 2), a polynomial on [-ln 2 / 2, ln 2 / 2], then two exact scalings by powers of two, so that
+ * results below the smallest normal number are right too. NaN stays NaN. */
+static inline __attribute__((always_inline)) vreal vexp(vreal x)
+{
+#if HL_F32
+    const vreal top = splat(88.7228394f), bottom = splat(-103.972084f), magic = splat(12582912.0f);
+    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
+    enum { BIAS = 127, SHIFT = 23 };
+    static const real p[] = {1.381454e-3f, 8.3687453e-3f, 4.1668391e-2f, 1.666652e-1f, 4.9999993e-1f};
+#else
+    const vreal top = splat(709.782712893384), bottom = splat(-745.1332191019412), magic = splat(6755399441055744.0);
+    const vreal log2e = splat(1.4426950408889634), ln2_hi = splat(6.93147180369123816490e-01),
+                ln2_lo = splat(1.90821492927058770002e-10);
+    enum { BIAS = 1023, SHIFT = 52 };
+    static const real p[] = {2.5094914365955804e-08, 2.761990152718373e-07,  2.7557296740265913e-06,
+                             2.4801521540010823e-05, 0.00019841269835901192, 0.0013888888917619354,
+                             0.00833333333333538,    0.04166666666661971,    0.16666666666666655,
+                             0.5000000000000001};
+#endif
+    vint high = x > top, low = x < bottom;
+    vreal c = blend(high, top, blend(low, bottom, x));
+    vreal shifted = c * log2e + magic;
+    vreal n = shifted - magic;
+    vint k = (vint)((vuint)shifted - (vuint)magic);
+    vreal r = c - n * ln2_hi - n * ln2_lo;
+    vreal e = (r * r * POLYNOMIAL(r, p) + r) + splat((real)1);
+    vint half = k >> 1;
+    vreal scale1 = (vreal)((half + BIAS) << SHIFT), scale2 = (vreal)((k - half + BIAS) << SHIFT);
+    vreal y = e * scale1 * scale2;
+    y = blend(high, splat((real)INFINITY), y);
+    return blend(low, splat((real)0), y);
+}
+
+/* exp for an x of at most 0, or NaN, for weights that are normalised by their sum: no overflow to look for, what is below the
+ * smallest normal number may be 0, at most 4 units in the last place (2 above exp(-30)). */
+static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
+{
+#if HL_F32
+    const vreal bottom = splat(-88.02969f); /* -127 ln 2: the scale is 0 there */
+    const vreal log2e = splat(1.44269504f), magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
+    static const real c[] = {8.29027201e-3f, 4.18981607e-2f, 1.66676381e-1f, 4.99991478e-1f, 9.99999706e-1f, 1.0f};
+    vreal t = vmax(x, bottom), shifted = t * log2e + magic, n = shifted - magic;
+#if defined(__FMA__) || defined(__aarch64__) /* products are not rounded: ln 2 need not be exact in few bits */
+    vreal r = t - n * splat(0.693147181f);
+#else
+    vreal r = t - n * splat(0.693145752f) - n * splat(1.42860677e-6f);
+#endif
+    return POLYNOMIAL(r, c) * (vreal)((vuint)shifted << 23);
+#else
+    return vexp(x);
+#endif
+}
 
 /* 2^x for an x below 127, or NaN; what is below the smallest normal number counts as 0. For weights that are normalised by
  * their sum: the factor ln 2 goes into what x is made from, and half a unit of error in x's last place is x's own. */
