@@ -542,55 +542,92 @@ static inline __attribute__((always_inline)) vreal in_register(vreal v)
     return v;
 }
 
-/* Depthwise, stride and dilation 1 along H: four rows of outputs share what they load of 3 + KH rows of the planes. */
-static inline __attribute__((always_inline)) void rows_tile(const int KH, const int vectors, int64_t KW,
-                                                            const int64_t *offsets, const real *w, real bias,
-                                                            const real *from, int64_t from_row, vreal *sums)
+/* What four rows of outputs read, wherever it lies: 3 + KH rows of zeros, of planes, or of x itself. `inside` tells for each
+ * tap of a row and each vector of outputs which lanes read an input and which the padding. */
+typedef struct {
+    const real *rows[10];
+    const int64_t *offsets; /* of the taps of a row, from the output's column */
+    const vint *inside;     /* [vector][KW] */
+} lines;
+
+/* Depthwise, stride and dilation 1 along H: four rows of outputs share what they load. */
+static inline __attribute__((always_inline)) void rows_tile(const int KH, const int vectors, int64_t KW, const lines *x,
+                                                            int64_t vector, const real *w, real bias, vreal *sums)
 {
     vreal sum[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 4 * vectors; i++) sum[i] = splat(bias);
     for (int64_t kw = 0; kw < KW; kw++) {
-        const real *f = from + offsets[kw];
+        int64_t at = vector * LANES + x->offsets[kw];
         vreal wk[7];
+        vint inside[2];
 #pragma GCC unroll 7
         for (int kh = 0; kh < KH; kh++) wk[kh] = splat(w[kh * KW + kw]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) inside[v] = x->inside[(vector + v) * KW + kw];
 #pragma GCC unroll 10
-        for (int h = 0; h < KH + 3; h++, f += from_row)
+        for (int h = 0; h < KH + 3; h++)
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) {
-                vreal x = in_register(load(f + v * LANES));
+                vreal line = in_register((vreal)(inside[v] & (vint)load(x->rows[h] + at + v * LANES)));
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++)
-                    if (h - r >= 0 && h - r < KH) sum[r * vectors + v] += wk[h - r] * x;
+                    if (h - r >= 0 && h - r < KH) sum[r * vectors + v] += wk[h - r] * line;
             }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 4 * vectors; i++) sums[i] = sum[i];
 }
 
-/* One channel of one image, at least four rows. Vectors go from the right to the left and rows down: what a vector writes
- * beyond its row is written again by the rows below; only at the end of the box is part of a vector stored. The last four
- * rows may have been done before. */
-static void direct_rows(const conv_job *j, const box *b, const planes *p, const int64_t *offsets, const real *w,
-                        real bias, const real *from, real *y)
+/* How many elements from the first that a row of outputs touches, padding among them, to the last. */
+static int64_t row_reach(const axis *W) { return round_up(W->outputs, LANES) + (W->taps - 1) * W->dilation; }
+
+/* Whether the rows of a channel of an image can be read where they lie: what is around it is there to be touched. */
+static int in_place(const conv_job *j, int64_t channel)
+{
+    const axis *W = &j->axes[2];
+    int64_t size = inputs_of(j), after = (j->images * j->groups - 1 - channel) * size;
+    return W->stride == 1 && channel * size >= W->pad && after >= row_reach(W);
+}
+
+/* For rows that lie in x: which lanes read no padding. Behind the last output a lane may read anything. */
+static void fill_inside(const axis *W, vint *inside)
+{
+    for (int64_t w = 0; w < W->outputs; w += LANES)
+        for (int64_t kw = 0; kw < W->taps; kw++) {
+            int64_t from = w + kw * W->dilation - W->pad;
+            vint left = lanes_before(max64(min64(-from, LANES), 0));
+            *inside++ = ~left & lanes_before(max64(min64(W->inputs - from, LANES), 0));
+        }
+}
+
+/* One channel of one image, at least four rows: output row r reads source rows first + r and on, which are `zeros` outside
+ * [0, rows). Vectors go from the right to the left and rows down: what a vector writes beyond its row is written again by
+ * the rows below; only at the end of the box is part of a vector stored. The last four rows may have been done before. */
+static void direct_rows(const conv_job *j, const box *b, lines *l, const real *source, int64_t pitch, int64_t first,
+                        int64_t rows, const real *zeros, const real *w, real bias, real *y)
 {
     int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
     for (int64_t h = 0; h < H; h += 4) {
         int64_t top = min64(h, H - 4);
-        for (int64_t i = 0; i < 4 * W; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(y + (top + 4) * W + i, 1);
+        for (int64_t r = 0, at = first + top; r < KH + 3; r++, at++)
+            l->rows[r] = at >= 0 && at < rows ? source + at * pitch : zeros;
+        const real *ahead = source + min64(first + top + KH + 3, rows) * pitch;
+        for (int64_t i = 0; i < 4 * W; i += 64 / (int64_t)sizeof(real)) {
+            __builtin_prefetch(ahead + i);
+            __builtin_prefetch(y + (top + 4) * W + i, 1);
+        }
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
             take = vectors % 2 ? 1 : 2;
-            int64_t column = (vectors - take) * LANES;
-            const real *f = from + top * p->pitch[2] + column;
+            int64_t vector = vectors - take;
             vreal sums[8];
-#define ROWS_TILE(kh, v) rows_tile(kh, v, KW, offsets, w, bias, f, p->pitch[2], sums)
+#define ROWS_TILE(kh, v) rows_tile(kh, v, KW, l, vector, w, bias, sums)
             if (KH == 3) take == 2 ? ROWS_TILE(3, 2) : ROWS_TILE(3, 1);
             else if (KH == 5) take == 2 ? ROWS_TILE(5, 2) : ROWS_TILE(5, 1);
             else take == 2 ? ROWS_TILE(7, 2) : ROWS_TILE(7, 1);
             for (int64_t row = top; row < top + 4; row++)
                 for (int64_t v = 0; v < take; v++) {
-                    int64_t at = column + v * LANES;
+                    int64_t at = (vector + v) * LANES;
                     vreal sum = sums[(row - top) * take + v];
                     if (row * W + at + LANES <= H * W) store(y + row * W + at, sum);
                     else store_part(y + row * W + at, W - at, sum);
@@ -618,6 +655,58 @@ static void write_rows(const conv_job *j, const box *b, const planes *p, const r
         }
 }
 
+/* The boxes of conv_direct by rows. */
+static int row_tasks(int64_t begin, int64_t end, void *context)
+{
+    const direct *t = context;
+    const conv_job *j = t->j;
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    int64_t K = taps_of(j), channels = j->images * j->groups, masks = ceil_div(W->outputs, LANES) * W->taps;
+    box b = box_at(j, &t->grid, 0);
+    planes p = make_planes(j, &b, 1);
+    size_t plane_size = planes_size(&b, &p) + (size_t)LANES;
+    int64_t reach = W->stride == 1 && row_reach(W) <= channels * inputs_of(j) ? round_up(row_reach(W), LANES) : 0;
+    vint *everywhere = hl_take((size_t)(2 * masks) * sizeof(vint) + (plane_size + (size_t)reach) * sizeof(real) +
+                               (size_t)(2 * W->taps) * sizeof(int64_t));
+    if (!everywhere) return HL_NOMEM;
+    vint *inside = everywhere + masks;
+    real *plane = (real *)(inside + masks), *zeros = plane + plane_size;
+    int64_t *plane_offsets = (int64_t *)(zeros + reach), *offsets = plane_offsets + W->taps;
+    memset(everywhere, -1, (size_t)masks * sizeof(vint));
+    if (reach) {
+        fill_inside(W, inside);
+        memset(zeros, 0, (size_t)reach * sizeof(real));
+        for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
+    }
+    int64_t zeroed = -1; /* the box that the zeros of the plane were made for */
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i % j->groups;
+        b = box_at(j, &t->grid, i / j->groups);
+        int64_t channel = b.image * j->groups + group, first = b.first[1] - H->pad, rows = H->inputs, pitch = W->inputs;
+        const real *source = j->x + channel * inputs_of(j), *around = reach ? zeros + W->pad : NULL;
+        lines l = {.offsets = offsets, .inside = inside};
+        if (!in_place(j, channel)) {
+            p = make_planes(j, &b, 1);
+            if (zeroed != i / j->groups) {
+                memset(plane, 0, plane_size * sizeof(real));
+                zeroed = i / j->groups;
+                fill_offsets(j, &p, 0, W->taps, 0, plane_offsets);
+            }
+            fill_planes(j, &b, &p, group, 0, 1, plane);
+            l = (lines){.offsets = plane_offsets, .inside = everywhere};
+            source = plane;
+            first = 0;
+            rows = p.pitch[1];
+            pitch = p.pitch[2];
+        }
+        for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++)
+            direct_rows(j, &b, &l, source, pitch, first, rows, around, t->packed + f * K, j->bias ? j->bias[f] : 0,
+                        j->y + row_target(j, &b, 0) + f * j->y_channel);
+    }
+    hl_give(everywhere);
+    return HL_OK;
+}
+
 static int direct_tasks(int64_t begin, int64_t end, void *context)
 {
     const direct *t = context;
@@ -643,13 +732,6 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
         }
         int64_t W = b.size[2], rows = b.size[0] * b.size[1];
         int64_t length = row_base(&b, &p, rows - 1) + W, vectors = ceil_div(length, LANES);
-        if (t->by_rows) {
-            fill_planes(j, &b, &p, group, 0, 1, scratch);
-            for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++)
-                direct_rows(j, &b, &p, offsets, t->packed + f * K, j->bias ? j->bias[f] : 0, scratch,
-                            j->y + row_target(j, &b, 0) + f * j->y_channel);
-            continue;
-        }
         for (int64_t f = 0, height; f < j->filters; f += height) {
             height = gemm_rows(j->filters - f);
             real bias[GEMM_ROWS] = {0};
@@ -681,17 +763,21 @@ static int conv_direct(const conv_job *j)
     int64_t taps = taps_of(j), K = j->channels * taps, KH = j->axes[1].taps;
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
     /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
-    direct t = {.j = j, .grid = make_grid(j, 4096 / gemm_rows(j->filters)), .depth = part_depth(j->channels, taps)};
+    direct t = {.j = j, .depth = part_depth(j->channels, taps)};
+    int64_t W = j->axes[2].outputs, rows = j->axes[1].outputs, positions = 4096 / gemm_rows(j->filters);
+    t.by_rows = j->filters <= 2 && j->channels == 1 && j->axes[0].taps == 1 && (KH == 3 || KH == 5 || KH == 7) &&
+                j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) && j->axes[0].outputs == 1;
+    /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
+    if (t.by_rows)
+        positions = j->axes[2].stride == 1 && j->images * j->groups >= 64 ? outputs_of(j) : max64(4096, 16 * W);
+    t.grid = make_grid(j, positions);
     if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
     /* Rows pay where they fill their vectors; narrower images go on from row to row. */
-    int64_t W = j->axes[2].outputs;
-    int64_t shortest = t.grid.split == 1 ? j->axes[1].outputs - (t.grid.ranges - 1) * t.grid.per : j->axes[1].outputs;
-    t.by_rows = shortest >= 4 && j->filters <= 2 && j->channels == 1 && j->axes[0].taps == 1 &&
-                (KH == 3 || KH == 5 || KH == 7) && j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) &&
-                t.grid.split < 2 && t.grid.split != 0 && j->axes[0].outputs == 1 && W * 4 >= round_up(W, LANES) * 3;
+    int64_t shortest = t.grid.split == 1 ? rows - (t.grid.ranges - 1) * t.grid.per : rows;
+    t.by_rows = t.by_rows && shortest >= 4 && W * 4 >= round_up(W, LANES) * 3;
     t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
     if (!t.packed) return HL_NOMEM;
     int status = HL_OK;
@@ -709,7 +795,8 @@ static int conv_direct(const conv_job *j)
     /* A multiply-add of a vector from the planes costs about four of what hl_grain counts. */
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
                   (double)(K + 4) * 4 / LANES;
-    if (status == HL_OK) status = parallel_even(t.grid.boxes * j->groups, work, direct_tasks, &t);
+    if (status == HL_OK)
+        status = parallel_even(t.grid.boxes * j->groups, work, t.by_rows ? row_tasks : direct_tasks, &t);
     hl_give(t.packed);
     return status;
 }
