@@ -186,6 +186,35 @@ def test_plans_are_used_and_bounded():
 
 
 @needs_c
+@needs_c
+def test_prepared_calls_refuse_what_does_not_fit():
+    from hotloops._calls import Call
+
+    kept, one = (np.zeros(1),), ((np.empty, (2,), np.dtype(np.float32)),)
+    good = {
+        "kernel": 0,
+        "plan": 0,
+        "kept": kept,
+        "fail": print,
+        "made": one,
+        "sources": (0, -2),
+        "arguments": 1,
+        "returns_tuple": False,
+    }
+    for wrong in ({"made": ()}, {"sources": (1, -2)}, {"sources": (0, -3)}, {"sources": (0,) * 13}, {"made": ((np.empty, (2,)),)}):
+        with pytest.raises(ValueError, match="cannot be prepared"):
+            Call(**{**good, **wrong})
+    for wrong in ({"sources": ("x", -2)}, {"made": None}):
+        with pytest.raises(TypeError):
+            Call(**{**good, **wrong})
+    call = Call(**good)
+    for arguments, names in (((), {}), ((1, 2), {}), ((), {"x": 1}), ((1,), {})):
+        with pytest.raises(TypeError):
+            call(*arguments, **names)
+    with pytest.raises(ValueError, match="contiguous"):
+        call(np.zeros((4, 4), np.float32)[:, 1])
+
+
 def test_same_array_twice_does_not_become_a_plan_for_two():
     """The first call reads one array through both arguments; later ones read two."""
     a = np.array([[0, 0, 2, 2], [1, 1, 3, 3]], np.float32)

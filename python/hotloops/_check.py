@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import _dispatch, _memory, _plan
+from ._plan import NO_PLAN, OTHER_TYPES
 
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 MAX_BYTES = 2**62
@@ -427,24 +428,25 @@ def op(function: Any = None, *, repeats: bool = False) -> Any:
     """
     if function is None:
         return functools.partial(op, repeats=repeats)
-    patterns: dict[Any, tuple[Any, dict[Any, Any]]] = {}  # by the types of the arguments: what makes a key, plans by key
+    patterns: dict[Any, list[tuple[Any, dict[Any, Any]]]] = {}  # by number and names of the arguments: see _plan.keyer
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if repeats:
             values = (*args, *kwargs.values()) if kwargs else args
-            pattern = (*map(type, values), *kwargs) if kwargs else tuple(map(type, args))
-            found = patterns.get(pattern)
-            if found is None:
-                keyer = _plan.keyer(tuple(map(type, values)))
-                if keyer is not None:
-                    found = patterns[pattern] = keyer, {}
-            if found is not None:
-                key = found[0](*values)
-                plan = found[1].get(key)
-                if plan is None and key is not None:
-                    return _first_call(function, args, kwargs, found[1], key)
-                if plan is not None and plan is not _plan.NO_PLAN:
+            form = (len(args), *kwargs) if kwargs else len(args)
+            key = OTHER_TYPES
+            for keyer, plans in patterns.get(form, ()):  # noqa: B007 - the plans that go with the keyer that fits
+                key = keyer(*values)
+                if key is not OTHER_TYPES:
+                    break
+            if key is OTHER_TYPES:
+                key, plans = _plan.new_pattern(patterns.setdefault(form, []), values)
+            if key is not None:
+                plan = plans.get(key)
+                if plan is None:
+                    return _first_call(function, args, kwargs, plans, key)
+                if plan is not NO_PLAN:
                     try:
                         return plan(*values)
                     except ValueError:  # an array that is not contiguous or not aligned: it needs its copy

@@ -201,15 +201,13 @@ def context() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
     return _choice.get, _exact.get, _trace.get
 
 
-def prepared_plan(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What a repeated call of this kernel needs, where the C backend runs it: see `_backends.c.kernel`."""
+def prepared_call(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], **how: Any) -> Callable[..., Any] | None:
+    """The call of this kernel with new arrays of the same sizes, where the C backend runs it: see `_backends.c.prepared_call`."""
     record = spec.find(name)
     dtype = _real_type(record, arrays)
     if _trace.get() is not None or select(name, dtype, "host")[1] != "c":
         return None
-    target = adapter("c")
-    function, plan_type, *rest = target.kernel(record, dtype)
-    return function, target.plan(record, plan_type, record.bind(arrays), scalars), *rest
+    return adapter("c").prepared_call(record, dtype, record.bind(arrays), scalars, **how)
 
 
 # ------------------------------------------------------------------------------------------------------- explanation

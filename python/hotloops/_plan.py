@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from . import _dispatch, _memory
+from .kernels import spec
 
 MAX_PLANS = 512  # per op and pattern; then all are forgotten: a program that meets that many shapes does not repeat itself
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _ndarray = np.ndarray
 recording = threading.local()
 NO_PLAN: Any = object()  # stands for a call that was looked at and cannot have a plan
+OTHER_TYPES: Any = object()
+MAX_PATTERNS = 16  # of types, per op and number of arguments; each is tried in turn
 
 
 def _not_integers(values: tuple[Any, ...]) -> bool:
@@ -29,8 +32,8 @@ def _not_integers(values: tuple[Any, ...]) -> bool:
 
 
 def keyer(kinds: tuple[type, ...]) -> Callable[..., Any] | None:
-    """A function of arguments of these types: what decides how the call runs, or None where a tuple holds more than integers.
-    None instead of it when an argument is of an unusual type."""
+    """A function of arguments of these types: what decides how the call runs, None where a tuple holds more than integers, and
+    OTHER_TYPES for arguments of other types. None instead of it when a type is unusual."""
     parts, odd = ["choice()", "exact()", "trace() is None"], []
     for i, kind in enumerate(kinds):
         if kind is _ndarray:
@@ -43,9 +46,23 @@ def keyer(kinds: tuple[type, ...]) -> Callable[..., Any] | None:
         else:
             return None
     key = f"({', '.join(parts)})"
-    text = f"lambda {', '.join(f'a{i}' for i in range(len(kinds)))}: " + (f"None if {' or '.join(odd)} else {key}" if odd else key)
+    if odd:
+        key = f"None if {' or '.join(odd)} else {key}"
+    others = " or ".join(f"type(a{i}) is not t{i}" for i in range(len(kinds))) or "False"
     choice, exact, trace = _dispatch.context()
-    return eval(text, {"choice": choice, "exact": exact, "trace": trace, "not_integers": _not_integers})
+    names = {"choice": choice, "exact": exact, "trace": trace, "not_integers": _not_integers, "other": OTHER_TYPES}
+    names |= {f"t{i}": kind for i, kind in enumerate(kinds)}
+    return eval(f"lambda {', '.join(f'a{i}' for i in range(len(kinds)))}: other if {others} else {key}", names)
+
+
+def new_pattern(patterns: list[tuple[Any, dict[Any, Any]]], values: tuple[Any, ...]) -> tuple[Any, dict[Any, Any]]:
+    """The key of a call whose types no pattern has, and the plans of the pattern that is made for them; (None, {}) where
+    there can be none."""
+    made = keyer(tuple(map(type, values))) if len(patterns) < MAX_PATTERNS else None
+    if made is None:
+        return None, {}
+    patterns.append((made, {}))
+    return made(*values), patterns[-1][1]
 
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -73,53 +90,30 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
     if call.space != "host" or call.dtype != call.compute or call.out is not None or len(call.runs) != 1:
         return None
     name, arrays, scalars = call.runs[0]
-    sources: dict[tuple[int, int], str] = {}
+    sources: dict[tuple[int, int], int] = {}  # where a pointer comes from: argument i, or result -2 - i; -1: it is absent
     for i, value in enumerate(arguments):
         if isinstance(value, _ndarray):
             if _place(value) in sources or not value.size:
                 return None
-            sources[_place(value)] = f"a{i}"
+            sources[_place(value)] = i
     results = result if type(result) is tuple else (result,)
     if not all(type(r) is _ndarray and r.flags.c_contiguous and r.size for r in results):
         return None
-    fresh = {_place(r): f"y{i}" for i, r in enumerate(results)}
+    fresh = {_place(r): -2 - i for i, r in enumerate(results)}
     if len(fresh) != len(results) or fresh.keys() & sources.keys():
         return None
-    prepared = _dispatch.prepared_plan(name, arrays, scalars)
-    if prepared is None:
-        return None
-    kernel, plan, pointers, null, fail = prepared
-    names: dict[str, Any] = {
-        "kernel": kernel,
-        "plan": plan,
-        "null": null,
-        "fail": fail,
-        "buffer": _dispatch.adapter("c").from_buffer(),
+    written = {
+        _place(array) for array, s in zip(arrays, spec.find(name).arrays, strict=True) if array is not None and s.role != "in"
     }
-    passed = ["plan"]
-    written, read = set(), set()
-    for i, (array, (pointer, writable)) in enumerate(zip(arrays, pointers, strict=True)):
-        names[f"t{i}"] = pointer
-        if array is None:
-            passed.append("null")
-        elif writable:
-            if _place(array) not in fresh:
-                return None
-            written.add(_place(array))
-            passed.append(f"buffer(t{i}, {fresh[_place(array)]}, True)")
-        elif _place(array) in sources:
-            read.add(_place(array))
-            passed.append(f"buffer(t{i}, {sources[_place(array)]})")
-        else:
-            return None
+    read = {_place(array) for array in arrays if array is not None} - written
     if written != fresh.keys() or read != sources.keys():  # an array that no kernel reads is an option: its values matter
         return None
-    lines = [f"def run({', '.join(f'a{i}' for i in range(len(arguments)))}):"]
-    for i, r in enumerate(results):
-        names[f"s{i}"], names[f"d{i}"] = r.shape, r.dtype
-        names[f"empty{i}"] = np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty
-        lines.append(f"    y{i} = empty{i}(s{i}, d{i})")
-    lines += [f"    status = kernel({', '.join(passed)})", "    if status:", "        fail(status)"]
-    lines.append(f"    return {', '.join(f'y{i}' for i in range(len(results)))}{',' if type(result) is tuple else ''}")
-    exec("\n".join(lines), names)
-    return names["run"]
+    return _dispatch.prepared_call(
+        name,
+        arrays,
+        scalars,
+        made=tuple((np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty, r.shape, r.dtype) for r in results),
+        sources=tuple(-1 if array is None else (sources | fresh)[_place(array)] for array in arrays),
+        arguments=len(arguments),
+        returns_tuple=type(result) is tuple,
+    )

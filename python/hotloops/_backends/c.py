@@ -73,19 +73,14 @@ def algorithm() -> str:
     return ffi.string(lib.hl_algorithm()).decode()
 
 
-def from_buffer() -> Callable[..., Any]:
-    """cffi's way from a contiguous array to a pointer; ValueError for any other array."""
-    return _load()[0].from_buffer
-
-
-def kernel(record: Any, dtype: np.dtype) -> tuple[Any, Any, list[tuple[Any, bool]], Any, Callable[[int], None]] | None:
-    """(function, type of its plan, (pointer type, is it written) per array, the null pointer, what raises a status), or None."""
+def kernel(record: Any, dtype: np.dtype) -> tuple[str, Any, list[tuple[Any, bool]], Callable[[int], None]] | None:
+    """(name, type of its plan, (pointer type, is it written) per array, what raises a status), or None."""
     ffi, lib, reason, _ = _load()
     if reason or dtype not in _SUFFIX:
         return None
     suffix, element = _SUFFIX[dtype]
-    function = getattr(lib, f"hl_{record.name}_{suffix}", None)
-    if function is None:
+    name = f"hl_{record.name}_{suffix}"
+    if not hasattr(lib, name):
         return None
 
     def fail(status: int) -> None:
@@ -98,7 +93,7 @@ def kernel(record: Any, dtype: np.dtype) -> tuple[Any, Any, list[tuple[Any, bool
         raise RuntimeError(f"{record.name}: the C kernel returned the unknown status {status}")
 
     pointers = [(ffi.typeof(_ELEMENTS.get(a.dtype, element)), a.role != "in") for a in record.arrays]
-    return function, ffi.typeof(f"hl_{record.name}_plan *"), pointers, ffi.NULL, fail
+    return name, ffi.typeof(f"hl_{record.name}_plan *"), pointers, fail
 
 
 def plan(record: Any, plan_type: Any, sizes: dict[str, int], scalars: dict[str, Any]) -> Any:
@@ -110,8 +105,9 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
     found = kernel(record, dtype)
     if found is None:
         return None
-    function, plan_type, arguments, null, fail = found
-    buffer = from_buffer()
+    name, plan_type, arguments, fail = found
+    ffi, lib, _, _ = _load()
+    function, buffer, null = getattr(lib, name), ffi.from_buffer, ffi.NULL
 
     def call(arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> None:
         pointers = [
@@ -123,3 +119,23 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
             fail(status)
 
     return call
+
+
+def prepared_call(
+    record: Any, dtype: np.dtype, sizes: dict[str, int], scalars: dict[str, Any], **how: Any
+) -> Callable[..., Any] | None:
+    """The kernel's call with all but its arrays fixed, None where it has too many; `how`: see csrc/calls.c. It raises a
+    ValueError for an array that is not contiguous or not aligned."""
+    found = kernel(record, dtype)
+    if found is None:
+        return None
+    from hotloops._calls import Call
+
+    name, plan_type, _, fail = found
+    ffi, lib, _, _ = _load()
+    kept = plan(record, plan_type, sizes, scalars)
+    kernel_address, plan_address = (int(ffi.cast("uintptr_t", p)) for p in (ffi.addressof(lib, name), kept))
+    try:
+        return Call(kernel=kernel_address, plan=plan_address, kept=kept, fail=fail, **how)
+    except ValueError:
+        return None
