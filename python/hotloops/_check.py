@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -411,24 +411,35 @@ class Call:
 # --------------------------------------------------------------------------------------------------------------- ops
 
 
-def _first_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plans: dict[Any, Any], key: Any) -> Any:
-    if len(plans) >= _plan.MAX_PLANS:
-        plans.clear()
-    result, plan = _plan.make(function, args, kwargs)
-    if plan is not None:
-        plans[key] = plan
-    return result
+def _followed(function: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        return then(*function(*args, **kwargs))
+
+    return followed
 
 
-def op(function: Any = None, *, repeats: bool = False) -> Any:
+def op(function: Any = None, *, repeats: bool = False, then: Callable[..., Any] | None = None) -> Any:
     """Marks a public op: where an argument is an `autograd.Variable`, the call is recorded in its graph.
 
     `repeats` promises that how the op runs depends on its arrays through shapes and element types alone (no look at their
-    values, nothing random): calls that repeat then take a short way (see `_plan`).
+    values, nothing random): calls that repeat then take a short way (see `_plan`). `then` makes the op's result of the arrays
+    that the function returns, where that does depend on values.
     """
     if function is None:
-        return functools.partial(op, repeats=repeats)
+        return functools.partial(op, repeats=repeats, then=then)
     patterns: dict[Any, list[tuple[Any, dict[Any, Any]]]] = {}  # by number and names of the arguments: see _plan.keyer
+    arrays = function
+    if then is not None:
+        function = _followed(arrays, then)
+
+    def first_call(args: tuple[Any, ...], kwargs: dict[str, Any], plans: dict[Any, Any], key: Any) -> Any:
+        if len(plans) >= _plan.MAX_PLANS:
+            plans.clear()
+        result, plan = _plan.make(arrays, args, kwargs)
+        if plan is not None:
+            plans[key] = plan if then is None or plan is NO_PLAN else _followed(plan, then)
+        return result if then is None else then(*result)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -445,7 +456,7 @@ def op(function: Any = None, *, repeats: bool = False) -> Any:
             if key is not None:
                 plan = plans.get(key)
                 if plan is None:
-                    return _first_call(function, args, kwargs, plans, key)
+                    return first_call(args, kwargs, plans, key)
                 if plan is not NO_PLAN:
                     try:
                         return plan(*values)

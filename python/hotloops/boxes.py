@@ -47,10 +47,18 @@ def _corners(call: Call, boxes: Any, fmt: int) -> Any:
     return converted
 
 
-def _first(call: Call, indices: Any, count: Any) -> Any:
-    """The first count[0] of the indices, as an array of its own."""
-    n = int(call.get(count)[0])
-    return call.finish(call.put(call.get(indices)[:n].copy()))
+def _first(*found: Any) -> Any:
+    """The first n elements of each array, as arrays of their own; n is in the last."""
+    *arrays, count = found
+    if isinstance(count, np.ndarray):
+        n = int(count[0])
+        firsts = [a[:n].copy() for a in arrays]
+    else:
+        cuda = _dispatch.adapter("cuda")
+        host = [cuda.to_host(cuda.as_device(a)) for a in (*arrays, count)]
+        n = int(host.pop()[0])
+        firsts = [cuda.as_kind_of(cuda._cuda().to_device(h[:n].copy()), a) for h, a in zip(host, arrays, strict=True)]
+    return firsts[0] if len(firsts) == 1 else tuple(firsts)
 
 
 # ------------------------------------------------------------------------------------------------------------ one box
@@ -228,7 +236,7 @@ def _clip_boxes_gradient(g: Any, y: Any, a: SimpleNamespace) -> tuple[Any, ...]:
     return (call.finish(grad_boxes),)
 
 
-@op
+@op(repeats=True, then=_first)
 def remove_small_boxes(boxes: Any, min_size: float) -> Any:
     """The indices of the boxes whose width and height are both at least `min_size`.
 
@@ -265,7 +273,7 @@ def remove_small_boxes(boxes: Any, min_size: float) -> Any:
     smallest = _check.number("remove_small_boxes", "min_size", min_size)
     keep, count = call.empty(b.shape[:1], np.int64), call.empty((1,), np.int64)
     call.run("remove_small_boxes", b, keep, count, min_size=smallest)
-    return _first(call, keep, count)
+    return call.finish(keep), call.finish(count)
 
 
 # ------------------------------------------------------------------------------------------------------------ overlap
@@ -526,10 +534,10 @@ def _nms(
     limit = b.shape[0] if max_output is None else min(_check.integer(op, "max_output", max_output, 0), b.shape[0])
     keep, count = call.empty(b.shape[:1], np.int64), call.empty((1,), np.int64)
     call.run("nms", b, s, groups, keep, count, iou_threshold=threshold, score_threshold=lowest, max_output=limit)
-    return _first(call, keep, count)
+    return call.finish(keep), call.finish(count)
 
 
-@op
+@op(repeats=True, then=_first)
 def nms(
     boxes: Any, scores: Any, iou_threshold: float, *, score_threshold: float | None = None, max_output: int | None = None
 ) -> Any:
@@ -573,7 +581,7 @@ def nms(
     return _nms("nms", boxes, scores, None, iou_threshold, score_threshold, max_output, False)
 
 
-@op
+@op(repeats=True, then=_first)
 def batched_nms(
     boxes: Any,
     scores: Any,
@@ -618,7 +626,7 @@ def batched_nms(
     return _nms("batched_nms", boxes, scores, idxs, iou_threshold, score_threshold, max_output, True)
 
 
-@op
+@op(repeats=True, then=_first)
 def soft_nms(
     boxes: Any,
     scores: Any,
@@ -627,7 +635,7 @@ def soft_nms(
     iou_threshold: float = 0.3,
     sigma: float = 0.5,
     score_threshold: float = 0.001,
-) -> tuple[Any, Any]:
+) -> Any:
     """The indices of the boxes by decreasing lowered score, and those scores: overlap lowers a score and drops no box at once.
 
     Parameters
@@ -684,7 +692,7 @@ def soft_nms(
     n = b.shape[:1]
     keep, kept, count = call.empty(n, np.int64), call.empty(n), call.empty((1,), np.int64)
     call.run("soft_nms", b, s, keep, kept, count, gaussian=gaussian, **numbers)
-    return _first(call, keep, count), _first(call, kept, count)
+    return call.finish(keep), call.finish(kept), call.finish(count)
 
 
 # ------------------------------------------------------------------------------------------------------------- RoIs
