@@ -1,5 +1,9 @@
-"""Pooling over three spatial axes. The windows of one row of outputs take the same lines of the input: those are reduced to
-one line, element by element, and that line across, tap by tap.
+"""Pooling over three spatial axes.
+
+What a band of outputs takes of a plane is laid out as a sheet: with a stride of s every s-th row and column side by side, so
+that the inputs of neighbouring outputs are neighbours whatever the stride, and the padding filled in. A tap is then a shift of
+the whole sheet: the taps along W are combined to a sheet of lines, the taps along H of these to outputs, in long sweeps without
+borders. Inner loops stand in functions of their own, to which arrays come as arguments: a slice of those costs next to nothing.
 """
 
 import math
@@ -9,49 +13,258 @@ import numpy as np
 from ..compile import cpu, inline, real
 from ..scalars import pool_count, pool_share, pool_taps
 
+U = np.uint64  # for indices that need no test for being negative
+ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first two caches
 
-@inline
-def _interior(size, windows, kernel, stride, pad, dilation):
-    """[begin, end): the windows whose taps all lie inside."""
-    begin = min(windows, (pad + stride - 1) // stride)
-    room = size - 1 - (kernel - 1) * dilation + pad
-    return begin, max(begin, min(windows, room // stride + 1 if room >= 0 else 0))
+
+# ------------------------------------------------------------------------------------------------------------- sheets
 
 
 @inline
-def _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W):
-    """Where the tap of that number stands in a plane, from tap 0."""
-    kd, kh, kw = tap // (kernel_h * kernel_w), tap // kernel_w % kernel_h, tap % kernel_w
-    return (kd * dilation_d * H + kh * dilation_h) * W + kw * dilation_w
+def _fill_block(to, at, pitch, rows, columns, value):
+    """to[at + r * pitch + q] = value."""
+    for r in range(rows if columns > 0 else 0):
+        for q in range(columns):
+            to[U(at + r * pitch) + U(q)] = value
 
 
 @inline
-def _phase(line, even, odd, stride, shift, begin):
-    """The line from where the tap at `shift` of window `begin` stands: its neighbours are the windows' for strides 1 and 2."""
-    if stride != 2:
-        return line[stride * begin + shift :]
-    return odd[begin + (shift >> 1) :] if shift & 1 else even[begin + (shift >> 1) :]
+def _copy_block(source, at, step, stride, to, to_at, pitch, rows, columns):
+    """to[to_at + r * pitch + q] = source[at + r * step + q * stride]."""
+    n = min(columns, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
+    for r in range(rows):
+        a, b = source[at + r * step :], to[to_at + r * pitch : to_at + r * pitch + n]
+        if stride == 1:
+            for q in range(n):
+                b[q] = a[q]
+        elif stride == 2:
+            for q in range(n):
+                b[q] = a[2 * q]
+        else:
+            for q in range(n):
+                b[q] = a[U(q) * U(stride)]
 
 
 @inline
-def _copy(source, to):
-    """Elements by a loop: an assignment of slices costs several times as much on a line."""
-    for i in range(len(to)):
-        to[i] = source[i]
+def _inside(at, stride, size, n):
+    """[begin, end): the k < n with 0 <= at + k * stride < size."""
+    begin = min(max((stride - 1 - at) // stride, 0), n)
+    return begin, min(max((size + stride - 1 - at) // stride, begin), n)
 
 
 @inline
-def _split(line, even, odd):
-    """Takes a line apart into its even and odd elements."""
-    pairs = len(line) // 2
-    for i in range(pairs):
-        even[i], odd[i] = line[2 * i], line[2 * i + 1]
-    if len(line) % 2:
-        even[pairs] = line[2 * pairs]
+def _cut(o, outputs, size, kernel, stride, pad, dilation):
+    """What windows o to o + outputs - 1 take of an axis: (the first tap that any of them has inside, how many from it to the
+    last, where window o has the first, lines of a phase, phases)."""
+    first = pool_taps(o + outputs - 1, size, kernel, stride, pad, dilation)[0]
+    low, inside, _ = pool_taps(o, size, kernel, stride, pad, dilation)
+    reach = (low + inside - first - 1) * dilation
+    return first, low + inside - first, o * stride - pad + first * dilation, outputs + reach // stride, min(stride, reach + 1)
 
 
-# Parallel over rows of outputs, in memory order. A window of K taps costs about 2 sqrt(K) comparisons, by selection and
-# not by branches, which random numbers would mispredict; each input is read kernel_h / stride_h times from cache.
+@inline
+def _room(outputs, size, kernel, stride, dilation):
+    """The most that _cut gives for so many outputs: (taps, lines, phases)."""
+    taps = min(kernel, (size - 1 + (outputs - 1) * stride) // dilation + 1)
+    reach = (taps - 1) * dilation
+    return taps, outputs + reach // stride, min(stride, reach + 1)
+
+
+@inline
+def _lay_out(x, plane, H, W, down, across, stride, fill, sheet):
+    """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside."""
+    (_, _, top, rows, phases_h), (_, _, left, pitch, phases_w) = down, across
+    for phase in range(phases_w * phases_h):
+        i, j, at = phase % phases_h, phase // phases_h, phase * rows * pitch
+        (first, last), (lo, hi) = _inside(top + i, stride[1], H, rows), _inside(left + j, stride[2], W, pitch)
+        start = (plane * H + top + first * stride[1] + i) * W + left + lo * stride[2] + j
+        _copy_block(x, start, stride[1] * W, stride[2], sheet, at + first * pitch + lo, pitch, last - first, hi - lo)
+        _fill_block(sheet, at, pitch, first, pitch, fill)
+        _fill_block(sheet, at + first * pitch, pitch, last - first, lo, fill)
+        _fill_block(sheet, at + first * pitch + hi, pitch, last - first, pitch - hi, fill)
+        _fill_block(sheet, at + last * pitch, pitch, rows - last, pitch, fill)
+
+
+@inline
+def _shifts(down, across, stride, dilation, by_line, by_tap):
+    """How far the taps are apart: those along W in the sheet, those along H in the lines that the former are combined to."""
+    (_, taps_h, _, rows, phases_h), (_, taps_w, _, pitch, _) = down, across
+    i, r = 0, 0
+    for k in range(taps_h):
+        by_line[k] = (i * rows + r) * pitch
+        i += dilation[1]
+        r, i = r + i // stride[1], i % stride[1]
+    j, q = 0, 0
+    for k in range(taps_w):
+        by_tap[k] = j * phases_h * rows * pitch + q
+        j += dilation[2]
+        q, j = q + j // stride[2], j % stride[2]
+
+
+@inline
+def _sizes(x, y, kernel, stride):
+    """The spatial sizes of x and y, without the planes; sequences count as the rows of one plane."""
+    M, D, H, W = x.shape
+    OD, OH, OW = y.shape[1:]
+    if D * H * OD * OH * kernel[0] * kernel[1] * stride[1] == 1:
+        H = OH = M
+    return (D, H, W), (OD, OH, OW)
+
+
+@inline
+def _add(source, shifts, taps, n, sums, fresh):
+    """sums[q] (+)= the sum of source[q + shift] over the taps."""
+    done = min(taps, 2) if fresh else 0
+    a, b = U(shifts[0]), U(shifts[max(done - 1, 0)])
+    if done == 1:
+        for q in range(n):
+            sums[q] = source[a + U(q)]
+    if done == 2:
+        for q in range(n):
+            sums[q] = source[a + U(q)] + source[b + U(q)]
+    for k in range(done, taps):
+        a = U(shifts[k])
+        for q in range(n):
+            sums[q] += source[a + U(q)]
+
+
+@inline
+def _larger(v, best):
+    """True where v takes the place of `best`: it is larger, or the first NaN."""
+    return (not v <= best) & (best == best)
+
+
+@inline
+def _maximize(source, shifts, taps, n, best, fresh):
+    """best[q] = the largest source[q + shift] of the taps (and best[q])."""
+    done = min(taps, 2) if fresh else 0
+    a, b = U(shifts[0]), U(shifts[max(done - 1, 0)])
+    if fresh:
+        for q in range(n):
+            u, v = source[a + U(q)], source[b + U(q)]
+            best[q] = v if _larger(v, u) else u
+    for k in range(done, taps):
+        a = U(shifts[k])
+        for q in range(n):
+            u, v = best[q], source[a + U(q)]
+            best[q] = v if _larger(v, u) else u
+
+
+@inline
+def _find_in_rows(source, shifts, taps, unit, n, best, places):
+    """As _maximize, afresh; places[q] = unit * the first tap with the largest."""
+    for q in range(n):
+        best[q], places[q] = source[q], np.int32(0)
+    for k in range(1, taps):
+        a, place = U(shifts[k]), np.int32(unit * k)
+        for q in range(n):
+            u, v = best[q], source[a + U(q)]
+            take = _larger(v, u)
+            best[q] = v if take else u
+            places[q] = place if take else places[q]
+
+
+@inline
+def _find_in_lines(lines, line_places, shifts, taps, start, unit, n, best, places):
+    """As _maximize; places[q] = start + unit * the first tap with the largest + the place in its line."""
+    for k in range(taps):
+        a, place = U(shifts[k]), np.int32(start + unit * k)
+        for q in range(n):
+            u, v = best[q], lines[a + U(q)]
+            take = _larger(v, u)
+            best[q] = v if take else u
+            places[q] = line_places[a + U(q)] + place if take else places[q]
+
+
+# ------------------------------------------------------------------------------------------------------------- maxima
+
+
+@inline
+def _first_places(o, windows, size, kernel, stride, pad, dilation, unit, to):
+    """unit * the first tap inside of windows o, o + 1, ..., counted from that of the last of them."""
+    last = pool_taps(o + windows - 1, size, kernel, stride, pad, dilation)[0]
+    i, first = 0, pool_taps(o, size, kernel, stride, pad, dilation)[0]
+    while i < windows and first > last:
+        to[i] = unit * (first - last)
+        i += 1
+        first = pool_taps(o + i, size, kernel, stride, pad, dilation)[0]
+    for k in range(i, windows):
+        to[k] = 0
+
+
+@inline
+def _start_places(row_places, column_places, rows, columns, pitch, best, places):
+    """No maximum yet; where all is minus infinity, the first tap inside of a window is its place."""
+    for r in range(rows):
+        a, place = U(r * pitch), row_places[r]
+        for q in range(columns):
+            best[a + U(q)], places[a + U(q)] = real(-np.inf), place + column_places[q]
+
+
+@inline
+def _write_places(places, pitch, first, row_step, step, to, at, to_pitch, rows, columns):
+    """to[at + r * to_pitch + q] = places[r * pitch + q], counted from first + r * row_step + q * step."""
+    for r in range(rows):
+        a, b, begin = U(r * pitch), U(at + r * to_pitch), first + r * row_step
+        for q in range(columns):
+            to[b + U(q)] = begin + q * step + places[a + U(q)]
+
+
+@inline
+def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride, pad, dilation):
+    """The maxima of rows of outputs, and their places: offsets if those are what counts, else indices, unless they are empty."""
+    (D, H, W), (OD, OH, OW) = _sizes(x, y, kernel, stride)
+    line = W if H == x.shape[2] else 0  # from row to row in the count of indices
+    x1, y1, indices1, offsets1 = x.reshape(x.size), y.reshape(y.size), indices.reshape(indices.size), offsets.reshape(offsets.size)
+    with_places, columns = counts_taps or indices.size > 0, max(min(COLUMNS // stride[2], OW), 1)
+    unit = (kernel[1] * kernel[2], kernel[2], 1) if counts_taps else (dilation[0] * H * W, dilation[1] * W, dilation[2])
+    most_rows = max(min(ROWS, OH, COLUMNS // stride[1]), 1)  # one where windows are far apart
+    taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
+    taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
+    by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
+    sheet, lines, best = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
+    line_places = np.empty(most if with_places else 0, np.int32)
+    places = np.empty(most_rows * lines_w if with_places else 0, np.int32)
+    row_places, column_places = np.empty(most_rows, np.int32), np.empty(columns, np.int32)
+    row = begin
+    while row < end:
+        m, od, top = row // OH // OD, row // OH % OD, row % OH
+        rows = min(most_rows, OH - top, end - row)
+        kd, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
+        down = _cut(top, rows, H, kernel[1], stride[1], pad[1], dilation[1])
+        for left in range(0, OW, columns):
+            width = min(columns, OW - left)
+            across = _cut(left, width, W, kernel[2], stride[2], pad[2], dilation[2])
+            pitch = across[3]
+            n, lines_n = rows * pitch, down[4] * down[3] * pitch
+            _shifts(down, across, stride, dilation, by_line, by_tap)
+            if with_places:
+                _first_places(top, rows, H, kernel[1], stride[1], pad[1], dilation[1], unit[1], row_places)
+                _first_places(left, width, W, kernel[2], stride[2], pad[2], dilation[2], unit[2], column_places)
+                _start_places(row_places, column_places, rows, width, pitch, best, places)
+            for d in range(nd):
+                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, real(-np.inf), sheet)
+                if with_places:
+                    _find_in_rows(sheet, by_tap, across[1], unit[2], lines_n, lines, line_places)
+                else:
+                    _maximize(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
+                if with_places:
+                    _find_in_lines(lines, line_places, by_line, down[1], d * unit[0], unit[1], n, best, places)
+                else:
+                    _maximize(lines, by_line, down[1], n, best, d == 0)
+            at = row * OW + left
+            _copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
+            if counts_taps:
+                first = (kd * kernel[1] + down[0]) * kernel[2] + across[0]
+                _write_places(places, pitch, first, 0, 0, offsets1, at, OW, rows, width)
+            elif with_places:
+                first = d0 * H * W + down[2] * line + across[2]
+                _write_places(places, pitch, first, stride[1] * line, stride[2], indices1, at, OW, rows, width)
+        row += rows
+
+
+# Parallel over rows of outputs, a band of them at a time. A window of K taps costs about 2 sqrt(K) comparisons, by selection
+# and not by branches, which random numbers would mispredict. Reads an input once a band (and kernel_d times); from cache then.
 @cpu(over="M*OD*OH")
 def max_pool(
     begin,
@@ -73,108 +286,25 @@ def max_pool(
     dilation_h,
     dilation_w,
 ):
-    D, H, W = x.shape[1:]
-    OD, OH, OW = y.shape[1:]
-    with_taps = indices.size > 0 or offsets.size > 0
-    line, even, odd = np.empty(W, x.dtype), np.empty(W // 2 + 1, x.dtype), np.empty(W // 2 + 1, x.dtype)
-    ids, even_ids, odd_ids = np.empty(W, np.int64), np.empty(W // 2 + 1, np.int64), np.empty(W // 2 + 1, np.int64)
-    best_ids = np.empty(OW, np.int64)
-    places = np.empty(256, np.int64)
-    for i in range(256):
-        places[i] = _place(i, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W)
-    lo, hi = _interior(W, OW, kernel_w, stride_w, pad_left, dilation_w)
-    for r in range(begin, end):
-        m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        kd, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
-        kh, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
-        row, inner = y[m, od, oh], y[m, od, oh, lo:hi]
-        _copy(x[m, d0, h0], line)
-        if not with_taps:
-            for d in range(nd):
-                for h in range(nh):
-                    taps = x[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                    for w in range(W):
-                        v, best = taps[w], line[w]
-                        larger = v if v > best else best
-                        line[w] = v if v != v else larger
-            if stride_w == 2:
-                _split(line, even, odd)
-            for k in range(kernel_w if hi > lo else 0):
-                source = _phase(line, even, odd, stride_w, k * dilation_w - pad_left, lo)
-                if k == 0 and stride_w <= 2:
-                    _copy(source, inner)
-                elif stride_w <= 2:
-                    for i in range(hi - lo):
-                        v, best = source[i], inner[i]
-                        larger = v if v > best else best
-                        inner[i] = v if v != v else larger
-                else:
-                    for i in range(hi - lo):
-                        v, best = source[stride_w * i], inner[i]
-                        larger = v if v > best or k == 0 else best
-                        inner[i] = v if v != v else larger
-            for i in range(OW):
-                if lo <= i < hi:
-                    continue
-                _, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
-                best = line[w0]
-                for w in range(1, nw):
-                    v = line[w0 + w * dilation_w]
-                    best = v if v > best or v != v else best
-                row[i] = best
-            continue
-        ids[:] = (kd * kernel_h + kh) * kernel_w
-        for d in range(nd):
-            for h in range(nh):
-                taps = x[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                first = ((kd + d) * kernel_h + kh + h) * kernel_w
-                for w in range(W):
-                    v, best, at = taps[w], line[w], ids[w]
-                    take = (v > best) | ((v != v) & (best == best))
-                    line[w] = v if take else best
-                    ids[w] = first if take else at
-        if stride_w == 2:
-            _split(line, even, odd)
-            _split(ids, even_ids, odd_ids)
-        for k in range(kernel_w if hi > lo else 0):
-            source = _phase(line, even, odd, stride_w, k * dilation_w - pad_left, lo)
-            source_ids = _phase(ids, even_ids, odd_ids, stride_w, k * dilation_w - pad_left, lo)
-            step = 1 if stride_w == 2 else stride_w
-            if k == 0:
-                for i in range(hi - lo):
-                    inner[i], best_ids[lo + i] = source[step * i], source_ids[step * i]
-            elif step == 1:
-                best_inner = best_ids[lo:hi]
-                for i in range(hi - lo):
-                    v, best, n, at = source[i], inner[i], source_ids[i] + k, best_inner[i]
-                    same = (v == best) | ((v != v) & (best != best))
-                    take = (v > best) | ((v != v) & (best == best)) | (same & (n < at))
-                    inner[i] = v if take else best
-                    best_inner[i] = n if take else at
-            else:
-                for i in range(hi - lo):
-                    v, best, n, at = source[step * i], inner[i], source_ids[step * i] + k, best_ids[lo + i]
-                    same = (v == best) | ((v != v) & (best != best))
-                    take = (v > best) | ((v != v) & (best == best)) | (same & (n < at))
-                    inner[i] = v if take else best
-                    best_ids[lo + i] = n if take else at
-        for i in range(OW):
-            kw, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
-            if not lo <= i < hi:
-                best, at = line[w0], ids[w0] + kw
-                for w in range(1, nw):
-                    v, n = line[w0 + w * dilation_w], ids[w0 + w * dilation_w] + kw + w
-                    same = (v == best) | ((v != v) & (best != best))
-                    if (v > best) | ((v != v) & (best == best)) | (same & (n < at)):
-                        best, at = v, n
-                row[i], best_ids[i] = best, at
-            tap = best_ids[i]
-            if offsets.size:
-                offsets[m, od, oh, i] = tap
-            if indices.size:
-                start = ((d0 - kd * dilation_d) * H + h0 - kh * dilation_h) * W + w0 - kw * dilation_w
-                place = _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W) if tap > 255 else places[tap]
-                indices[m, od, oh, i] = start + place
+    kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
+    pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
+    for counts_taps in (False, True):  # not two calls, which would be compiled apart
+        if (offsets.size > 0) if counts_taps else (indices.size > 0 or offsets.size == 0):
+            _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride, pad, dilation)
+
+
+@inline
+def _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W):
+    """Where the tap of that number stands in a plane, from tap 0."""
+    kd, kh, kw = tap // (kernel_h * kernel_w), tap // kernel_w % kernel_h, tap % kernel_w
+    return (kd * dilation_d * H + kh * dilation_h) * W + kw * dilation_w
+
+
+@inline
+def _copy(source, to):
+    """Elements by a loop: an assignment of slices costs several times as much on a line."""
+    for i in range(len(to)):
+        to[i] = source[i]
 
 
 # Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
@@ -261,7 +391,92 @@ def adaptive_max_pool_backward(begin, end, gy, indices, gx):
             plane[at[o]] += g[o]
 
 
-# Parallel over rows of outputs, in memory order. A window of K taps costs about 2 sqrt(K) additions.
+# ------------------------------------------------------------------------------------------------------- means and norms
+
+
+@inline
+def _raise(x, norm, n):
+    if norm == real(2):
+        for i in range(n):
+            x[i] = x[i] * x[i]
+    elif norm == real(3):
+        for i in range(n):
+            x[i] = x[i] * x[i] * x[i]
+    elif norm != real(1):
+        for i in range(n):
+            x[i] = x[i] ** norm
+
+
+@inline
+def _finish(sums, pitch, row_factors, column_factors, left, norm, rows, columns, to):
+    """to = the roots of the sums over their factors."""
+    for r in range(rows):
+        a, factor = U(r * pitch), row_factors[r]
+        for q in range(columns):
+            to[a + U(q)] = sums[a + U(q)] / (factor * column_factors[U(left) + U(q)])
+    if norm == real(2):
+        for i in range(rows * pitch):
+            to[i] = math.sqrt(to[i])
+    elif norm != real(1):
+        for i in range(rows * pitch):
+            to[i] = to[i] ** (real(1) / norm)
+
+
+@inline
+def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation):
+    """The roots of sums of powers for rows of outputs, over the product of the factors of d, h and w that each window has."""
+    (D, H, W), (OD, OH, OW) = _sizes(x, y, kernel, stride)
+    x1, y1, columns = x.reshape(x.size), y.reshape(y.size), max(min(COLUMNS // stride[2], OW), 1)
+    most_rows = max(min(ROWS, OH, COLUMNS // stride[1]), 1)  # one where windows are far apart
+    taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
+    taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
+    by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
+    sheet, lines, sums = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
+    row_factors, nothing = np.empty(most_rows, x.dtype), real(0) if norm > real(0) else real(np.inf)  # whose power is 0
+    row = begin
+    while row < end:
+        m, od, top = row // OH // OD, row // OH % OD, row % OH
+        rows = min(most_rows, OH - top, end - row)
+        _, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
+        down = _cut(top, rows, H, kernel[1], stride[1], pad[1], dilation[1])
+        for r in range(rows):
+            row_factors[r] = factors[0, od] * factors[1, (top + r) % y.shape[2]]  # sequences are rows of one plane
+        for left in range(0, OW, columns):
+            width = min(columns, OW - left)
+            across = _cut(left, width, W, kernel[2], stride[2], pad[2], dilation[2])
+            pitch = across[3]
+            n, lines_n = rows * pitch, down[4] * down[3] * pitch
+            _shifts(down, across, stride, dilation, by_line, by_tap)
+            for d in range(nd):
+                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, nothing, sheet)
+                _raise(sheet, norm, across[4] * lines_n)
+                _add(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
+                _add(lines, by_line, down[1], n, sums, d == 0)
+            _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, lines)
+            at = row * OW + left
+            _copy_block(lines, 0, pitch, 1, y1, at, OW, rows, width)
+        row += rows
+
+
+@inline
+def _factors(y, sizes, kernel, stride, pad, dilation, units):
+    """factors[axis, o] = units[axis] * the number of taps that window o of an axis has inside."""
+    windows = y.shape[1:]
+    factors = np.empty((3, max(windows[0], windows[1], windows[2])), y.dtype)
+    for a in range(3):
+        for o in range(windows[a]):
+            factors[a, o] = units[a] * real(kernel[a])
+        for back in range(2):  # from either end up to the first whole window
+            o = windows[a] - 1 if back else 0
+            taps = pool_taps(o, sizes[a], kernel[a], stride[a], pad[a], dilation[a])[1]
+            while taps < kernel[a] and 0 <= o < windows[a]:
+                factors[a, o] = units[a] * real(taps)
+                o += -1 if back else 1
+                taps = pool_taps(o, sizes[a], kernel[a], stride[a], pad[a], dilation[a])[1]
+    return factors
+
+
+# Parallel over rows of outputs, as max_pool. A window of K taps costs about 2 sqrt(K) additions.
 @cpu(over="M*OD*OH")
 def avg_pool(
     begin,
@@ -286,51 +501,40 @@ def avg_pool(
     count_include_pad,
     divisor,
 ):
-    D, H, W = x.shape[1:]
-    OD, OH, OW = y.shape[1:]
-    line, even, odd = np.empty(W, x.dtype), np.empty(W // 2 + 1, x.dtype), np.empty(W // 2 + 1, x.dtype)
-    lo, hi = _interior(W, OW, kernel_w, stride_w, pad_left, dilation_w)
-    for r in range(begin, end):
-        m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
-        _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
-        outer = nd * nh
-        if count_include_pad:
-            outer = pool_count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
-            outer *= pool_count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
-        row = y[m, od, oh]
-        _copy(x[m, d0, h0], line)
-        for d in range(nd):
-            for h in range(nh):
-                if d or h:
-                    taps = x[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                    for w in range(W):
-                        line[w] += taps[w]
-        inner = row[lo:hi]
-        for i in range(hi - lo):
-            inner[i] = real(0)
-        if stride_w == 2:
-            _split(line, even, odd)
-        for k in range(kernel_w if hi > lo else 0):
-            source = _phase(line, even, odd, stride_w, k * dilation_w - pad_left, lo)
-            if stride_w <= 2:
-                for i in range(hi - lo):
-                    inner[i] += source[i]
-            else:
-                for i in range(hi - lo):
-                    inner[i] += source[stride_w * i]
-        count = real(divisor if divisor else outer * kernel_w)
-        for i in range(hi - lo):
-            inner[i] /= count
-        for i in range(OW):
-            if lo <= i < hi:
-                continue
-            _, nw, w0 = pool_taps(i, W, kernel_w, stride_w, pad_left, dilation_w)
-            total = real(0)
-            for w in range(nw):
-                total += line[w0 + w * dilation_w]
-            across = pool_count(i, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
-            row[i] = total / real(divisor if divisor else outer * across)
+    kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
+    pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
+    (D, H, W), counted, before, units = x.shape[1:], kernel, pad, (real(1), real(1), real(1))
+    if count_include_pad or divisor:
+        D, H, W, before = D + pad_front + pad_back, H + pad_top + pad_bottom, W + pad_left + pad_right, (0, 0, 0)
+    if divisor:
+        counted, units = (1, 1, 1), (real(divisor), real(1), real(1))
+    factors = _factors(y, (D, H, W), counted, stride, before, dilation, units)
+    _sum_windows(begin, end, x, y, factors, real(1), kernel, stride, pad, dilation)
+
+
+# As avg_pool, with the powers of the inputs.
+@cpu(over="M*OD*OH")
+def lp_pool(
+    begin,
+    end,
+    x,
+    y,
+    kernel_d,
+    kernel_h,
+    kernel_w,
+    stride_d,
+    stride_h,
+    stride_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    norm,
+):
+    kernel, stride, pad = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w), (0, 0, 0)
+    dilation = (dilation_d, dilation_h, dilation_w)
+    units = (real(1) / real(kernel_d), real(1) / real(kernel_h), real(1) / real(kernel_w))
+    factors = _factors(y, x.shape[1:], kernel, stride, pad, dilation, units)
+    _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
 
 
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
@@ -433,50 +637,6 @@ def adaptive_avg_pool_backward(begin, end, gy, gx):
                         row = gx[m, d, h]
                         for w in range(W):
                             row[w] += line[w]
-
-
-# Parallel over rows of outputs, in memory order. Each input is raised kernel_h / stride_h times.
-@cpu(over="M*OD*OH")
-def lp_pool(
-    begin,
-    end,
-    x,
-    y,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    norm,
-):
-    D, H, W = x.shape[1:]
-    OD, OH, OW = y.shape[1:]
-    line = np.empty(W, x.dtype)
-    for r in range(begin, end):
-        m, od, oh = r // (OD * OH), r // OH % OD, r % OH
-        _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, 0, dilation_d)
-        _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, 0, dilation_h)
-        line[:] = real(0)
-        for d in range(nd):
-            for h in range(nh):
-                taps = x[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                if norm == real(2):
-                    for w in range(W):
-                        line[w] += taps[w] * taps[w]
-                else:
-                    for w in range(W):
-                        line[w] += taps[w] ** norm
-        for ow in range(OW):
-            _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, 0, dilation_w)
-            total = real(0)
-            for w in range(nw):
-                total += line[w0 + w * dilation_w]
-            total *= real(kernel_d * kernel_h * kernel_w) / real(nd * nh * nw)
-            y[m, od, oh, ow] = math.sqrt(total) if norm == real(2) else total ** (real(1) / norm)
 
 
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
