@@ -200,9 +200,9 @@ void *hl_take(size_t bytes)
     if (bytes > SIZE_MAX / 2) return NULL;
     pthread_mutex_lock(&block_lock);
     int best = -1;
-    for (int i = 0; i < kept_count; i++) /* the smallest that fits and is not more than twice as large */
+    for (int i = 0; i < kept_count; i++) /* the smallest that fits and is not more than twice as large; */
         if (kept[i]->bytes >= bytes && kept[i]->bytes / 2 <= bytes + 4096 &&
-            (best < 0 || kept[i]->bytes < kept[best]->bytes))
+            (best < 0 || kept[i]->bytes <= kept[best]->bytes)) /* the last given back, which caches may hold */
             best = i;
     struct block *found = best >= 0 ? take_out(best) : NULL;
     pthread_mutex_unlock(&block_lock);
