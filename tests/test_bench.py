@@ -216,5 +216,26 @@ def test_torch_peer():
     result = bench.run([WORKLOADS[n] for n in names], backends=["reference"], peers=peers.find(["torch"]), seconds=0.01, small=True)
     assert not result.failures
     assert [r.name for r in result.results if r.backend == "torch" and r.agrees] == names
-    with pytest.raises(ValueError, match="no peer"):
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_peer_that_runs_models(name):
+    pytest.importorskip(name)
+    pytest.importorskip("onnx")
+    from hotloops.bench import onnx_models, peers
+
+    chosen = [w for w in WORKLOADS.values() if w.op in onnx_models.MODELS and not w.parameters.get("gradient")]
+    chosen = [w for w in chosen if w.parameters.get("window") != (7,)]  # ONNX averages to one place only
+    result = bench.run(chosen, backends=["reference"], peers=peers.find([name]), seconds=0.01, small=True)
+    assert not result.failures
+    assert [r.name for r in result.results if r.backend == name and r.agrees] == [w.name for w in chosen]
+
+
+def test_peers_that_are_not_there(monkeypatch):
+    from hotloops.bench import peers
+
+    with pytest.raises(ValueError, match="no peer 'nobody'; there are torch, onnxruntime, openvino"):
         peers.find(["nobody"])
+    monkeypatch.setattr(peers._config, "version", lambda package: "" if package == "onnx" else "1.0")
+    with pytest.raises(ImportError, match="the peer openvino needs onnx: pip install onnx"):
+        peers.find(["openvino"])

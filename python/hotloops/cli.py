@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", metavar="PATTERNS", help="workloads by name, such as 'conv3x3*,nms_*' (see --list)")
     bench.add_argument("--threads", metavar="N,...", help="numbers of threads (default: all processors)")
     bench.add_argument("--backends", metavar="NAME,...", help="of cuda, c, numba, reference (default: all that run here)")
-    bench.add_argument("--peers", metavar="NAME,...", help="other libraries to time beside them: torch")
+    bench.add_argument("--peers", metavar="NAME,...", help="other libraries to time beside them: torch, onnxruntime, openvino")
     bench.add_argument("--seconds", type=float, metavar="S", help="per workload and backend (default: 1; 0.4 with --quick)")
     bench.add_argument("--json", metavar="FILE", default="hotloops-report.json", help="results (default: %(default)s)")
     bench.add_argument("--html", metavar="FILE", default="hotloops-report.html", help="report (default: %(default)s; '' for none)")

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from .. import _config
+from .onnx_models import MODELS
 from .workloads import Inputs, Workload
 
 
@@ -129,7 +132,73 @@ class Torch:
         return run
 
 
-PEERS: dict[str, Callable[[], Any]] = {"torch": Torch}
+class OnnxRuntime:
+    """ONNX Runtime's CPU provider on the workload as a model, compiled before it is timed."""
+
+    name = "onnxruntime"
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        self.runtime, self.version = onnxruntime, onnxruntime.__version__
+
+    def prepare(self, workload: Workload, inputs: Inputs, threads: int) -> Callable[[], Any] | None:
+        made = MODELS.get(workload.op, _none)(workload, inputs)
+        if made is None:
+            return None
+        model, feeds = made
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        # Its threads would spin on while the next runner is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = self.runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, feeds)[0]
+
+    def result(self, result: Any) -> Any:
+        return result
+
+
+class OpenVINO:
+    """OpenVINO's CPU plugin on the workload as a model, compiled for latency and float32; inputs are shared with NumPy."""
+
+    name = "openvino"
+
+    def __init__(self) -> None:
+        import openvino
+
+        self.openvino, self.version, self.core = openvino, openvino.__version__.split("-")[0], openvino.Core()
+
+    def prepare(self, workload: Workload, inputs: Inputs, threads: int) -> Callable[[], Any] | None:
+        made = MODELS.get(workload.op, _none)(workload, inputs)
+        if made is None:
+            return None
+        model, feeds = made
+        settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+        request = self.core.compile_model(self.core.read_model(model), "CPU", settings).create_infer_request()
+        for name, array in feeds.items():
+            request.set_tensor(name, self.openvino.Tensor(array, shared_memory=True))
+
+        def run() -> Any:
+            request.infer()
+            return request.get_output_tensor(0).data
+
+        return run
+
+    def result(self, result: Any) -> Any:
+        return np.array(result)  # its memory is used again
+
+
+def _none(workload: Workload, inputs: Inputs) -> None:
+    """The model of what ONNX has no operator for."""
+
+
+# By name: the peer, and the packages that it needs.
+PEERS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "torch": (Torch, ("torch",)),
+    "onnxruntime": (OnnxRuntime, ("onnxruntime", "onnx")),
+    "openvino": (OpenVINO, ("openvino", "onnx")),
+}
 
 
 def find(names: Iterable[str]) -> list[Any]:
@@ -138,7 +207,9 @@ def find(names: Iterable[str]) -> list[Any]:
     for name in names:
         if name not in PEERS:
             raise ValueError(f"there is no peer {name!r}; there are {', '.join(PEERS)}")
-        if not _config.version(name):
-            raise ImportError(f"the peer {name} is not installed: pip install {name}")
-        found.append(PEERS[name]())
+        make, packages = PEERS[name]
+        missing = [package for package in packages if not _config.version(package)]
+        if missing:
+            raise ImportError(f"the peer {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        found.append(make())
     return found
