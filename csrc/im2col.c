@@ -31,6 +31,7 @@ static inline __attribute__((always_inline)) void zero(real *to, int64_t n)
 typedef struct {
     axis h, w;
     int64_t channels, bands, band_rows;
+    int64_t inputs; /* elements of `from`, for unfold */
     const real *from;
     real *to;
     int past_cache;
@@ -54,31 +55,73 @@ static inline void unfold_row(const axis *w, int64_t kw, int64_t lo, int64_t hi,
     zero(to + hi, w->outputs - hi);
 }
 
+/* A column plane as wide as the image, at stride 1, is the image moved by some elements, and zeros where that leaves its row
+ * or the image. `begin` is where the image lies in `from`. */
+static void unfold_moved(const job *j, int64_t begin, int64_t kh, int64_t kw, real *to)
+{
+    const axis *h = &j->h, *w = &j->w;
+    int64_t W = w->inputs, size = h->outputs * W, move = input_at(h, 0, kh) * W + input_at(w, 0, kw);
+    int64_t top = first_output(h, kh, 0) * W, bottom = first_output(h, kh, h->inputs) * W;
+    int64_t lo = first_output(w, kw, 0), hi = first_output(w, kw, W);
+    int64_t low = max64(top, -move - begin), high = min64(bottom, j->inputs - move - begin); /* no read beyond x */
+    const real *from = j->from + begin;
+    real part[LANES];
+    vint lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), size), column = head % W;
+    for (int64_t i = head - LANES; i < size; i += LANES) { /* the first of them up to the first whole vector of `to` */
+        if (i >= low && i + LANES <= high && i >= 0) {
+            vint at = lane + (ireal)column;
+            at -= (at >= (ireal)W) & (ireal)W;
+            vreal moved = (vreal)((at >= (ireal)lo) & (at < (ireal)hi) & (vint)load(from + i + move));
+            if (j->past_cache) stream(to + i, moved);
+            else store(to + i, moved);
+        } else {
+            int64_t first = max64(i, 0), end = min64(i + LANES, size);
+            for (int64_t k = first; k < end; k++) {
+                int64_t c = k % W;
+                part[k - i] = k >= top && k < bottom && c >= lo && c < hi ? from[k + move] : 0;
+            }
+            if (end - first == LANES && j->past_cache) stream(to + i, load(part));
+            else
+                for (int64_t k = first; k < end; k++) to[k] = part[k - i];
+        }
+        if (i < 0) continue; /* `column` is that of the next vector */
+        column += LANES;
+        if (column >= W) column -= W;
+    }
+}
+
 static int unfold_planes(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
+    int moved =
+        h->stride == 1 && w->stride == 1 && w->outputs == w->inputs && w->inputs >= LANES && w->inputs < INT32_MAX / 2;
     /* Rows gather in a buffer in the first cache until they are worth a write past the caches. */
     int64_t rows = w->outputs < BUFFER ? BUFFER / w->outputs : 1;
-    real *buffer = j->past_cache ? hl_take((size_t)(rows * w->outputs) * sizeof(real)) : NULL;
-    if (j->past_cache && !buffer) return HL_NOMEM;
+    real *buffer = j->past_cache && !moved ? hl_take((size_t)(rows * w->outputs) * sizeof(real)) : NULL;
+    if (j->past_cache && !moved && !buffer) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
-        int64_t kw = i % w->taps, kh = i / w->taps % h->taps;
-        const real *image = j->from + i / w->taps / h->taps * h->inputs * w->inputs;
+        int64_t kw = i % w->taps, kh = i / w->taps % h->taps, plane = i / w->taps / h->taps * h->inputs * w->inputs;
         real *to = j->to + i * h->outputs * w->outputs;
+        if (moved) {
+            unfold_moved(j, plane, kh, kw, to);
+            continue;
+        }
         int64_t lo = first_output(w, kw, 0), hi = max64(first_output(w, kw, w->inputs), lo);
         for (int64_t o = 0; o < h->outputs; o += rows) {
             int64_t n = min64(rows, h->outputs - o);
             real *row = buffer ? buffer : to + o * w->outputs;
             for (int64_t r = 0; r < n; r++) {
                 int64_t at = input_at(h, o + r, kh);
-                const real *from = at >= 0 && at < h->inputs ? image + at * w->inputs : NULL;
+                const real *from = at >= 0 && at < h->inputs ? j->from + plane + at * w->inputs : NULL;
                 unfold_row(w, kw, lo, hi, from, row + r * w->outputs);
             }
             if (buffer) copy_past_cache(to + o * w->outputs, buffer, n * w->outputs);
         }
     }
-    if (buffer) stream_end();
+    if (j->past_cache) stream_end();
     hl_give(buffer);
     return HL_OK;
 }
@@ -92,6 +135,7 @@ int HL(unfold)(const hl_unfold_plan *p, const real *x, real *cols)
     int64_t planes = p->N * p->C * p->KH * p->KW, size = p->OH * p->OW;
     job j = {.h = {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
              .w = {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w},
+             .inputs = p->N * p->C * p->H * p->W,
              .from = x,
              .to = cols,
              .past_cache = planes * size > CACHE_BYTES / (int64_t)sizeof(real)};
