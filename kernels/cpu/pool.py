@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
-from ..scalars import pool_count, pool_share, pool_taps
+from ..scalars import pool_share, pool_taps
 
 U = np.uint64  # for indices that need no test for being negative
 ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first two caches
@@ -153,8 +153,9 @@ def _maximize(source, shifts, taps, n, best, fresh):
 @inline
 def _find_in_rows(source, shifts, taps, unit, n, best, places):
     """As _maximize, afresh; places[q] = unit * the first tap with the largest."""
+    first = U(shifts[0])
     for q in range(n):
-        best[q], places[q] = source[q], np.int32(0)
+        best[q], places[q] = source[first + U(q)], np.int32(0)
     for k in range(1, taps):
         a, place = U(shifts[k]), np.int32(unit * k)
         for q in range(n):
@@ -300,13 +301,6 @@ def _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W):
     return (kd * dilation_d * H + kh * dilation_h) * W + kw * dilation_w
 
 
-@inline
-def _copy(source, to):
-    """Elements by a loop: an assignment of slices costs several times as much on a line."""
-    for i in range(len(to)):
-        to[i] = source[i]
-
-
 # Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
 @cpu(over="M")
 def max_pool_backward(
@@ -344,41 +338,56 @@ def max_pool_backward(
                     plane[start + ow * stride_w + place[taps[ow]]] += g[ow]
 
 
-# Parallel over planes. The lines of a row of windows are reduced to one, with the place of each column's largest element,
-# that line window by window.
+@inline
+def _share_lines(plane, od, oh, D, H, W, OD, OH, to):
+    """Where the lines of the input begin that a row of windows takes; how many they are."""
+    (d0, d1), (h0, h1) = pool_share(od, D, OD), pool_share(oh, H, OH)
+    for d in range(d1 - d0):
+        for h in range(h1 - h0):
+            to[d * (h1 - h0) + h] = ((plane * D + d0 + d) * H + h0 + h) * W
+    return (d1 - d0) * (h1 - h0)
+
+
+@inline
+def _largest(line, begin, end):
+    best = line[begin]
+    for i in range(begin + 1, end):
+        best = line[i] if _larger(line[i], best) else best
+    return best
+
+
+@inline
+def _find_largest(line, places, begin, end):
+    """Where a line has the first largest element, the smallest place before all."""
+    at = begin
+    for i in range(begin + 1, end):
+        same = (line[i] == line[at]) | ((line[i] != line[i]) & (line[at] != line[at]))
+        at = i if _larger(line[i], line[at]) | (same & (places[i] < places[at])) else at
+    return at
+
+
+# Parallel over planes. The lines of a row of windows are reduced to one, with the number of each column's largest line, that
+# line window by window.
 @cpu(over="M")
 def adaptive_max_pool(begin, end, x, y, indices):
     D, H, W = x.shape[1:]
     OD, OH, OW = y.shape[1:]
-    line, places = np.empty(W, x.dtype), np.empty(W, np.int64)
-    for m in range(begin, end):
-        for od in range(OD):
-            d0, d1 = pool_share(od, D, OD)
-            for oh in range(OH):
-                h0, h1 = pool_share(oh, H, OH)
-                _copy(x[m, d0, h0], line)
-                places[:] = (d0 * H + h0) * W
-                for d in range(d0, d1):
-                    for h in range(h0, h1):
-                        taps = x[m, d, h]
-                        first = (d * H + h) * W
-                        for w in range(W):
-                            v, best, at = taps[w], line[w], places[w]
-                            take = (v > best) | ((v != v) & (best == best))
-                            line[w] = v if take else best
-                            places[w] = first if take else at
-                for ow in range(OW):
-                    w0, w1 = pool_share(ow, W, OW)
-                    best, at = line[w0], places[w0] + w0
-                    for w in range(w0 + 1, w1):
-                        v, n = line[w], places[w] + w
-                        same = (v == best) | ((v != v) & (best != best))
-                        take = (v > best) | ((v != v) & (best == best)) | (same & (n < at))
-                        best = v if take else best
-                        at = n if take else at
-                    y[m, od, oh, ow] = best
-                    if indices.size:
-                        indices[m, od, oh, ow] = at
+    x1, shifts = x.reshape(x.size), np.empty((D // OD + 2) * (H // OH + 2), np.int64)
+    line, numbers = np.empty(W, x.dtype), np.empty(W, np.int32)
+    for row in range(begin * OD * OH, end * OD * OH):
+        m, od, oh = row // OH // OD, row // OH % OD, row % OH
+        lines = _share_lines(m, od, oh, D, H, W, OD, OH, shifts)
+        if indices.size:
+            _find_in_rows(x1, shifts, lines, oh // OH + 1, W, line, numbers)
+        else:
+            _maximize(x1, shifts, lines, W, line, oh >= 0)
+        for ow in range(OW):
+            w0, w1 = pool_share(ow, W, OW)
+            if indices.size:
+                w = _find_largest(line, numbers, w0, w1)
+                y[m, od, oh, ow], indices[m, od, oh, ow] = line[w], shifts[numbers[w]] - m * D * H * W + w
+            else:
+                y[m, od, oh, ow] = _largest(line, w0, w1)
 
 
 # Parallel over planes; additions in memory order, whatever the threads.
@@ -476,6 +485,17 @@ def _factors(y, sizes, kernel, stride, pad, dilation, units):
     return factors
 
 
+@inline
+def _divisors(y, sizes, kernel, stride, pad, after, dilation, count_include_pad, divisor):
+    """The divisors of means, as factors per axis."""
+    (D, H, W), units = sizes, (real(1), real(1), real(1))
+    if count_include_pad or divisor:
+        D, H, W, pad = D + pad[0] + after[0], H + pad[1] + after[1], W + pad[2] + after[2], (0, 0, 0)
+    if divisor:
+        kernel, units = (1, 1, 1), (real(divisor), real(1), real(1))
+    return _factors(y, (D, H, W), kernel, stride, pad, dilation, units)
+
+
 # Parallel over rows of outputs, as max_pool. A window of K taps costs about 2 sqrt(K) additions.
 @cpu(over="M*OD*OH")
 def avg_pool(
@@ -503,12 +523,8 @@ def avg_pool(
 ):
     kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
     pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
-    (D, H, W), counted, before, units = x.shape[1:], kernel, pad, (real(1), real(1), real(1))
-    if count_include_pad or divisor:
-        D, H, W, before = D + pad_front + pad_back, H + pad_top + pad_bottom, W + pad_left + pad_right, (0, 0, 0)
-    if divisor:
-        counted, units = (1, 1, 1), (real(divisor), real(1), real(1))
-    factors = _factors(y, (D, H, W), counted, stride, before, dilation, units)
+    after = (pad_back, pad_bottom, pad_right)
+    factors = _divisors(y, x.shape[1:], kernel, stride, pad, after, dilation, count_include_pad, divisor)
     _sum_windows(begin, end, x, y, factors, real(1), kernel, stride, pad, dilation)
 
 
@@ -537,6 +553,77 @@ def lp_pool(
     _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
 
 
+@inline
+def _pass_back(gy, y, at, row_factor, column_factors, norm, n, to):
+    """What a row of outputs passes to each of its taps, but for the power of the tap."""
+    for q in range(n):
+        to[q] = gy[U(at) + U(q)] / (row_factor * column_factors[q])
+    if norm == real(2):
+        for q in range(n):
+            root = y[U(at) + U(q)]
+            to[q] = to[q] / root if root != real(0) else real(0)
+    elif norm != real(1):
+        for q in range(n):
+            root = y[U(at) + U(q)]
+            to[q] = to[q] * root ** (real(1) - norm) if root != real(0) else real(0)
+
+
+@inline
+def _add_spread(source, at, to, to_at, stride, n):
+    """to[to_at + q * stride] += source[at + q]."""
+    n, a, b = min(n, 2**60), U(at), U(to_at)
+    if stride == 1:
+        for q in range(n):
+            to[b + U(q)] += source[a + U(q)]
+    else:
+        for q in range(n):
+            to[b + U(q) * U(stride)] += source[a + U(q)]
+
+
+@inline
+def _add_line(line, x, gx, at, norm, n):
+    """gx += line * x ** (norm - 1), from `at` on."""
+    a = U(at)
+    if norm == real(1):
+        for q in range(n):
+            gx[a + U(q)] += line[q]
+    elif norm == real(2):
+        for q in range(n):
+            gx[a + U(q)] += line[q] * x[a + U(q)]
+    else:
+        for q in range(n):
+            if line[q] != real(0):
+                gx[a + U(q)] += line[q] * x[a + U(q)] ** (norm - real(1))
+
+
+@inline
+def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad, dilation):
+    """The gradient of _sum_windows for planes; x and y are not read for the norm 1."""
+    D, H, W = gx.shape[1:]
+    OD, OH, OW = gy.shape[1:]
+    x1, y1, gy1, gx1 = x.reshape(x.size), y.reshape(y.size), gy.reshape(gy.size), gx.reshape(gx.size)
+    line, passed, columns = np.empty(W, gx.dtype), np.empty(OW, gx.dtype), max(min(COLUMNS // stride[2], OW), 1)
+    for i in range(begin * D * H * W, end * D * H * W):
+        gx1[i] = real(0)
+    for row in range(begin * OD * OH, end * OD * OH):
+        m, od, oh = row // OH // OD, row // OH % OD, row % OH
+        _, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
+        _, nh, h0 = pool_taps(oh, H, kernel[1], stride[1], pad[1], dilation[1])
+        _pass_back(gy1, y1, row * OW, factors[0, od] * factors[1, oh], factors[2], norm, OW, passed)
+        for i in range(W):
+            line[i] = real(0)
+        for left in range(0, OW, columns):
+            across = _cut(left, min(columns, OW - left), W, kernel[2], stride[2], pad[2], dilation[2])
+            for k in range(across[1]):
+                at = across[2] + k * dilation[2]
+                lo, hi = _inside(at, stride[2], W, min(columns, OW - left))
+                _add_spread(passed, left + lo, line, at + lo * stride[2], stride[2], hi - lo)
+        for d in range(nd):
+            for h in range(nh):
+                at = ((m * D + d0 + d * dilation[0]) * H + h0 + h * dilation[1]) * W
+                _add_line(line, x1, gx1, at, norm, W)
+
+
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
 @cpu(over="M")
 def avg_pool_backward(
@@ -562,31 +649,10 @@ def avg_pool_backward(
     count_include_pad,
     divisor,
 ):
-    D, H, W = gx.shape[1:]
-    OD, OH, OW = gy.shape[1:]
-    line = np.empty(W, gx.dtype)
-    for m in range(begin, end):
-        gx[m] = real(0)
-        for od in range(OD):
-            _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, pad_front, dilation_d)
-            for oh in range(OH):
-                _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, pad_top, dilation_h)
-                outer = nd * nh
-                if count_include_pad:
-                    outer = pool_count(od, D, kernel_d, stride_d, pad_front, pad_back, dilation_d)
-                    outer *= pool_count(oh, H, kernel_h, stride_h, pad_top, pad_bottom, dilation_h)
-                line[:] = real(0)
-                for ow in range(OW):
-                    _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, pad_left, dilation_w)
-                    across = pool_count(ow, W, kernel_w, stride_w, pad_left, pad_right, dilation_w) if count_include_pad else nw
-                    g = gy[m, od, oh, ow] / real(divisor if divisor else outer * across)
-                    for w in range(nw):
-                        line[w0 + w * dilation_w] += g
-                for d in range(nd):
-                    for h in range(nh):
-                        row = gx[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                        for w in range(W):
-                            row[w] += line[w]
+    kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
+    pad, after, dilation = (pad_front, pad_top, pad_left), (pad_back, pad_bottom, pad_right), (dilation_d, dilation_h, dilation_w)
+    factors = _divisors(gy, gx.shape[1:], kernel, stride, pad, after, dilation, count_include_pad, divisor)
+    _spread_windows(begin, end, gy, gy, gy, gx, factors, real(1), kernel, stride, pad, dilation)
 
 
 # Parallel over planes. The lines of a row of windows are summed to one, that line window by window.
@@ -594,24 +660,17 @@ def avg_pool_backward(
 def adaptive_avg_pool(begin, end, x, y):
     D, H, W = x.shape[1:]
     OD, OH, OW = y.shape[1:]
-    line = np.empty(W, x.dtype)
-    for m in range(begin, end):
-        for od in range(OD):
-            d0, d1 = pool_share(od, D, OD)
-            for oh in range(OH):
-                h0, h1 = pool_share(oh, H, OH)
-                line[:] = real(0)
-                for d in range(d0, d1):
-                    for h in range(h0, h1):
-                        taps = x[m, d, h]
-                        for w in range(W):
-                            line[w] += taps[w]
-                for ow in range(OW):
-                    w0, w1 = pool_share(ow, W, OW)
-                    total = real(0)
-                    for w in range(w0, w1):
-                        total += line[w]
-                    y[m, od, oh, ow] = total / real((d1 - d0) * (h1 - h0) * (w1 - w0))
+    x1, shifts, line = x.reshape(x.size), np.empty((D // OD + 2) * (H // OH + 2), np.int64), np.empty(W, x.dtype)
+    for row in range(begin * OD * OH, end * OD * OH):
+        m, od, oh = row // OH // OD, row // OH % OD, row % OH
+        lines = _share_lines(m, od, oh, D, H, W, OD, OH, shifts)
+        _add(x1, shifts, lines, W, line, oh >= 0)
+        for ow in range(OW):
+            w0, w1 = pool_share(ow, W, OW)
+            total = real(0)
+            for w in range(w0, w1):
+                total += line[w]
+            y[m, od, oh, ow] = total / real(lines * (w1 - w0))
 
 
 # Parallel over planes, as avg_pool_backward.
@@ -659,40 +718,13 @@ def lp_pool_backward(
     dilation_w,
     norm,
 ):
-    D, H, W = gx.shape[1:]
-    OD, OH, OW = gy.shape[1:]
-    line = np.empty(W, gx.dtype)
-    for m in range(begin, end):
-        gx[m] = real(0)
-        for od in range(OD):
-            _, nd, d0 = pool_taps(od, D, kernel_d, stride_d, 0, dilation_d)
-            for oh in range(OH):
-                _, nh, h0 = pool_taps(oh, H, kernel_h, stride_h, 0, dilation_h)
-                line[:] = real(0)
-                for ow in range(OW):
-                    _, nw, w0 = pool_taps(ow, W, kernel_w, stride_w, 0, dilation_w)
-                    root = y[m, od, oh, ow]
-                    g = gy[m, od, oh, ow] * (real(kernel_d * kernel_h * kernel_w) / real(nd * nh * nw))
-                    if norm == real(2):
-                        g = g / root if root != 0 else real(0)
-                    elif norm != real(1):
-                        g = g * root ** (real(1) - norm) if root != 0 else real(0)
-                    for w in range(nw):
-                        line[w0 + w * dilation_w] += g
-                for d in range(nd):
-                    for h in range(nh):
-                        taps = x[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                        row = gx[m, d0 + d * dilation_d, h0 + h * dilation_h]
-                        if norm == real(2):
-                            for w in range(W):
-                                row[w] += line[w] * taps[w]
-                        elif norm == real(1):
-                            for w in range(W):
-                                row[w] += line[w]
-                        else:
-                            for w in range(W):
-                                if line[w] != 0:
-                                    row[w] += line[w] * taps[w] ** (norm - real(1))
+    kernel, stride, pad = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w), (0, 0, 0)
+    dilation, units = (
+        (dilation_d, dilation_h, dilation_w),
+        (real(1) / real(kernel_d), real(1) / real(kernel_h), real(1) / real(kernel_w)),
+    )
+    factors = _factors(gy, gx.shape[1:], kernel, stride, pad, dilation, units)
+    _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad, dilation)
 
 
 # The check runs over all indices first, in one range: `bad` and the answer must not depend on how ranges are run.
