@@ -56,7 +56,24 @@ static inline void unfold_row(const axis *w, int64_t kw, int64_t lo, int64_t hi,
 }
 
 /* A column plane as wide as the image, at stride 1, is the image moved by some elements, and zeros where that leaves its row
- * or the image. `begin` is where the image lies in `from`. */
+ * or the image. */
+static int is_moved(const job *j)
+{
+    return j->h.stride == 1 && j->w.stride == 1 && j->w.outputs == j->w.inputs && j->w.inputs >= LANES &&
+           j->w.inputs < INT32_MAX / 2;
+}
+
+/* Which of LANES elements from `column` on, in rows of W, lie in columns [lo, hi). */
+static inline vint in_columns(int64_t column, int64_t W, int64_t lo, int64_t hi)
+{
+    vint at = {0};
+    for (int i = 0; i < LANES; i++) at[i] = i;
+    at += (ireal)column;
+    at -= (at >= (ireal)W) & (ireal)W;
+    return (at >= (ireal)lo) & (at < (ireal)hi);
+}
+
+/* `begin` is where the image lies in `from`. */
 static void unfold_moved(const job *j, int64_t begin, int64_t kh, int64_t kw, real *to)
 {
     const axis *h = &j->h, *w = &j->w;
@@ -66,14 +83,10 @@ static void unfold_moved(const job *j, int64_t begin, int64_t kh, int64_t kw, re
     int64_t low = max64(top, -move - begin), high = min64(bottom, j->inputs - move - begin); /* no read beyond x */
     const real *from = j->from + begin;
     real part[LANES];
-    vint lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
     int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), size), column = head % W;
     for (int64_t i = head - LANES; i < size; i += LANES) { /* the first of them up to the first whole vector of `to` */
         if (i >= low && i + LANES <= high && i >= 0) {
-            vint at = lane + (ireal)column;
-            at -= (at >= (ireal)W) & (ireal)W;
-            vreal moved = (vreal)((at >= (ireal)lo) & (at < (ireal)hi) & (vint)load(from + i + move));
+            vreal moved = (vreal)(in_columns(column, W, lo, hi) & (vint)load(from + i + move));
             if (j->past_cache) stream(to + i, moved);
             else store(to + i, moved);
         } else {
@@ -157,14 +170,43 @@ static inline void add_row(const real *from, real *to, int64_t n, int64_t stride
         for (int64_t i = 0; i < n; i++) to[i * stride] += from[i];
 }
 
+/* Rows [top, bottom) of an image, which are zero, whose column planes are as wide: each plane is added where it lies once it is
+ * moved. */
+static void fold_moved(const job *j, int64_t plane, int64_t top, int64_t bottom)
+{
+    const axis *h = &j->h, *w = &j->w;
+    int64_t W = w->inputs, size = h->outputs * W;
+    real *image = j->to + plane * h->inputs * W;
+    for (int64_t tap = 0; tap < h->taps * w->taps; tap++) {
+        const real *from = j->from + (plane * h->taps * w->taps + tap) * size;
+        int64_t right = input_at(w, 0, tap % w->taps), move = input_at(h, 0, tap / w->taps) * W + right;
+        int64_t lo = max64(right, 0), hi = min64(W + right, W);
+        int64_t q = max64(top * W, move), end = min64(bottom * W, size + move), column = q % W;
+        for (; q + LANES <= end; q += LANES) {
+            store(image + q, load(image + q) + (vreal)(in_columns(column, W, lo, hi) & (vint)load(from + q - move)));
+            column += LANES;
+            if (column >= W) column -= W;
+        }
+        for (; q < end; q++, column++) {
+            if (column == W) column = 0;
+            if (column >= lo && column < hi) image[q] += from[q - move];
+        }
+    }
+}
+
 static int fold_bands(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
+    int moved = is_moved(j);
     for (int64_t i = begin; i < end; i++) {
         int64_t plane = i / j->bands, top = i % j->bands * j->band_rows, bottom = min64(top + j->band_rows, h->inputs);
         real *image = j->to + plane * h->inputs * w->inputs;
         zero(image + top * w->inputs, (bottom - top) * w->inputs);
+        if (moved) {
+            fold_moved(j, plane, top, bottom);
+            continue;
+        }
         for (int64_t kh = 0; kh < h->taps; kh++) {
             int64_t first = first_output(h, kh, top), last = first_output(h, kh, bottom);
             for (int64_t kw = 0; kw < w->taps; kw++) {
