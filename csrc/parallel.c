@@ -169,6 +169,77 @@ int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context)
     return result;
 }
 
+/* ---- steps ----
+ *
+ * Every thread that takes part walks all steps. In each it runs its share of the items, then waits for the others; what
+ * nobody has begun after PATIENCE it runs too, so that a thread that is late, or never comes, does not hold the others
+ * up. It only ever waits for items that a running thread has claimed. */
+
+enum { PATIENCE = 100 };
+
+typedef struct {
+    hl_step fn;
+    void *context;
+    int64_t steps, n;
+    pthread_t caller;
+    atomic_int joined, status;
+    _Atomic int64_t done; /* items, of all steps */
+    struct { _Alignas(64) _Atomic int64_t steps; } *claim; /* of each item: the steps claimed so far */
+} step_job;
+
+/* Runs those of the items [begin, end) that nobody has claimed. */
+static void run_items(step_job *j, int64_t step, int64_t begin, int64_t end)
+{
+    int64_t ran = 0;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t item = step % 2 ? end - 1 - (i - begin) : i, unclaimed = step;
+        if (!atomic_compare_exchange_strong(&j->claim[item].steps, &unclaimed, step + 1)) continue;
+        int s = atomic_load_explicit(&j->status, memory_order_relaxed);
+        if (s == HL_OK) s = j->fn(step, item, j->context);
+        if (s != HL_OK) atomic_store_explicit(&j->status, s, memory_order_relaxed);
+        ran++;
+    }
+    if (ran) atomic_fetch_add_explicit(&j->done, ran, memory_order_release);
+}
+
+static int walk_steps(int64_t begin, int64_t end, void *context)
+{
+    step_job *j = context;
+    int64_t me = atomic_fetch_add(&j->joined, 1);
+    int polls = hl_poll && pthread_equal(j->caller, pthread_self());
+    double last = polls ? seconds() : 0.0;
+    (void)begin, (void)end;
+    for (int64_t step = atomic_load(&j->done) / j->n; step < j->steps; step++) {
+        int64_t all = atomic_load_explicit(&j->joined, memory_order_relaxed);
+        run_items(j, step, j->n * me / all, j->n * (me + 1) / all);
+        for (int k = 0; atomic_load_explicit(&j->done, memory_order_acquire) < (step + 1) * j->n; k++) {
+            if (k == PATIENCE) run_items(j, step, 0, j->n);
+            if (k < SPIN) relax();
+            else sched_yield();
+        }
+        if (polls && seconds() - last > 0.05) {
+            int s = hl_poll();
+            if (s != HL_OK) atomic_store_explicit(&j->status, s, memory_order_relaxed);
+            last = seconds();
+        }
+        if (atomic_load_explicit(&j->status, memory_order_relaxed) != HL_OK) break;
+    }
+    return atomic_load_explicit(&j->status, memory_order_relaxed);
+}
+
+int hl_parallel_steps(int64_t steps, int64_t n, hl_step fn, void *context)
+{
+    if (steps <= 0 || n <= 0) return HL_OK;
+    step_job j = {.fn = fn, .context = context, .steps = steps, .n = n, .caller = pthread_self()};
+    j.claim = hl_take((size_t)n * sizeof j.claim[0]);
+    if (!j.claim) return HL_NOMEM;
+    for (int64_t i = 0; i < n; i++) atomic_init(&j.claim[i].steps, 0);
+    int64_t threads = hl_num_threads(0);
+    int status = hl_parallel_for(threads < n ? threads : n, 1, walk_steps, &j);
+    hl_give(j.claim);
+    return status;
+}
+
 /* ---- blocks of memory: 64 bytes before each hold its size; the cache keeps those that were given back last ---- */
 
 /* Large blocks begin a page, as NumPy's do but for 16 bytes. A kernel that reads x and writes y in step would wait at each

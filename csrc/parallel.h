@@ -12,6 +12,13 @@ typedef int (*hl_chunk)(int64_t begin, int64_t end, void *context);
  * thread. Returns the first status that is not HL_OK. */
 int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context);
 
+/* One item of one step; returns a status as a chunk does. */
+typedef int (*hl_step)(int64_t step, int64_t item, void *context);
+
+/* Runs fn for the items [0, n) of step 0, then of step 1 and so on: a step begins when all items of the one before are
+ * done. A thread takes the same items in every step, in alternating order, so that what they read stays in its caches. */
+int hl_parallel_steps(int64_t steps, int64_t n, hl_step fn, void *context);
+
 /* How many items make a chunk worth handing to another thread (about 20 microseconds), from the work of one item in
  * elementary operations (a float read, written or multiplied). */
 static inline int64_t hl_grain(double work_per_item)

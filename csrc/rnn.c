@@ -1,9 +1,10 @@
 /* Recurrent layers over a sequence. The product of the input with its weights comes ready in `gates`; each step adds that
- * of the state, then applies the gates while they are in cache.
+ * of the state, a block of units at a time for all their gates, and applies the gates while the sums are in the nearest
+ * cache. The recurrent weights are packed once.
  *
  * Many samples: parallel over groups of them that each walk the whole sequence alone, so that no step waits for another
- * thread. Few samples of many hidden units: parallel over blocks of units inside each step. The recurrent weights are
- * packed once. Per step and sample G H values of `gates` are read and written in place, H written to y. */
+ * thread. Few samples: parallel over blocks of units inside each step, where a thread keeps its blocks, so that their
+ * weights stay in its own cache. Per step and sample G H values of `gates` are read and written in place, H written to y. */
 #include "gemm.h"
 #include "vmath.h"
 
@@ -63,9 +64,9 @@ static void copy_or_clear(real *to, const real *from, int64_t count)
     else clear(to, count);
 }
 
-/* c[rows, columns] (+)= state[rows, H] W^T from the packed weights. */
+/* c[rows, columns] = a[rows, depth] times the packed weights + add (or nothing). */
 static int product(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *packed,
-                   real *c, int64_t c_row, int accumulate)
+                   real *c, int64_t c_row, const real *add, int64_t add_row)
 {
     gemm_call call = {.M = rows,
                       .N = columns,
@@ -76,7 +77,8 @@ static int product(int64_t rows, int64_t columns, int64_t depth, const real *a, 
                       .packed_b = packed,
                       .c = c,
                       .c_row = c_row,
-                      .accumulate = accumulate};
+                      .add = add,
+                      .add_row = add_row};
     return gemm(&call);
 }
 
@@ -91,189 +93,215 @@ static real *packed_weights(const real *w, int64_t rows, int64_t columns, int tr
 
 /* ---- forward: the two ways through a sequence ---- */
 
-/* A layer's job begins with this. `advance` takes step t for the samples [rows) and the hidden units [units): from the
- * state h[N,H] to next[N,H], which may be h itself when all units are taken. */
-typedef struct layer layer;
 typedef struct { int64_t begin, end; } range;
+
+/* Units of a block: whole register tiles for many samples; two vectors of float32 for few, so that two threads share 256
+ * units evenly. The sums of GROUP samples take 12 KiB at most in float32. */
+static inline int64_t block_units(int64_t gates, int64_t N)
+{
+    int64_t units = N >= GROUP ? 48 : 32;
+    return gates > 1 ? units : 2 * units;
+}
+enum { SUMS = 192 }; /* the most values of a block for one sample */
+
+/* A step has two passes when a product needs all units of what another one gave: the first `early` gates, then the rest. */
+typedef struct layer layer;
 struct layer {
     walk w;
-    int64_t gates_per_unit, block; /* units of a block */
+    int64_t count, early; /* gates of a unit; early = count: one pass */
+    int64_t alone; /* the gate whose sum stays apart from the input's share; or -1 */
     const real *w_hh;
-    real *packed; /* per block of units and per gate, what gemm_pack_b makes of its rows of w_hh */
-    int (*advance)(const layer *, int64_t t, range rows, range units, const real *h, real *next);
+    /* From the sums u[rows][gates of the pass][width] of a block of units and the state h[N,H] to the gates, y and
+     * next[N,H]. */
+    void (*apply)(const layer *, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
+                  const real *h, real *next);
     const real *h0;
-    real *hn;
+    real *hn, *gates, *y;
+    const real *middle; /* [N,H], the left side of the second pass's product */
+    real *other; /* [N,H], the state by turns with hn */
+    real *packed; /* per block and pass what gemm_pack_b makes of its rows of w_hh, each gate's filled up to LANES */
 };
 
-/* Below this many multiply-adds a step, handing blocks to other threads costs more than it saves. */
-#define STEP_WORK ((int64_t)1 << 18)
-/* Units of a block when units are split: a whole number of vectors, and two blocks at least from 128 units on. */
-enum { UNITS = 64 };
-
-static int64_t packed_block(const layer *l, int64_t units) { return gemm_packed_b_size(l->w.H, units); }
-static const real *packed_gate(const layer *l, int64_t gate, range units)
+static range block_range(const layer *l, int64_t b)
 {
-    const real *start = l->packed + units.begin / l->block * l->gates_per_unit * packed_block(l, l->block);
-    return start + gate * packed_block(l, units.end - units.begin);
+    int64_t units = block_units(l->count, l->w.N);
+    return (range){b * units, min64(l->w.H, (b + 1) * units)};
+}
+static int64_t block_count(const layer *l)
+{
+    return (l->w.H + block_units(l->count, l->w.N) - 1) / block_units(l->count, l->w.N);
+}
+static real *packed_gate(const layer *l, range units, int64_t gate)
+{
+    int64_t H = l->w.H, size = gemm_packed_b_size(H, units.end - units.begin);
+    return l->packed + l->count * gemm_packed_b_size(H, units.begin) + gate * size;
 }
 
-/* c[rows, units] (+)= h[rows, H] times the weights of one gate; c is the row of sample 0, unit 0. */
-static int gate_product(const layer *l, int64_t gate, range rows, range units, const real *h, real *c, int64_t c_row,
-                        int accumulate)
+static int pack_blocks(int64_t begin, int64_t end, void *context)
 {
-    return product(rows.end - rows.begin, units.end - units.begin, l->w.H, h + rows.begin * l->w.H, l->w.H,
-                   packed_gate(l, gate, units), c + rows.begin * c_row + units.begin, c_row, accumulate);
+    const layer *l = context;
+    int64_t H = l->w.H;
+    for (int64_t b = begin; b < end; b++)
+        for (int64_t gate = 0; gate < l->count; gate++) {
+            range units = block_range(l, b);
+            gemm_pack_b(H, units.end - units.begin, l->w_hh + (gate * H + units.begin) * H, 1, H,
+                        packed_gate(l, units, gate));
+        }
+    return HL_OK;
+}
+
+/* Sets on their way what a product of the next step adds: a whole step is long enough for lines from memory. */
+static inline void fetch(const layer *l, int64_t k, int64_t gate, range rows, range units)
+{
+    enum { LINE = 64 / (int)sizeof(real) };
+    if (k + 1 == l->w.T) return;
+    for (int64_t n = rows.begin; n < rows.end; n++)
+        for (int64_t u = units.begin; u < units.end; u += LINE)
+            __builtin_prefetch(l->gates + ((step(&l->w, k + 1) * l->w.N + n) * l->count + gate) * l->w.H + u, 1, 2);
+}
+
+/* Pass `pass` of step k for some samples and one block of units. */
+static int advance(const layer *l, int64_t k, int pass, range rows, int64_t b)
+{
+    int64_t H = l->w.H, t = step(&l->w, k), width = block_units(l->count, l->w.N);
+    range units = block_range(l, b);
+    real *next = (l->w.T - k) % 2 ? l->hn : l->other;
+    const real *h = k == 0 ? l->h0 : next == l->hn ? l->other : l->hn, *left = pass ? l->middle : h;
+    real u[GROUP * SUMS] __attribute__((aligned(64)));
+    int64_t first = pass ? l->early : 0, last = pass ? l->count : l->early, u_row = (last - first) * width;
+    for (int64_t n = rows.begin; n < rows.end; n += GROUP) {
+        range part = {n, min64(n + GROUP, rows.end)};
+        for (int64_t gate = first; gate < last; gate++) {
+            fetch(l, k, gate, part, units);
+            const real *input = l->gates + ((t * l->w.N + n) * l->count + gate) * H + units.begin;
+            int status = product(part.end - n, units.end - units.begin, H, left + n * H, H, packed_gate(l, units, gate),
+                                 u + (gate - first) * width, u_row, gate == l->alone ? NULL : input, l->count * H);
+            if (status != HL_OK) return status;
+        }
+        l->apply(l, t, pass, part, units, u, width, h, next);
+    }
+    return HL_OK;
 }
 
 static int group_walk(int64_t begin, int64_t end, void *context)
 {
     const layer *l = context;
-    range rows = {begin, end}, units = {0, l->w.H};
-    copy_rows(l->hn + begin * l->w.H, l->h0 + begin * l->w.H, (end - begin) * l->w.H);
-    int status = HL_OK;
-    for (int64_t k = 0; k < l->w.T && status == HL_OK; k++)
-        status = l->advance(l, step(&l->w, k), rows, units, l->hn, l->hn);
-    return status;
-}
-
-typedef struct {
-    const layer *l;
-    int64_t t;
-    const real *h;
-    real *next;
-} block_step;
-
-static int unit_blocks(int64_t begin, int64_t end, void *context)
-{
-    const block_step *s = context;
-    const layer *l = s->l;
-    range rows = {0, l->w.N};
-    for (int64_t b = begin; b < end; b++) {
-        range units = {b * l->block, min64(l->w.H, (b + 1) * l->block)};
-        int status = l->advance(l, s->t, rows, units, s->h, s->next);
-        if (status != HL_OK) return status;
-    }
+    int64_t blocks = block_count(l);
+    range rows = {begin, end};
+    for (int64_t k = 0; k < l->w.T; k++)
+        for (int pass = 0; pass < (l->early < l->count ? 2 : 1); pass++)
+            for (int64_t i = 0; i < blocks; i++) { /* to and fro: the weights read last are still in the cache */
+                int status = advance(l, k, pass, rows, k % 2 ? blocks - 1 - i : i);
+                if (status != HL_OK) return status;
+            }
     return HL_OK;
 }
 
-static int walk_by_units(const layer *l)
+static int one_block(int64_t turn, int64_t b, void *context)
 {
-    int64_t count = l->w.N * l->w.H, blocks = (l->w.H + l->block - 1) / l->block;
-    real *other = hl_take((size_t)(count + 1) * sizeof(real));
-    if (!other) return HL_NOMEM;
-    real *h = l->hn, *next = other;
-    copy_rows(h, l->h0, count);
-    int status = HL_OK;
-    for (int64_t k = 0; k < l->w.T && status == HL_OK; k++) {
-        block_step s = {l, step(&l->w, k), h, next};
-        status = hl_parallel_for(blocks, 1, unit_blocks, &s);
-        real *swap = h;
-        h = next;
-        next = swap;
+    const layer *l = context;
+    int passes = l->early < l->count ? 2 : 1;
+    return advance(l, turn / passes, (int)(turn % passes), (range){0, l->w.N}, b);
+}
+
+/* Below this many multiply-adds a step, waiting for each other costs the threads more than they save. */
+#define STEP_WORK ((int64_t)1 << 17)
+
+/* Walks the whole sequence. What is summed in which order does not depend on the way taken. */
+static int run_layer(layer *l)
+{
+    int64_t N = l->w.N, H = l->w.H, T = l->w.T, blocks = block_count(l);
+    if (T == 0) return copy_rows(l->hn, l->h0, N * H), HL_OK;
+    l->packed = hl_take((size_t)(l->count * round_up(H, LANES) * H) * sizeof(real));
+    l->other = hl_take((size_t)(N * H + 1) * sizeof(real));
+    int status = HL_NOMEM;
+    if (l->packed && l->other) {
+        parallel_even(blocks, (double)(l->count * H * H / blocks), pack_blocks, l);
+        int64_t groups = (N + group_size(N) - 1) / max64(group_size(N), 1);
+        if (groups >= hl_num_threads(0) || N * l->count * H * H < STEP_WORK)
+            status = hl_parallel_for(N, group_size(N), group_walk, l);
+        else status = hl_parallel_steps(T * (l->early < l->count ? 2 : 1), blocks, one_block, l);
     }
-    if (h != l->hn) copy_rows(l->hn, h, count);
-    hl_give(other);
+    hl_give(l->other);
+    hl_give(l->packed);
     return status;
 }
 
-/* Walks the whole sequence; `by_units` says whether a step may be split between blocks of units. */
-static int run_layer(layer *l, int by_units)
+/* What the samples that do not take this step leave: their state as it was, zeros elsewhere. */
+static void skip(const layer *l, int64_t t, range rows, range units, const real *h, real *next, real *kept,
+                 real *previous)
 {
-    int64_t N = l->w.N, H = l->w.H, G = l->gates_per_unit;
-    int split = by_units && N < GROUP && H >= 2 * UNITS && N * G * H * H >= STEP_WORK;
-    l->block = split ? UNITS : H;
-    l->packed = hl_take((size_t)((H + l->block - 1) / l->block * G * packed_block(l, l->block)) * sizeof(real));
-    if (!l->packed) return HL_NOMEM;
-    for (int64_t begin = 0; begin < H; begin += l->block)
-        for (int64_t gate = 0; gate < G; gate++) {
-            range units = {begin, min64(H, begin + l->block)};
-            gemm_pack_b(H, units.end - begin, l->w_hh + (gate * H + begin) * H, 1, H,
-                        (real *)packed_gate(l, gate, units));
-        }
-    int status = split ? walk_by_units(l) : hl_parallel_for(N, group_size(N), group_walk, l);
-    hl_give(l->packed);
-    return status;
+    int64_t H = l->w.H, count = units.end - units.begin;
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+        if (counts(&l->w, n, t)) continue;
+        int64_t row = t * l->w.N + n, at = row * H + units.begin, state = n * H + units.begin;
+        for (int64_t g = 0; g < l->count; g++) clear(l->gates + (row * l->count + g) * H + units.begin, count);
+        clear(l->y + at, count);
+        clear(kept ? kept + at : NULL, count);
+        clear(previous ? previous + at : NULL, count);
+        copy_rows(next + state, h + state, count);
+    }
 }
 
 /* ---- lstm ---- */
 
 typedef struct {
     layer l;
-    real *gates;
     const real *b_hh, *peephole;
-    real *y, *cn, *cells, *previous, clip;
+    real *cn, *cells, *previous, clip;
 } lstm_job;
 
-/* The gates of some units of one sample at one step: reads and writes a[4H], updates c, writes h. */
-static void lstm_gates(const lstm_job *j, range units, real *a, real *c, real *h)
+/* Units [k, k + n) of a block whose first unit is `begin`, for all rows; the biases stay in registers. */
+static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, int64_t t, range rows, int64_t begin,
+                                                             int64_t k, int64_t n, const real *u, int64_t width,
+                                                             const real *h, real *next)
 {
-    int64_t H = j->l.w.H;
-    const real *p = j->peephole, *b = j->b_hh;
-    vreal clip = splat(j->clip);
-    for (int64_t k = units.begin; k < units.end; k += LANES) {
-        int64_t n = min64(LANES, units.end - k);
-        vreal a_i = load_n(a + k, n) + load_or_0(b, k, n);
-        vreal a_f = load_n(a + H + k, n) + load_or_0(b, H + k, n);
-        vreal a_g = load_n(a + 2 * H + k, n) + load_or_0(b, 2 * H + k, n);
-        vreal a_o = load_n(a + 3 * H + k, n) + load_or_0(b, 3 * H + k, n);
-        vreal cell = load_n(c + k, n);
+    const layer *l = &j->l;
+    int64_t H = l->w.H;
+    const real *b = j->b_hh ? j->b_hh + begin + k : NULL, *p = j->peephole ? j->peephole + begin + k : NULL;
+    vreal b_i = load_or_0(b, 0, n), b_f = load_or_0(b, H, n), b_g = load_or_0(b, 2 * H, n);
+    vreal b_o = load_or_0(b, 3 * H, n), clip = splat(j->clip);
+    for (int64_t row = rows.begin; row < rows.end; row++, u += 4 * width) {
+        if (!counts(&l->w, row, t)) continue;
+        int64_t state = row * H + begin + k, at = (t * l->w.N + row) * H + begin + k;
+        real *a = l->gates + (t * l->w.N + row) * 4 * H + begin + k;
+        vreal cell = load_n(j->cn + state, n), a_i = load_n(u + k, n) + b_i, a_f = load_n(u + width + k, n) + b_f;
+        vreal a_g = load_n(u + 2 * width + k, n) + b_g, a_o = load_n(u + 3 * width + k, n) + b_o;
         if (p) {
-            a_i += load_n(p + k, n) * cell;
-            a_f += load_n(p + 2 * H + k, n) * cell;
+            a_i += load_n(p, n) * cell;
+            a_f += load_n(p + 2 * H, n) * cell;
         }
         if (j->clip > 0) {
             a_i = limited(a_i, clip);
             a_f = limited(a_f, clip);
             a_g = limited(a_g, clip);
         }
-        vreal i = vsigmoid(a_i), f = vsigmoid(a_f), g = vtanh(a_g);
+        vreal i = vsigmoid_gate(a_i), f = vsigmoid_gate(a_f), g = vtanh_gate(a_g);
         cell = f * cell + i * g;
-        if (p) a_o += load_n(p + H + k, n) * cell;
+        if (p) a_o += load_n(p + H, n) * cell;
         if (j->clip > 0) a_o = limited(a_o, clip);
-        vreal o = vsigmoid(a_o);
-        store_n(a + k, n, i);
-        store_n(a + H + k, n, f);
-        store_n(a + 2 * H + k, n, g);
-        store_n(a + 3 * H + k, n, o);
-        store_n(c + k, n, cell);
-        store_n(h + k, n, o * vtanh(cell));
+        vreal o = vsigmoid_gate(a_o), after = o * vtanh_gate(cell);
+        store_n(a, n, i);
+        store_n(a + H, n, f);
+        store_n(a + 2 * H, n, g);
+        store_n(a + 3 * H, n, o);
+        store_n(j->cn + state, n, cell);
+        store_n(next + state, n, after);
+        store_n(l->y + at, n, after);
+        if (j->cells) store_n(j->cells + at, n, cell);
+        if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
     }
 }
 
-/* What a sample that does not take this step leaves: its state as it was, zeros elsewhere. */
-static void skip(const layer *l, int64_t t, int64_t n, range units, real *gates, const real *h, real *next, real *y,
-                 real *kept, real *previous)
-{
-    int64_t H = l->w.H, at = (t * l->w.N + n) * H + units.begin, count = units.end - units.begin;
-    for (int64_t g = 0; g < l->gates_per_unit; g++)
-        clear(gates + (t * l->w.N + n) * l->gates_per_unit * H + g * H + units.begin, count);
-    clear(y + at, count);
-    clear(kept ? kept + at : NULL, count);
-    clear(previous ? previous + at : NULL, count);
-    if (next != h) copy_rows(next + n * H + units.begin, h + n * H + units.begin, count);
-}
-
-static int lstm_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
+static void lstm_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
+                       const real *h, real *next)
 {
     const lstm_job *j = (const lstm_job *)l;
-    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
-    real *a = j->gates + t * N * 4 * H;
-    for (int gate = 0; gate < 4; gate++) {
-        int status = gate_product(l, gate, rows, units, h, a + gate * H, 4 * H, 1);
-        if (status != HL_OK) return status;
-    }
-    for (int64_t n = rows.begin; n < rows.end; n++) {
-        int64_t at = (t * N + n) * H + units.begin, state = n * H + units.begin;
-        if (!counts(&l->w, n, t)) {
-            skip(l, t, n, units, j->gates, h, next, j->y, j->cells, j->previous);
-            continue;
-        }
-        if (j->previous) copy_rows(j->previous + at, h + state, count);
-        lstm_gates(j, units, a + n * 4 * H, j->cn + n * H, next + n * H);
-        copy_rows(j->y + at, next + state, count);
-        if (j->cells) copy_rows(j->cells + at, j->cn + state, count);
-    }
-    return HL_OK;
+    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    (void)pass;
+    for (; k + LANES <= count; k += LANES) lstm_units(j, t, rows, begin, k, LANES, u, width, h, next);
+    if (k < count) lstm_units(j, t, rows, begin, k, count - k, u, width, h, next);
+    skip(l, t, rows, units, h, next, j->cells, j->previous);
 }
 
 /* Source: Hochreiter and Schmidhuber (1997). */
@@ -282,18 +310,16 @@ int HL(lstm_sequence)(const hl_lstm_sequence_plan *p, real *gates, const real *h
                       real *cells, real *previous)
 {
     lstm_job job = {
-        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 4, 0, w_hh, NULL, lstm_advance, h0, hn},
-        .gates = gates,
+        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 4, 4, -1, w_hh, lstm_apply, h0, hn, gates, y},
         .b_hh = b_hh,
         .peephole = peephole,
-        .y = y,
         .cn = cn,
         .cells = cells,
         .previous = previous,
         .clip = (real)p->clip,
     };
     copy_rows(cn, c0, p->N * p->H);
-    return run_layer(&job.l, 1);
+    return run_layer(&job.l);
 }
 
 typedef struct {
@@ -316,7 +342,7 @@ static void lstm_gates_back(const lstm_back_job *j, const real *gate, const real
         int64_t n = min64(LANES, H - k);
         vreal i = load_n(gate + k, n), f = load_n(gate + H + k, n);
         vreal g = load_n(gate + 2 * H + k, n), o = load_n(gate + 3 * H + k, n);
-        vreal tanh_c = vtanh(load_n(cell + k, n)), was = load_n(earlier + k, n);
+        vreal tanh_c = vtanh_gate(load_n(cell + k, n)), was = load_n(earlier + k, n);
         vreal d = load_n(dh + k, n) + load_or_0(gy, k, n);
         vreal d_o = d * tanh_c * o * (one - o);
         if (j->clip > 0) d_o *= inside(o, s_low, s_high);
@@ -360,7 +386,7 @@ static int lstm_group_back(int64_t begin, int64_t end, void *context)
             int live = counts(w, begin + r, t);
             for (run = 1; r + run < rows && counts(w, begin + r + run, t) == live;) run++;
             if (!live) continue;
-            int status = product(run, H, 4 * H, gpre + r * 4 * H, 4 * H, j->packed, gh + r * H, H, 0);
+            int status = product(run, H, 4 * H, gpre + r * 4 * H, 4 * H, j->packed, gh + r * H, H, NULL, 0);
             if (status != HL_OK) return status;
         }
     }
@@ -391,8 +417,8 @@ int HL(lstm_sequence_backward)(const hl_lstm_sequence_backward_plan *p, const re
                          {0}};
     for (int side = 0; side < 2; side++) {
         vreal edge = splat((real)(side ? p->clip : -p->clip));
-        job.sigmoid_edge[side] = vsigmoid(edge)[0];
-        job.tanh_edge[side] = vtanh(edge)[0];
+        job.sigmoid_edge[side] = vsigmoid_gate(edge)[0];
+        job.tanh_edge[side] = vtanh_gate(edge)[0];
     }
     int status = hl_parallel_for(p->N, group_size(p->N), lstm_group_back, &job);
     hl_give(packed);
@@ -438,89 +464,85 @@ int HL(lstm_peephole_grad)(const hl_lstm_peephole_grad_plan *p, const real *gpre
 
 typedef struct {
     layer l;
-    real *gates;
     const real *b_hh;
-    real *y, *hidden, *previous;
-    real *share; /* [N,H]: the state's share of n's argument; with the reset before the product 2 [N,H], r h first */
-    int64_t reset_after;
+    real *hidden, *previous;
+    real *reset; /* r h [N,H], with the reset before the product */
 } gru_job;
 
-/* r and z of some units of one sample, in place of their arguments. */
-static void gru_r_z(const gru_job *j, range units, real *a)
+/* As lstm_units. With the reset before the product the first pass gives r and z, and r h for the second. */
+static inline __attribute__((always_inline)) void gru_units(const gru_job *j, int64_t t, int pass, range rows,
+                                                            int64_t begin, int64_t k, int64_t n, const real *u,
+                                                            int64_t width, const real *h, real *next)
 {
-    for (int64_t gate = 0; gate < 2; gate++)
-        for (int64_t k = units.begin; k < units.end; k += LANES) {
-            int64_t n = min64(LANES, units.end - k), at = gate * j->l.w.H + k;
-            store_n(a + at, n, vsigmoid(load_n(a + at, n) + load_or_0(j->b_hh, at, n)));
+    const layer *l = &j->l;
+    int64_t H = l->w.H, u_row = (l->early == 3 ? 3 : pass ? 1 : 2) * width;
+    const real *b = j->b_hh ? j->b_hh + begin + k : NULL;
+    vreal b_r = load_or_0(b, 0, n), b_z = load_or_0(b, H, n), b_n = load_or_0(b, 2 * H, n), one = splat((real)1);
+    for (int64_t row = rows.begin; row < rows.end; row++, u += u_row) {
+        if (!counts(&l->w, row, t)) continue;
+        int64_t state = row * H + begin + k, at = (t * l->w.N + row) * H + begin + k;
+        real *a = l->gates + (t * l->w.N + row) * 3 * H + begin + k;
+        vreal before = load_n(h + state, n), z, new;
+        if (pass) {
+            z = load_n(a + H, n);
+            new = vtanh_gate(load_n(u + k, n) + b_n);
+            if (j->hidden) store_n(j->hidden + at, n, load_n(j->reset + state, n));
+        } else {
+            vreal r = vsigmoid_gate(load_n(u + k, n) + b_r);
+            z = vsigmoid_gate(load_n(u + width + k, n) + b_z);
+            store_n(a, n, r);
+            store_n(a + H, n, z);
+            if (j->previous) store_n(j->previous + at, n, before);
+            if (l->early < 3) {
+                store_n(j->reset + state, n, r * before);
+                continue;
+            }
+            vreal share = load_n(u + 2 * width + k, n) + b_n;
+            new = vtanh_gate(load_n(a + 2 * H, n) + r * share);
+            if (j->hidden) store_n(j->hidden + at, n, share);
         }
-}
-
-/* n and the new state of some units of one sample; u[H] is the state's share of n's argument, without its bias on the way
- * in and with it on the way out; `factor` is what multiplies it (r, or NULL). */
-static void gru_new(const gru_job *j, range units, real *a, real *u, const real *factor, const real *h, real *next)
-{
-    int64_t H = j->l.w.H;
-    const real *b = j->b_hh ? j->b_hh + 2 * H : NULL;
-    vreal one = splat((real)1);
-    for (int64_t k = units.begin; k < units.end; k += LANES) {
-        int64_t n = min64(LANES, units.end - k);
-        vreal share = load_n(u + k, n) + load_or_0(b, k, n), z = load_n(a + H + k, n);
-        store_n(u + k, n, share);
-        if (factor) share *= load_n(factor + k, n);
-        vreal new = vtanh(load_n(a + 2 * H + k, n) + share);
-        store_n(a + 2 * H + k, n, new);
-        store_n(next + k, n, (one - z) * new + z * load_n(h + k, n));
+        vreal after = (one - z) * new + z * before;
+        store_n(a + 2 * H, n, new);
+        store_n(next + state, n, after);
+        store_n(l->y + at, n, after);
     }
 }
 
-static int gru_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
+static void gru_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
+                      const real *h, real *next)
 {
     const gru_job *j = (const gru_job *)l;
-    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
-    real *a = j->gates + t * N * 3 * H, *reset = j->share, *share = j->reset_after ? j->share : j->share + N * H;
-    int status = gate_product(l, 0, rows, units, h, a, 3 * H, 1);
-    if (status == HL_OK) status = gate_product(l, 1, rows, units, h, a + H, 3 * H, 1);
-    for (int64_t n = rows.begin; n < rows.end && status == HL_OK; n++) {
-        gru_r_z(j, units, a + n * 3 * H);
-        if (!j->reset_after)
-            for (int64_t k = 0; k < H; k++) reset[n * H + k] = a[n * 3 * H + k] * h[n * H + k];
-    }
-    if (status == HL_OK) status = gate_product(l, 2, rows, units, j->reset_after ? h : reset, share, H, 0);
-    if (status != HL_OK) return status;
-    for (int64_t n = rows.begin; n < rows.end; n++) {
-        int64_t at = (t * N + n) * H + units.begin, state = n * H + units.begin;
-        if (!counts(&l->w, n, t)) {
-            skip(l, t, n, units, j->gates, h, next, j->y, j->hidden, j->previous);
-            continue;
-        }
-        real *mine = a + n * 3 * H;
-        if (j->previous) copy_rows(j->previous + at, h + state, count);
-        gru_new(j, units, mine, share + n * H, j->reset_after ? mine : NULL, h + n * H, next + n * H);
-        if (j->hidden) copy_rows(j->hidden + at, j->share + state, count);
-        copy_rows(j->y + at, next + state, count);
-    }
-    return HL_OK;
+    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    for (; k + LANES <= count; k += LANES) gru_units(j, t, pass, rows, begin, k, LANES, u, width, h, next);
+    if (k < count) gru_units(j, t, pass, rows, begin, k, count - k, u, width, h, next);
+    if (l->early == 3 || pass) skip(l, t, rows, units, h, next, j->hidden, j->previous);
 }
 
 /* Source: Cho et al. (2014); with reset_after cuDNN's form. */
 int HL(gru_sequence)(const hl_gru_sequence_plan *p, real *gates, const real *h0, const real *w_hh, const real *b_hh,
                      const int64_t *lengths, real *y, real *hn, real *hidden, real *previous)
 {
-    int64_t states = p->N * p->H;
-    real *share = hl_take((size_t)((p->reset_after ? 1 : 2) * states + 1) * sizeof(real));
-    if (!share) return HL_NOMEM;
+    real *reset = p->reset_after ? NULL : hl_take((size_t)(p->N * p->H + 1) * sizeof(real));
+    if (!reset && !p->reset_after) return HL_NOMEM;
     gru_job job = {
-        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 3, 0, w_hh, NULL, gru_advance, h0, hn},
-        .gates = gates,
+        .l = {{p->T, p->N, p->H, p->reverse, lengths},
+              3,
+              p->reset_after ? 3 : 2,
+              p->reset_after ? 2 : -1,
+              w_hh,
+              gru_apply,
+              h0,
+              hn,
+              gates,
+              y,
+              reset},
         .b_hh = b_hh,
-        .y = y,
         .hidden = hidden,
         .previous = previous,
-        .share = share,
-        .reset_after = p->reset_after,
+        .reset = reset,
     };
-    int status = run_layer(&job.l, p->reset_after != 0); /* r h must be whole before its product */
-    hl_give(share);
+    int status = run_layer(&job.l);
+    hl_give(reset);
     return status;
 }
 
@@ -592,7 +614,7 @@ static int gru_group_back(int64_t begin, int64_t end, void *context)
                 if (j->reset_after) gru_back_after(H, gate, j->hidden + at, previous, gy, gh, gpre, ghidden);
                 else {
                     gru_back_new(H, gate, previous, gy, gh, gpre, ghidden);
-                    status = product(1, H, H, gpre + 2 * H, 3 * H, j->packed_new, kept, H, 0);
+                    status = product(1, H, H, gpre + 2 * H, 3 * H, j->packed_new, kept, H, NULL, 0);
                     gru_back_reset(H, gate, previous, kept, gh, gpre, ghidden);
                 }
                 continue;
@@ -600,7 +622,7 @@ static int gru_group_back(int64_t begin, int64_t end, void *context)
             if (n > live && status == HL_OK) {
                 int64_t depth = j->reset_after ? 3 * H : 2 * H;
                 status = product(n - live, H, depth, j->ghidden + (t * N + live) * 3 * H, 3 * H, j->packed,
-                                 j->gh0 + live * H, H, 1);
+                                 j->gh0 + live * H, H, j->gh0 + live * H, H);
             }
             live = n + 1;
             if (n < end) {
@@ -646,36 +668,38 @@ int HL(gru_sequence_backward)(const hl_gru_sequence_backward_plan *p, const real
 
 typedef struct {
     layer l;
-    real *gates;
     const real *b_hh;
-    real *y, *previous;
+    real *previous;
     int64_t relu;
 } rnn_job;
 
-static int rnn_advance(const layer *l, int64_t t, range rows, range units, const real *h, real *next)
+static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, int64_t t, range rows, int64_t begin,
+                                                            int64_t k, int64_t n, const real *u, int64_t width,
+                                                            const real *h, real *next)
+{
+    const layer *l = &j->l;
+    vreal b = load_or_0(j->b_hh, begin + k, n);
+    for (int64_t row = rows.begin; row < rows.end; row++, u += width) {
+        if (!counts(&l->w, row, t)) continue;
+        int64_t state = row * l->w.H + begin + k, at = (t * l->w.N + row) * l->w.H + begin + k;
+        vreal x = load_n(u + k, n) + b;
+        x = j->relu ? vmax(x, splat((real)0)) : vtanh_gate(x);
+        store_n(l->gates + at, n, x);
+        store_n(l->y + at, n, x);
+        store_n(next + state, n, x);
+        if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
+    }
+}
+
+static void rnn_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
+                      const real *h, real *next)
 {
     const rnn_job *j = (const rnn_job *)l;
-    int64_t N = l->w.N, H = l->w.H, count = units.end - units.begin;
-    vreal zero = splat((real)0);
-    int status = gate_product(l, 0, rows, units, h, j->gates + t * N * H, H, 1);
-    if (status != HL_OK) return status;
-    for (int64_t n = rows.begin; n < rows.end; n++) {
-        int64_t row = (t * N + n) * H, at = row + units.begin, state = n * H + units.begin;
-        if (!counts(&l->w, n, t)) {
-            skip(l, t, n, units, j->gates, h, next, j->y, NULL, j->previous);
-            continue;
-        }
-        if (j->previous) copy_rows(j->previous + at, h + state, count);
-        for (int64_t k = units.begin; k < units.end; k += LANES) {
-            int64_t m = min64(LANES, units.end - k);
-            vreal x = load_n(j->gates + row + k, m) + load_or_0(j->b_hh, k, m);
-            x = j->relu ? vmax(x, zero) : vtanh(x);
-            store_n(j->gates + row + k, m, x);
-            store_n(j->y + row + k, m, x);
-            store_n(next + n * H + k, m, x);
-        }
-    }
-    return HL_OK;
+    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    (void)pass;
+    for (; k + LANES <= count; k += LANES) rnn_units(j, t, rows, begin, k, LANES, u, width, h, next);
+    if (k < count) rnn_units(j, t, rows, begin, k, count - k, u, width, h, next);
+    skip(l, t, rows, units, h, next, NULL, j->previous);
 }
 
 /* Source: Elman (1990). */
@@ -683,14 +707,12 @@ int HL(rnn_sequence)(const hl_rnn_sequence_plan *p, real *gates, const real *h0,
                      const int64_t *lengths, real *y, real *hn, real *previous)
 {
     rnn_job job = {
-        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 1, 0, w_hh, NULL, rnn_advance, h0, hn},
-        .gates = gates,
+        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 1, 1, -1, w_hh, rnn_apply, h0, hn, gates, y},
         .b_hh = b_hh,
-        .y = y,
         .previous = previous,
         .relu = p->relu,
     };
-    return run_layer(&job.l, 1);
+    return run_layer(&job.l);
 }
 
 typedef struct {
@@ -721,7 +743,7 @@ static int rnn_group_back(int64_t begin, int64_t end, void *context)
                 real h = j->gates[at + i], d = gh[i] + (j->gy ? j->gy[at + i] : 0);
                 gpre[i] = j->relu ? d * (real)(h > 0) : d * (1 - h * h);
             }
-            int status = product(run, H, H, gpre, H, j->packed, gh, H, 0);
+            int status = product(run, H, H, gpre, H, j->packed, gh, H, NULL, 0);
             if (status != HL_OK) return status;
         }
     }
