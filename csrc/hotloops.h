@@ -563,18 +563,20 @@ int hl_max_unpool_backward_f64(const hl_max_unpool_backward_plan *plan, const do
 
 /* ---- rnn ---- */
 
-/* gates[T,N,4H] holds x W_ih^T + b_ih on the way in, the gates i f g o on the way out; b_hh, peephole[3,H] (i o f),
- * lengths[N], cells and previous may be NULL; clip 0 limits nothing. */
+/* gates[T,N,4H] becomes i f g o; b_ih, b_hh, peephole[3,H] (i o f), lengths[N], gates, cells and previous may be NULL;
+ * clip 0 limits nothing. */
 typedef struct {
-    int64_t T, N, H, reverse;
+    int64_t T, N, D, H, reverse;
     double clip;
 } hl_lstm_sequence_plan;
-int hl_lstm_sequence_f32(const hl_lstm_sequence_plan *plan, float *gates, const float *h0, const float *c0,
-                         const float *w_hh, const float *b_hh, const float *peephole, const int64_t *lengths, float *y,
-                         float *hn, float *cn, float *cells, float *previous);
-int hl_lstm_sequence_f64(const hl_lstm_sequence_plan *plan, double *gates, const double *h0, const double *c0,
-                         const double *w_hh, const double *b_hh, const double *peephole, const int64_t *lengths,
-                         double *y, double *hn, double *cn, double *cells, double *previous);
+int hl_lstm_sequence_f32(const hl_lstm_sequence_plan *plan, const float *x, const float *w_ih, const float *b_ih,
+                         const float *h0, const float *c0, const float *w_hh, const float *b_hh, const float *peephole,
+                         const int64_t *lengths, float *y, float *hn, float *cn, float *gates, float *cells,
+                         float *previous);
+int hl_lstm_sequence_f64(const hl_lstm_sequence_plan *plan, const double *x, const double *w_ih, const double *b_ih,
+                         const double *h0, const double *c0, const double *w_hh, const double *b_hh,
+                         const double *peephole, const int64_t *lengths, double *y, double *hn, double *cn,
+                         double *gates, double *cells, double *previous);
 
 /* Gradients of the gates' arguments and of the first state; gy, ghn, gcn, peephole, lengths may be NULL. */
 typedef struct {
@@ -597,14 +599,15 @@ int hl_lstm_peephole_grad_f32(const hl_lstm_peephole_grad_plan *plan, const floa
 int hl_lstm_peephole_grad_f64(const hl_lstm_peephole_grad_plan *plan, const double *gpre, const double *cells,
                               const double *c0, const int64_t *lengths, double *gp);
 
-/* gates[T,N,3H] as for lstm_sequence, r z n; hidden holds h W_hn^T + b_hn (reset_after) or r h; b_hh, lengths, hidden,
- * previous may be NULL. */
-typedef struct { int64_t T, N, H, reverse, reset_after; } hl_gru_sequence_plan;
-int hl_gru_sequence_f32(const hl_gru_sequence_plan *plan, float *gates, const float *h0, const float *w_hh,
-                        const float *b_hh, const int64_t *lengths, float *y, float *hn, float *hidden, float *previous);
-int hl_gru_sequence_f64(const hl_gru_sequence_plan *plan, double *gates, const double *h0, const double *w_hh,
-                        const double *b_hh, const int64_t *lengths, double *y, double *hn, double *hidden,
-                        double *previous);
+/* gates[T,N,3H] becomes r z n, hidden h W_hn^T + b_hn (reset_after) or r h; b_ih, b_hh, lengths, gates, hidden, previous
+ * may be NULL. */
+typedef struct { int64_t T, N, D, H, reverse, reset_after; } hl_gru_sequence_plan;
+int hl_gru_sequence_f32(const hl_gru_sequence_plan *plan, const float *x, const float *w_ih, const float *b_ih,
+                        const float *h0, const float *w_hh, const float *b_hh, const int64_t *lengths, float *y,
+                        float *hn, float *gates, float *hidden, float *previous);
+int hl_gru_sequence_f64(const hl_gru_sequence_plan *plan, const double *x, const double *w_ih, const double *b_ih,
+                        const double *h0, const double *w_hh, const double *b_hh, const int64_t *lengths, double *y,
+                        double *hn, double *gates, double *hidden, double *previous);
 
 /* Gradients of the gates' arguments on the input's and on the state's side; gy, ghn, lengths may be NULL. */
 typedef struct { int64_t T, N, H, reverse, reset_after; } hl_gru_sequence_backward_plan;
@@ -615,12 +618,14 @@ int hl_gru_sequence_backward_f64(const hl_gru_sequence_backward_plan *plan, cons
                                  const double *gates, const double *hidden, const double *previous, const double *w_hh,
                                  const int64_t *lengths, double *gpre, double *ghidden, double *gh0);
 
-/* gates[T,N,H] holds x W_ih^T + b_ih on the way in, h on the way out; b_hh, lengths, previous may be NULL. */
-typedef struct { int64_t T, N, H, reverse, relu; } hl_rnn_sequence_plan;
-int hl_rnn_sequence_f32(const hl_rnn_sequence_plan *plan, float *gates, const float *h0, const float *w_hh,
-                        const float *b_hh, const int64_t *lengths, float *y, float *hn, float *previous);
-int hl_rnn_sequence_f64(const hl_rnn_sequence_plan *plan, double *gates, const double *h0, const double *w_hh,
-                        const double *b_hh, const int64_t *lengths, double *y, double *hn, double *previous);
+/* gates[T,N,H] becomes h; b_ih, b_hh, lengths, gates, previous may be NULL. */
+typedef struct { int64_t T, N, D, H, reverse, relu; } hl_rnn_sequence_plan;
+int hl_rnn_sequence_f32(const hl_rnn_sequence_plan *plan, const float *x, const float *w_ih, const float *b_ih,
+                        const float *h0, const float *w_hh, const float *b_hh, const int64_t *lengths, float *y,
+                        float *hn, float *gates, float *previous);
+int hl_rnn_sequence_f64(const hl_rnn_sequence_plan *plan, const double *x, const double *w_ih, const double *b_ih,
+                        const double *h0, const double *w_hh, const double *b_hh, const int64_t *lengths, double *y,
+                        double *hn, double *gates, double *previous);
 
 /* Gradients of the arguments and of the first state; gy, ghn, lengths may be NULL. */
 typedef struct { int64_t T, N, H, reverse, relu; } hl_rnn_sequence_backward_plan;

@@ -147,13 +147,11 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
-    /* The lines of C, or of what is added, are on their way while the products are summed. */
-    const real *lines = o->add_row ? o->add : o->c;
-    int64_t line_row = o->add_row ? o->add_row : o->c_row;
+    /* The lines of C are on their way while the products are summed. */
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) __builtin_prefetch(lines + i * line_row + v * LANES, 1);
+        for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
     for (int64_t k = 0; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row) {
         vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
@@ -284,7 +282,6 @@ static void dot_range(const gemm_call *g, int64_t begin, int64_t end)
             for (int64_t j = n; j < min64(n + DOT_COLUMNS, end); j++) {
                 real s = sums[i][j - first], *c = g->c + i * g->c_row + j;
                 if (g->accumulate) s += *c;
-                else if (g->add) s += g->add[i * g->add_row + j];
                 else {
                     if (g->row_bias) s += g->row_bias[i];
                     if (g->column_bias) s += g->column_bias[j];
@@ -299,7 +296,7 @@ enum { AXPY_ROWS = 8 };
 static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
 {
     for (int64_t j = begin; j < end && !g->accumulate; j++)
-        g->c[j] = g->add ? g->add[j] : (g->row_bias ? g->row_bias[0] : 0) + (g->column_bias ? g->column_bias[j] : 0);
+        g->c[j] = (g->row_bias ? g->row_bias[0] : 0) + (g->column_bias ? g->column_bias[j] : 0);
     real *c = g->c;
     int64_t k = 0, n = end - begin, body = n / LANES * LANES;
     for (; k + AXPY_ROWS <= g->K; k += AXPY_ROWS) {
@@ -371,9 +368,6 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                 if (k || g->accumulate) {
                     out.add = out.c;
                     out.add_row = g->c_row;
-                } else if (g->add) {
-                    out.add = g->add + m * g->add_row + n;
-                    out.add_row = g->add_row;
                 } else {
                     if (g->column_bias) out.add = g->column_bias + n;
                     if (g->row_bias) out.row_bias = g->row_bias + m;

@@ -17,7 +17,7 @@ typedef int (*hl_step)(int64_t step, int64_t item, void *context);
 
 /* Runs fn for the items [0, n) of step 0, then of step 1 and so on: a step begins when all items of the one before are
  * done. A thread takes the same items in every step, in alternating order, so that what they read stays in its caches. */
-int hl_parallel_steps(int64_t steps, int64_t n, hl_step fn, void *context);
+int hl_parallel_steps(int64_t steps, int64_t n, double work_per_item, hl_step fn, void *context);
 
 /* How many items make a chunk worth handing to another thread (about 20 microseconds), from the work of one item in
  * elementary operations (a float read, written or multiplied). */

@@ -1,18 +1,26 @@
-/* Recurrent layers over a sequence. The product of the input with its weights comes ready in `gates`; each step adds that
- * of the state, a block of units at a time for all their gates, and applies the gates while the sums are in the nearest
- * cache. The recurrent weights are packed once.
+/* Recurrent layers over a sequence. A block of units is taken through a step for all its gates: the product of the state
+ * with its weights, then the gates, while the sums are in the nearest caches. What the input gives comes from a product
+ * over a few steps ahead, at once as many rows as fill a register tile, into memory that stays in the cache: so nothing
+ * per gate goes to memory and back but what a gradient asked for. Both weights are packed once.
  *
- * Many samples: parallel over groups of them that each walk the whole sequence alone, so that no step waits for another
- * thread. Few samples: parallel over blocks of units inside each step, where a thread keeps its blocks, so that their
- * weights stay in its own cache. Per step and sample G H values of `gates` are read and written in place, H written to y. */
+ * Parallel over blocks of units and groups of samples inside each step; a thread keeps its blocks over all steps, so that
+ * their weights stay in its own cache. Reads x once, the weights once per step (from the cache, as long as they fit);
+ * writes y once, and gates, cells and states where they are kept. */
 #include "gemm.h"
 #include "vmath.h"
 
-/* Samples that share a pass over the packed weights. 16 rows halve the traffic from the second cache against 8, and two
- * threads still have a group each from 32 samples on. */
-enum { GROUP = 16 };
+/* Samples that share a pass over the packed weights, and steps' samples that share one over the input's weights: four
+ * register tiles hide what starting and ending one costs, and their sums stay in the second cache. */
+enum { GROUP = 32 };
 
-static inline int64_t group_size(int64_t N) { return N >= 2 * GROUP ? GROUP : N > GROUP ? (N + 1) / 2 : N; }
+/* Samples of a group of the way back: 16 rows halve the traffic from the second cache against 8, and two threads have a
+ * group each from 32 samples on. */
+enum { GROUP_BACK = 16 };
+
+static inline int64_t group_size(int64_t N)
+{
+    return N >= 2 * GROUP_BACK ? GROUP_BACK : N > GROUP_BACK ? (N + 1) / 2 : N;
+}
 
 static inline vreal load_n(const real *p, int64_t n) { return n == LANES ? load(p) : load_part(p, n, (real)0); }
 static inline void store_n(real *p, int64_t n, vreal v)
@@ -64,9 +72,9 @@ static void copy_or_clear(real *to, const real *from, int64_t count)
     else clear(to, count);
 }
 
-/* c[rows, columns] = a[rows, depth] times the packed weights + add (or nothing). */
+/* c[rows, columns] (+)= state[rows, H] W^T from the packed weights. */
 static int product(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *packed,
-                   real *c, int64_t c_row, const real *add, int64_t add_row)
+                   real *c, int64_t c_row, int accumulate)
 {
     gemm_call call = {.M = rows,
                       .N = columns,
@@ -77,8 +85,7 @@ static int product(int64_t rows, int64_t columns, int64_t depth, const real *a, 
                       .packed_b = packed,
                       .c = c,
                       .c_row = c_row,
-                      .add = add,
-                      .add_row = add_row};
+                      .accumulate = accumulate};
     return gemm(&call);
 }
 
@@ -91,139 +98,149 @@ static real *packed_weights(const real *w, int64_t rows, int64_t columns, int tr
     return packed;
 }
 
-/* ---- forward: the two ways through a sequence ---- */
+/* ---- forward ---- */
 
 typedef struct { int64_t begin, end; } range;
-
-/* Units of a block: whole register tiles for many samples; two vectors of float32 for few, so that two threads share 256
- * units evenly. The sums of GROUP samples take 12 KiB at most in float32. */
-static inline int64_t block_units(int64_t gates, int64_t N)
-{
-    int64_t units = N >= GROUP ? 48 : 32;
-    return gates > 1 ? units : 2 * units;
-}
-enum { SUMS = 192 }; /* the most values of a block for one sample */
 
 /* A step has two passes when a product needs all units of what another one gave: the first `early` gates, then the rest. */
 typedef struct layer layer;
 struct layer {
     walk w;
-    int64_t count, early; /* gates of a unit; early = count: one pass */
-    int64_t alone; /* the gate whose sum stays apart from the input's share; or -1 */
-    const real *w_hh;
-    /* From the sums u[rows][gates of the pass][width] of a block of units and the state h[N,H] to the gates, y and
-     * next[N,H]. */
-    void (*apply)(const layer *, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
+    int64_t D, count, early; /* inputs; gates of a unit; early = count: one pass */
+    int64_t apart; /* the gate of which the sum over the state stays apart, with its bias; or -1 */
+    const real *x, *w_ih, *b_ih, *w_hh, *b_hh;
+    /* From the sums u[rows][gates of the pass][width] over the state and in[rows][gates][width] over the input of a block
+     * of units, and the state h[N,H], to the gates, y and next[N,H]. */
+    void (*apply)(const layer *, int64_t t, int pass, range rows, range units, real *u, const real *in, int64_t width,
                   const real *h, real *next);
     const real *h0;
     real *hn, *gates, *y;
     const real *middle; /* [N,H], the left side of the second pass's product */
+
+    /* Made by run_layer. */
+    int64_t blocks, groups, ahead; /* of units, of samples; steps of one product over the input */
     real *other; /* [N,H], the state by turns with hn */
-    real *packed; /* per block and pass what gemm_pack_b makes of its rows of w_hh, each gate's filled up to LANES */
+    real *packed_ih, *packed_hh; /* per block what pack_gates makes of its rows, the passes one after the other */
+    real *bias; /* [gates][width] per block */
+    real *input; /* [ahead * rows][gates][width] per block and group */
 };
 
-static range block_range(const layer *l, int64_t b)
+/* Units of a block: a whole number of vectors, enough columns to keep register tiles busy, and 8 blocks to share from 256
+ * units on. */
+enum { UNITS = 32 };
+
+static range block_units(const layer *l, int64_t b)
 {
-    int64_t units = block_units(l->count, l->w.N);
-    return (range){b * units, min64(l->w.H, (b + 1) * units)};
+    int64_t vectors = (l->w.H + LANES - 1) / LANES;
+    return (range){vectors * b / l->blocks * LANES, min64(vectors * (b + 1) / l->blocks * LANES, l->w.H)};
 }
-static int64_t block_count(const layer *l)
+static range group_rows(const layer *l, int64_t g)
 {
-    return (l->w.H + block_units(l->count, l->w.N) - 1) / block_units(l->count, l->w.N);
+    return (range){l->w.N * g / l->groups, l->w.N * (g + 1) / l->groups};
 }
-static real *packed_gate(const layer *l, range units, int64_t gate)
+
+/* Packs for a gemm of depth K the rows of some gates' units of w[gates * H, K]. The columns of the product are the gates'
+ * units, each gate's filled up with zeros to `width`, a multiple of LANES. */
+static void pack_gates(const real *w, int64_t H, int64_t K, range gates, range units, int64_t width, real *packed)
 {
-    int64_t H = l->w.H, size = gemm_packed_b_size(H, units.end - units.begin);
-    return l->packed + l->count * gemm_packed_b_size(H, units.begin) + gate * size;
+    int64_t N = (gates.end - gates.begin) * width, depth_max = gemm_depth(K);
+    for (int64_t k = 0; k < K; k += depth_max) {
+        int64_t depth = min64(depth_max, K - k);
+        for (int64_t n = 0, step; n < N; n += step) {
+            step = min64(gemm_columns(N - n), N - n);
+            real *panel = packed + k * N + n * depth;
+            for (int64_t i = 0; i < step; i += LANES) {
+                int64_t gate = gates.begin + (n + i) / width, unit = units.begin + (n + i) % width;
+                int64_t count = min64(LANES, units.end - unit);
+                gemm_transpose(count, depth, w + (gate * H + unit) * K + k, K, panel + i, step);
+                for (int64_t d = 0; d < depth && count < LANES; d++) clear(panel + d * step + i + count, LANES - count);
+            }
+        }
+    }
 }
 
 static int pack_blocks(int64_t begin, int64_t end, void *context)
 {
     const layer *l = context;
-    int64_t H = l->w.H;
-    for (int64_t b = begin; b < end; b++)
-        for (int64_t gate = 0; gate < l->count; gate++) {
-            range units = block_range(l, b);
-            gemm_pack_b(H, units.end - units.begin, l->w_hh + (gate * H + units.begin) * H, 1, H,
-                        packed_gate(l, units, gate));
-        }
-    return HL_OK;
-}
-
-/* Sets on their way what a product of the next step adds: a whole step is long enough for lines from memory. */
-static inline void fetch(const layer *l, int64_t k, int64_t gate, range rows, range units)
-{
-    enum { LINE = 64 / (int)sizeof(real) };
-    if (k + 1 == l->w.T) return;
-    for (int64_t n = rows.begin; n < rows.end; n++)
-        for (int64_t u = units.begin; u < units.end; u += LINE)
-            __builtin_prefetch(l->gates + ((step(&l->w, k + 1) * l->w.N + n) * l->count + gate) * l->w.H + u, 1, 2);
-}
-
-/* Pass `pass` of step k for some samples and one block of units. */
-static int advance(const layer *l, int64_t k, int pass, range rows, int64_t b)
-{
-    int64_t H = l->w.H, t = step(&l->w, k), width = block_units(l->count, l->w.N);
-    range units = block_range(l, b);
-    real *next = (l->w.T - k) % 2 ? l->hn : l->other;
-    const real *h = k == 0 ? l->h0 : next == l->hn ? l->other : l->hn, *left = pass ? l->middle : h;
-    real u[GROUP * SUMS] __attribute__((aligned(64)));
-    int64_t first = pass ? l->early : 0, last = pass ? l->count : l->early, u_row = (last - first) * width;
-    for (int64_t n = rows.begin; n < rows.end; n += GROUP) {
-        range part = {n, min64(n + GROUP, rows.end)};
-        for (int64_t gate = first; gate < last; gate++) {
-            fetch(l, k, gate, part, units);
-            const real *input = l->gates + ((t * l->w.N + n) * l->count + gate) * H + units.begin;
-            int status = product(part.end - n, units.end - units.begin, H, left + n * H, H, packed_gate(l, units, gate),
-                                 u + (gate - first) * width, u_row, gate == l->alone ? NULL : input, l->count * H);
-            if (status != HL_OK) return status;
-        }
-        l->apply(l, t, pass, part, units, u, width, h, next);
+    int64_t H = l->w.H, D = l->D;
+    range all = {0, l->count}, early = {0, l->early}, late = {l->early, l->count};
+    for (int64_t b = begin; b < end; b++) {
+        range units = block_units(l, b);
+        int64_t width = round_up(units.end - units.begin, LANES), before = l->count * units.begin;
+        pack_gates(l->w_ih, H, D, all, units, width, l->packed_ih + before * D);
+        pack_gates(l->w_hh, H, H, early, units, width, l->packed_hh + before * H);
+        pack_gates(l->w_hh, H, H, late, units, width, l->packed_hh + (before + l->early * width) * H);
+        clear(l->bias + before, l->count * width);
+        for (int64_t gate = 0; gate < l->count; gate++)
+            for (int64_t u = units.begin; u < units.end; u++) {
+                real bias = l->b_ih ? l->b_ih[gate * H + u] : 0;
+                if (l->b_hh && gate != l->apart) bias += l->b_hh[gate * H + u];
+                l->bias[before + gate * width + u - units.begin] = bias;
+            }
     }
     return HL_OK;
 }
 
-static int group_walk(int64_t begin, int64_t end, void *context)
+/* Pass `pass` of step k for one group of samples and one block of units. */
+static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
 {
-    const layer *l = context;
-    int64_t blocks = block_count(l);
-    range rows = {begin, end};
-    for (int64_t k = 0; k < l->w.T; k++)
-        for (int pass = 0; pass < (l->early < l->count ? 2 : 1); pass++)
-            for (int64_t i = 0; i < blocks; i++) { /* to and fro: the weights read last are still in the cache */
-                int status = advance(l, k, pass, rows, k % 2 ? blocks - 1 - i : i);
-                if (status != HL_OK) return status;
-            }
-    return HL_OK;
+    int64_t N = l->w.N, H = l->w.H, t = step(&l->w, k);
+    range units = block_units(l, b), rows = group_rows(l, g);
+    int64_t width = round_up(units.end - units.begin, LANES), before = l->count * units.begin,
+            n = rows.end - rows.begin;
+    int64_t row = l->count * width; /* of the input's sums; those of the group are so many, after those of the others */
+    real *input = l->input + (before * N + rows.begin * row) * l->ahead;
+    int64_t turn = k % l->ahead, steps = min64(l->ahead, l->w.T - (k - turn)); /* of the product over the input */
+    gemm_call call = {.a_col = 1, .M = n * steps, .N = row, .K = l->D, .a_row = l->D, .c = input, .c_row = row};
+    if (turn == 0 && pass == 0) {
+        call.a = l->x + ((l->w.reverse ? t - (steps - 1) : t) * N + rows.begin) * l->D;
+        call.packed_b = l->packed_ih + before * l->D;
+        call.column_bias = l->bias + before;
+        int status = gemm(&call);
+        if (status != HL_OK) return status;
+    }
+    real *next = (l->w.T - k) % 2 ? l->hn : l->other;
+    const real *h = k == 0 ? l->h0 : next == l->hn ? l->other : l->hn;
+    real u[GROUP * 4 * UNITS] __attribute__((aligned(64)));
+    call = (gemm_call){
+        .a_col = 1, .M = n, .N = (pass ? l->count - l->early : l->early) * width, .K = H, .a_row = H, .c = u};
+    call.c_row = call.N;
+    call.a = (pass ? l->middle : h) + rows.begin * H;
+    call.packed_b = l->packed_hh + (before + (pass ? l->early * width : 0)) * H;
+    int status = gemm(&call);
+    l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, width, h, next);
+    return status;
 }
 
-static int one_block(int64_t turn, int64_t b, void *context)
+static int one_item(int64_t turn, int64_t item, void *context)
 {
     const layer *l = context;
     int passes = l->early < l->count ? 2 : 1;
-    return advance(l, turn / passes, (int)(turn % passes), (range){0, l->w.N}, b);
+    return advance(l, turn / passes, (int)(turn % passes), item / l->groups, item % l->groups);
 }
 
-/* Below this many multiply-adds a step, waiting for each other costs the threads more than they save. */
-#define STEP_WORK ((int64_t)1 << 17)
-
-/* Walks the whole sequence. What is summed in which order does not depend on the way taken. */
+/* Walks the whole sequence. */
 static int run_layer(layer *l)
 {
-    int64_t N = l->w.N, H = l->w.H, T = l->w.T, blocks = block_count(l);
-    if (T == 0) return copy_rows(l->hn, l->h0, N * H), HL_OK;
-    l->packed = hl_take((size_t)(l->count * round_up(H, LANES) * H) * sizeof(real));
-    l->other = hl_take((size_t)(N * H + 1) * sizeof(real));
-    int status = HL_NOMEM;
-    if (l->packed && l->other) {
-        parallel_even(blocks, (double)(l->count * H * H / blocks), pack_blocks, l);
-        int64_t groups = (N + group_size(N) - 1) / max64(group_size(N), 1);
-        if (groups >= hl_num_threads(0) || N * l->count * H * H < STEP_WORK)
-            status = hl_parallel_for(N, group_size(N), group_walk, l);
-        else status = hl_parallel_steps(T * (l->early < l->count ? 2 : 1), blocks, one_block, l);
-    }
-    hl_give(l->other);
-    hl_give(l->packed);
+    int64_t N = l->w.N, H = l->w.H, T = l->w.T, D = l->D, G = l->count;
+    if (T == 0 || N == 0) return copy_rows(l->hn, l->h0, N * H), HL_OK;
+    l->groups = (N + GROUP - 1) / GROUP;
+    l->ahead = min64(T, max64(GROUP / N, 1));
+    l->blocks = (H + UNITS - 1) / UNITS;
+    int64_t columns = G * round_up(H, LANES),
+            sizes[] = {columns * D, columns * H, N * columns * l->ahead, columns, N * H};
+    int64_t total = 0;
+    for (int i = 0; i < 5; i++) total += round_up(sizes[i], LANES);
+    real *scratch = hl_take((size_t)total * sizeof(real)),
+         **parts[] = {&l->packed_ih, &l->packed_hh, &l->input, &l->bias, &l->other};
+    if (!scratch) return HL_NOMEM;
+    for (int64_t i = 0, at = 0; i < 5; at += round_up(sizes[i++], LANES)) *parts[i] = scratch + at;
+    int status = parallel_even(l->blocks, (double)(columns * (D + H) / l->blocks), pack_blocks, l);
+    /* 16 multiplications cost what counts as one operation; of few samples reading the weights costs more. */
+    double work = (double)max64(N, 4) / 16 * (double)columns * (double)H / (double)(l->blocks * l->groups);
+    if (status == HL_OK)
+        status = hl_parallel_steps(T * (l->early < G ? 2 : 1), l->blocks * l->groups, work, one_item, l);
+    hl_give(scratch);
     return status;
 }
 
@@ -235,7 +252,8 @@ static void skip(const layer *l, int64_t t, range rows, range units, const real 
     for (int64_t n = rows.begin; n < rows.end; n++) {
         if (counts(&l->w, n, t)) continue;
         int64_t row = t * l->w.N + n, at = row * H + units.begin, state = n * H + units.begin;
-        for (int64_t g = 0; g < l->count; g++) clear(l->gates + (row * l->count + g) * H + units.begin, count);
+        for (int64_t g = 0; g < l->count && l->gates; g++)
+            clear(l->gates + (row * l->count + g) * H + units.begin, count);
         clear(l->y + at, count);
         clear(kept ? kept + at : NULL, count);
         clear(previous ? previous + at : NULL, count);
@@ -247,71 +265,98 @@ static void skip(const layer *l, int64_t t, range rows, range units, const real 
 
 typedef struct {
     layer l;
-    const real *b_hh, *peephole;
+    const real *peephole;
     real *cn, *cells, *previous, clip;
 } lstm_job;
 
-/* Units [k, k + n) of a block whose first unit is `begin`, for all rows; the biases stay in registers. */
+/* Units [k, k + n) of a block whose first unit is `begin`, for all rows: first the cells, then the states, since one row
+ * from end to end is a chain too long to overlap with the next one's. */
 static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, int64_t t, range rows, int64_t begin,
-                                                             int64_t k, int64_t n, const real *u, int64_t width,
-                                                             const real *h, real *next)
+                                                             int64_t k, int64_t n, real *u, const real *in,
+                                                             int64_t width, const real *h, real *next)
 {
     const layer *l = &j->l;
-    int64_t H = l->w.H;
-    const real *b = j->b_hh ? j->b_hh + begin + k : NULL, *p = j->peephole ? j->peephole + begin + k : NULL;
-    vreal b_i = load_or_0(b, 0, n), b_f = load_or_0(b, H, n), b_g = load_or_0(b, 2 * H, n);
-    vreal b_o = load_or_0(b, 3 * H, n), clip = splat(j->clip);
-    for (int64_t row = rows.begin; row < rows.end; row++, u += 4 * width) {
+    int64_t H = l->w.H, row_width = 4 * width, first = t * l->w.N, unit = begin + k;
+    const real *p = j->peephole ? j->peephole + unit : NULL;
+    vreal clip = splat(j->clip);
+    u += k - rows.begin * row_width;
+    in += k - rows.begin * row_width;
+    for (int64_t row = rows.begin; row < rows.end; row++) {
         if (!counts(&l->w, row, t)) continue;
-        int64_t state = row * H + begin + k, at = (t * l->w.N + row) * H + begin + k;
-        real *a = l->gates + (t * l->w.N + row) * 4 * H + begin + k;
-        vreal cell = load_n(j->cn + state, n), a_i = load_n(u + k, n) + b_i, a_f = load_n(u + width + k, n) + b_f;
-        vreal a_g = load_n(u + 2 * width + k, n) + b_g, a_o = load_n(u + 3 * width + k, n) + b_o;
+        real *ur = u + row * row_width;
+        const real *ir = in + row * row_width;
+        vreal cell = load_n(j->cn + row * H + unit, n), i = load(ur) + load(ir),
+              f = load(ur + width) + load(ir + width);
+        vreal g = load(ur + 2 * width) + load(ir + 2 * width), o = load(ur + 3 * width) + load(ir + 3 * width);
         if (p) {
-            a_i += load_n(p, n) * cell;
-            a_f += load_n(p + 2 * H, n) * cell;
+            i += load_n(p, n) * cell;
+            f += load_n(p + 2 * H, n) * cell;
         }
         if (j->clip > 0) {
-            a_i = limited(a_i, clip);
-            a_f = limited(a_f, clip);
-            a_g = limited(a_g, clip);
+            i = limited(i, clip);
+            f = limited(f, clip);
+            g = limited(g, clip);
         }
-        vreal i = vsigmoid_gate(a_i), f = vsigmoid_gate(a_f), g = vtanh_gate(a_g);
+        i = vsigmoid_gate(i);
+        f = vsigmoid_gate(f);
+        g = vtanh_gate(g);
         cell = f * cell + i * g;
-        if (p) a_o += load_n(p + H, n) * cell;
-        if (j->clip > 0) a_o = limited(a_o, clip);
-        vreal o = vsigmoid_gate(a_o), after = o * vtanh_gate(cell);
-        store_n(a, n, i);
-        store_n(a + H, n, f);
-        store_n(a + 2 * H, n, g);
-        store_n(a + 3 * H, n, o);
-        store_n(j->cn + state, n, cell);
+        if (p) o += load_n(p + H, n) * cell;
+        if (j->clip > 0) o = limited(o, clip);
+        store(ur + 3 * width, o);
+        store_n(j->cn + row * H + unit, n, cell);
+        if (l->gates) {
+            real *gates = l->gates + (first + row) * 4 * H + unit;
+            store_n(gates, n, i);
+            store_n(gates + H, n, f);
+            store_n(gates + 2 * H, n, g);
+        }
+    }
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+        if (!counts(&l->w, row, t)) continue;
+        int64_t state = row * H + unit, at = (first + row) * H + unit;
+        vreal cell = load_n(j->cn + state, n), o = vsigmoid_gate(load(u + row * row_width + 3 * width));
+        vreal after = o * vtanh_gate(cell);
         store_n(next + state, n, after);
         store_n(l->y + at, n, after);
+        if (l->gates) store_n(l->gates + (first + row) * 4 * H + 3 * H + unit, n, o);
         if (j->cells) store_n(j->cells + at, n, cell);
         if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
     }
 }
 
-static void lstm_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
-                       const real *h, real *next)
+static void lstm_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
+                       int64_t width, const real *h, real *next)
 {
     const lstm_job *j = (const lstm_job *)l;
     int64_t begin = units.begin, count = units.end - begin, k = 0;
     (void)pass;
-    for (; k + LANES <= count; k += LANES) lstm_units(j, t, rows, begin, k, LANES, u, width, h, next);
-    if (k < count) lstm_units(j, t, rows, begin, k, count - k, u, width, h, next);
+    for (; k + LANES <= count; k += LANES) lstm_units(j, t, rows, begin, k, LANES, u, in, width, h, next);
+    if (k < count) lstm_units(j, t, rows, begin, k, count - k, u, in, width, h, next);
     skip(l, t, rows, units, h, next, j->cells, j->previous);
 }
 
 /* Source: Hochreiter and Schmidhuber (1997). */
-int HL(lstm_sequence)(const hl_lstm_sequence_plan *p, real *gates, const real *h0, const real *c0, const real *w_hh,
-                      const real *b_hh, const real *peephole, const int64_t *lengths, real *y, real *hn, real *cn,
-                      real *cells, real *previous)
+int HL(lstm_sequence)(const hl_lstm_sequence_plan *p, const real *x, const real *w_ih, const real *b_ih, const real *h0,
+                      const real *c0, const real *w_hh, const real *b_hh, const real *peephole, const int64_t *lengths,
+                      real *y, real *hn, real *cn, real *gates, real *cells, real *previous)
 {
     lstm_job job = {
-        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 4, 4, -1, w_hh, lstm_apply, h0, hn, gates, y},
-        .b_hh = b_hh,
+        .l = {{p->T, p->N, p->H, p->reverse, lengths},
+              p->D,
+              4,
+              4,
+              -1,
+              x,
+              w_ih,
+              b_ih,
+              w_hh,
+              b_hh,
+              lstm_apply,
+              h0,
+              hn,
+              gates,
+              y},
         .peephole = peephole,
         .cn = cn,
         .cells = cells,
@@ -386,7 +431,7 @@ static int lstm_group_back(int64_t begin, int64_t end, void *context)
             int live = counts(w, begin + r, t);
             for (run = 1; r + run < rows && counts(w, begin + r + run, t) == live;) run++;
             if (!live) continue;
-            int status = product(run, H, 4 * H, gpre + r * 4 * H, 4 * H, j->packed, gh + r * H, H, NULL, 0);
+            int status = product(run, H, 4 * H, gpre + r * 4 * H, 4 * H, j->packed, gh + r * H, H, 0);
             if (status != HL_OK) return status;
         }
     }
@@ -464,82 +509,107 @@ int HL(lstm_peephole_grad)(const hl_lstm_peephole_grad_plan *p, const real *gpre
 
 typedef struct {
     layer l;
-    const real *b_hh;
     real *hidden, *previous;
-    real *reset; /* r h [N,H], with the reset before the product */
+    real *reset, *update; /* r h and z [N,H], with the reset before the product */
 } gru_job;
 
-/* As lstm_units. With the reset before the product the first pass gives r and z, and r h for the second. */
-static inline __attribute__((always_inline)) void gru_units(const gru_job *j, int64_t t, int pass, range rows,
-                                                            int64_t begin, int64_t k, int64_t n, const real *u,
-                                                            int64_t width, const real *h, real *next)
+/* As lstm_units: first r and z, then n and the state, or those in a pass of their own with the reset before the product. */
+static inline __attribute__((always_inline)) void gru_r_z(const gru_job *j, int64_t t, range rows, int64_t begin,
+                                                          int64_t k, int64_t n, real *u, const real *in, int64_t width,
+                                                          const real *h)
 {
     const layer *l = &j->l;
-    int64_t H = l->w.H, u_row = (l->early == 3 ? 3 : pass ? 1 : 2) * width;
-    const real *b = j->b_hh ? j->b_hh + begin + k : NULL;
-    vreal b_r = load_or_0(b, 0, n), b_z = load_or_0(b, H, n), b_n = load_or_0(b, 2 * H, n), one = splat((real)1);
-    for (int64_t row = rows.begin; row < rows.end; row++, u += u_row) {
+    int64_t H = l->w.H, unit = begin + k;
+    for (int64_t row = rows.begin; row < rows.end; row++, u += l->early * width, in += 3 * width) {
         if (!counts(&l->w, row, t)) continue;
-        int64_t state = row * H + begin + k, at = (t * l->w.N + row) * H + begin + k;
-        real *a = l->gates + (t * l->w.N + row) * 3 * H + begin + k;
-        vreal before = load_n(h + state, n), z, new;
-        if (pass) {
-            z = load_n(a + H, n);
-            new = vtanh_gate(load_n(u + k, n) + b_n);
-            if (j->hidden) store_n(j->hidden + at, n, load_n(j->reset + state, n));
+        int64_t state = row * H + unit;
+        vreal r = vsigmoid_gate(load(u + k) + load(in + k)),
+              z = vsigmoid_gate(load(u + width + k) + load(in + width + k));
+        if (l->early == 3) {
+            store(u + k, r);
+            store(u + width + k, z);
         } else {
-            vreal r = vsigmoid_gate(load_n(u + k, n) + b_r);
-            z = vsigmoid_gate(load_n(u + width + k, n) + b_z);
-            store_n(a, n, r);
-            store_n(a + H, n, z);
-            if (j->previous) store_n(j->previous + at, n, before);
-            if (l->early < 3) {
-                store_n(j->reset + state, n, r * before);
-                continue;
-            }
-            vreal share = load_n(u + 2 * width + k, n) + b_n;
-            new = vtanh_gate(load_n(a + 2 * H, n) + r * share);
-            if (j->hidden) store_n(j->hidden + at, n, share);
+            store_n(j->reset + state, n, r * load_n(h + state, n));
+            store_n(j->update + state, n, z);
+        }
+        if (!l->gates) continue;
+        store_n(l->gates + (t * l->w.N + row) * 3 * H + unit, n, r);
+        store_n(l->gates + (t * l->w.N + row) * 3 * H + H + unit, n, z);
+    }
+}
+static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int64_t t, range rows, int64_t begin,
+                                                          int64_t k, int64_t n, const real *u, const real *in,
+                                                          int64_t width, const real *h, real *next)
+{
+    const layer *l = &j->l;
+    int64_t H = l->w.H, unit = begin + k;
+    vreal b_n = load_or_0(l->early == 3 ? l->b_hh : NULL, 2 * H + unit, n), one = splat((real)1);
+    for (int64_t row = rows.begin; row < rows.end; row++, u += (l->early == 3 ? 3 : 1) * width, in += 3 * width) {
+        if (!counts(&l->w, row, t)) continue;
+        int64_t state = row * H + unit, at = (t * l->w.N + row) * H + unit;
+        vreal before = load_n(h + state, n), z, new, kept;
+        if (l->early == 3) {
+            z = load(u + width + k);
+            kept = load(u + 2 * width + k) + b_n;
+            new = vtanh_gate(load(in + 2 * width + k) + load(u + k) * kept);
+        } else {
+            z = load_n(j->update + state, n);
+            kept = load_n(j->reset + state, n);
+            new = vtanh_gate(load(in + 2 * width + k) + load(u + k));
         }
         vreal after = (one - z) * new + z * before;
-        store_n(a + 2 * H, n, new);
         store_n(next + state, n, after);
         store_n(l->y + at, n, after);
+        if (l->gates) store_n(l->gates + (t * l->w.N + row) * 3 * H + 2 * H + unit, n, new);
+        if (j->hidden) store_n(j->hidden + at, n, kept);
+        if (j->previous) store_n(j->previous + at, n, before);
     }
 }
 
-static void gru_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
-                      const real *h, real *next)
+static void gru_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
+                      int64_t width, const real *h, real *next)
 {
     const gru_job *j = (const gru_job *)l;
     int64_t begin = units.begin, count = units.end - begin, k = 0;
-    for (; k + LANES <= count; k += LANES) gru_units(j, t, pass, rows, begin, k, LANES, u, width, h, next);
-    if (k < count) gru_units(j, t, pass, rows, begin, k, count - k, u, width, h, next);
-    if (l->early == 3 || pass) skip(l, t, rows, units, h, next, j->hidden, j->previous);
+    int late = l->early == 3 || pass;
+    for (; k + LANES <= count; k += LANES) {
+        if (!pass) gru_r_z(j, t, rows, begin, k, LANES, u, in, width, h);
+        if (late) gru_new(j, t, rows, begin, k, LANES, u, in, width, h, next);
+    }
+    if (k < count && !pass) gru_r_z(j, t, rows, begin, k, count - k, u, in, width, h);
+    if (k < count && late) gru_new(j, t, rows, begin, k, count - k, u, in, width, h, next);
+    if (late) skip(l, t, rows, units, h, next, j->hidden, j->previous);
 }
 
 /* Source: Cho et al. (2014); with reset_after cuDNN's form. */
-int HL(gru_sequence)(const hl_gru_sequence_plan *p, real *gates, const real *h0, const real *w_hh, const real *b_hh,
-                     const int64_t *lengths, real *y, real *hn, real *hidden, real *previous)
+int HL(gru_sequence)(const hl_gru_sequence_plan *p, const real *x, const real *w_ih, const real *b_ih, const real *h0,
+                     const real *w_hh, const real *b_hh, const int64_t *lengths, real *y, real *hn, real *gates,
+                     real *hidden, real *previous)
 {
-    real *reset = p->reset_after ? NULL : hl_take((size_t)(p->N * p->H + 1) * sizeof(real));
-    if (!reset && !p->reset_after) return HL_NOMEM;
+    int after = p->reset_after != 0;
+    real *reset = after ? NULL : hl_take((size_t)(2 * p->N * p->H) * sizeof(real));
+    if (!reset && !after) return HL_NOMEM;
     gru_job job = {
         .l = {{p->T, p->N, p->H, p->reverse, lengths},
+              p->D,
               3,
-              p->reset_after ? 3 : 2,
-              p->reset_after ? 2 : -1,
+              after ? 3 : 2,
+              after ? 2 : -1,
+              x,
+              w_ih,
+              b_ih,
               w_hh,
+              b_hh,
               gru_apply,
               h0,
               hn,
               gates,
               y,
               reset},
-        .b_hh = b_hh,
         .hidden = hidden,
         .previous = previous,
         .reset = reset,
+        .update = reset ? reset + p->N * p->H : NULL,
     };
     int status = run_layer(&job.l);
     hl_give(reset);
@@ -614,7 +684,7 @@ static int gru_group_back(int64_t begin, int64_t end, void *context)
                 if (j->reset_after) gru_back_after(H, gate, j->hidden + at, previous, gy, gh, gpre, ghidden);
                 else {
                     gru_back_new(H, gate, previous, gy, gh, gpre, ghidden);
-                    status = product(1, H, H, gpre + 2 * H, 3 * H, j->packed_new, kept, H, NULL, 0);
+                    status = product(1, H, H, gpre + 2 * H, 3 * H, j->packed_new, kept, H, 0);
                     gru_back_reset(H, gate, previous, kept, gh, gpre, ghidden);
                 }
                 continue;
@@ -622,7 +692,7 @@ static int gru_group_back(int64_t begin, int64_t end, void *context)
             if (n > live && status == HL_OK) {
                 int64_t depth = j->reset_after ? 3 * H : 2 * H;
                 status = product(n - live, H, depth, j->ghidden + (t * N + live) * 3 * H, 3 * H, j->packed,
-                                 j->gh0 + live * H, H, j->gh0 + live * H, H);
+                                 j->gh0 + live * H, H, 1);
             }
             live = n + 1;
             if (n < end) {
@@ -668,47 +738,59 @@ int HL(gru_sequence_backward)(const hl_gru_sequence_backward_plan *p, const real
 
 typedef struct {
     layer l;
-    const real *b_hh;
     real *previous;
     int64_t relu;
 } rnn_job;
 
 static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, int64_t t, range rows, int64_t begin,
-                                                            int64_t k, int64_t n, const real *u, int64_t width,
-                                                            const real *h, real *next)
+                                                            int64_t k, int64_t n, const real *u, const real *in,
+                                                            int64_t width, const real *h, real *next)
 {
     const layer *l = &j->l;
-    vreal b = load_or_0(j->b_hh, begin + k, n);
-    for (int64_t row = rows.begin; row < rows.end; row++, u += width) {
+    for (int64_t row = rows.begin; row < rows.end; row++, u += width, in += width) {
         if (!counts(&l->w, row, t)) continue;
         int64_t state = row * l->w.H + begin + k, at = (t * l->w.N + row) * l->w.H + begin + k;
-        vreal x = load_n(u + k, n) + b;
+        vreal x = load(u + k) + load(in + k);
         x = j->relu ? vmax(x, splat((real)0)) : vtanh_gate(x);
-        store_n(l->gates + at, n, x);
+        if (l->gates) store_n(l->gates + at, n, x);
         store_n(l->y + at, n, x);
         store_n(next + state, n, x);
         if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
     }
 }
 
-static void rnn_apply(const layer *l, int64_t t, int pass, range rows, range units, const real *u, int64_t width,
-                      const real *h, real *next)
+static void rnn_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
+                      int64_t width, const real *h, real *next)
 {
     const rnn_job *j = (const rnn_job *)l;
     int64_t begin = units.begin, count = units.end - begin, k = 0;
     (void)pass;
-    for (; k + LANES <= count; k += LANES) rnn_units(j, t, rows, begin, k, LANES, u, width, h, next);
-    if (k < count) rnn_units(j, t, rows, begin, k, count - k, u, width, h, next);
+    for (; k + LANES <= count; k += LANES) rnn_units(j, t, rows, begin, k, LANES, u, in, width, h, next);
+    if (k < count) rnn_units(j, t, rows, begin, k, count - k, u, in, width, h, next);
     skip(l, t, rows, units, h, next, NULL, j->previous);
 }
 
 /* Source: Elman (1990). */
-int HL(rnn_sequence)(const hl_rnn_sequence_plan *p, real *gates, const real *h0, const real *w_hh, const real *b_hh,
-                     const int64_t *lengths, real *y, real *hn, real *previous)
+int HL(rnn_sequence)(const hl_rnn_sequence_plan *p, const real *x, const real *w_ih, const real *b_ih, const real *h0,
+                     const real *w_hh, const real *b_hh, const int64_t *lengths, real *y, real *hn, real *gates,
+                     real *previous)
 {
     rnn_job job = {
-        .l = {{p->T, p->N, p->H, p->reverse, lengths}, 1, 1, -1, w_hh, rnn_apply, h0, hn, gates, y},
-        .b_hh = b_hh,
+        .l = {{p->T, p->N, p->H, p->reverse, lengths},
+              p->D,
+              1,
+              1,
+              -1,
+              x,
+              w_ih,
+              b_ih,
+              w_hh,
+              b_hh,
+              rnn_apply,
+              h0,
+              hn,
+              gates,
+              y},
         .previous = previous,
         .relu = p->relu,
     };
@@ -743,7 +825,7 @@ static int rnn_group_back(int64_t begin, int64_t end, void *context)
                 real h = j->gates[at + i], d = gh[i] + (j->gy ? j->gy[at + i] : 0);
                 gpre[i] = j->relu ? d * (real)(h > 0) : d * (1 - h * h);
             }
-            int status = product(run, H, H, gpre, H, j->packed, gh, H, NULL, 0);
+            int status = product(run, H, H, gpre, H, j->packed, gh, H, 0);
             if (status != HL_OK) return status;
         }
     }

@@ -170,16 +170,23 @@ static inline __attribute__((always_inline)) vreal vquotient(vreal a, vreal b)
 }
 
 /* tanh and the sigmoid for the gates of recurrent layers: as above but for less, 3 units in the last place; what is below
- * the smallest normal number counts as 0. */
+ * the smallest normal number counts as 0.
+ *
+ * tanh(|x|) = -m / (2 + m) with m = exp(-2 |x|) - 1, which keeps its digits near 0: m = 2^n (e^r - 1) + (2^n - 1). */
 static inline __attribute__((always_inline)) vreal vtanh_gate(vreal x)
 {
 #if HL_F32
-    static const real c[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
-                             -3.33332819422e-1f};
-    const vreal one = splat(1.0f);
-    vreal a = vabs(x), z = x * x, t = vexp_below(a * splat(-2.0f));
-    vreal large = vcopysign(vquotient(one - t, one + t), x);
-    return blend(a >= splat(0.625f), large, x + x * z * POLYNOMIAL(z, c));
+    const vreal bottom = splat(-20.0f), magic = splat(12582912.0f + 127); /* tanh(10) is 1 */
+    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
+    vreal c = vmax(vabs(x) * splat(-2.0f), bottom), shifted = c * log2e + magic, n = shifted - magic;
+    vreal r = c - n * ln2_hi - n * ln2_lo, scale = (vreal)((vuint)shifted << 23);
+    vreal p = splat(1.0f / 720) + r * splat(1.0f / 5040);
+    p = splat(1.0f / 120) + r * p;
+    p = splat(1.0f / 24) + r * p;
+    p = splat(1.0f / 6) + r * p;
+    p = splat(0.5f) + r * p;
+    vreal m = (r * r * p + r) * scale + (scale - splat(1.0f));
+    return vcopysign(vquotient(m, m + splat(2.0f)), x);
 #else
     return vtanh(x);
 #endif

@@ -182,14 +182,14 @@ def test_forget_gate_1_and_input_gate_0_keep_the_cell(variant, H, dtype):
     if variant == "cuda" and H == 37:
         pytest.skip("too large for the simulator")
     record = spec.find("lstm_sequence")
-    gates = normal(T, N, 4 * H, dtype=dtype)
-    gates[..., :H], gates[..., H : 2 * H] = -200, 200
+    x, w_ih, b_ih = normal(T, N, 2, dtype=dtype), normal(4 * H, 2, dtype=dtype, seed=3), np.zeros(4 * H, dtype)
+    b_ih[:H], b_ih[H : 2 * H] = -200, 200
     h0, c0, w_hh = normal(N, H, dtype=dtype, seed=1), normal(N, H, dtype=dtype, seed=2), normal(4 * H, H, dtype=dtype, scale=0.3)
     y, hn, cn, cells = (np.full(s, np.nan, dtype) for s in ((T, N, H), (N, H), (N, H), (T, N, H)))
-    arrays = (gates, h0, c0, w_hh, None, None, None, y, hn, cn, cells, None)
+    arrays = (x, w_ih, b_ih, h0, c0, w_hh, None, None, None, y, hn, cn, None, cells, None)
     with running(variant):
         adapter = _dispatch.adapter(variant.partition("-")[0])
-        adapter.prepare(record, np.dtype(dtype))(arrays, {"T": T, "N": N, "H": H}, {"reverse": 0, "clip": 0.0})
+        adapter.prepare(record, np.dtype(dtype))(arrays, {"T": T, "N": N, "D": 2, "H": H}, {"reverse": 0, "clip": 0.0})
     assert_same_bits(cn, c0, variant)
     for t in range(T):
         assert_same_bits(cells[t], c0, f"{variant}, step {t}")

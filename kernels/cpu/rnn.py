@@ -71,6 +71,27 @@ def _products(u, x, w):
         u[0, J - 1], u[1, J - 1], u[2, J - 1], u[3, J - 1] = a0, a1, a2, a3
 
 
+# How many steps of `rows` samples fill the four rows of one product over the input.
+@inline
+def _steps_ahead(rows):
+    return max(1, ROWS // rows)
+
+
+# a[step's place * rows + b] = x[t, first + b] . w_ih + b_ih for that step and those ahead; xs is scratch for four rows of x.
+@inline
+def _inputs(a, xs, x, w_ih, b_ih, first, rows, step, reverse):
+    T = x.shape[0]
+    ahead = _steps_ahead(rows)
+    for i in range(min(ahead, T - step)):
+        t = T - 1 - step - i if reverse else step + i
+        for b in range(rows):
+            _copy(xs[i * rows + b], x[t, first + b])
+    _products(a, xs, w_ih)
+    if b_ih.size:
+        for i in range(ROWS):
+            _add(a[i], b_ih)
+
+
 @inline
 def _copy(y, x):
     for i in range(y.size):
@@ -132,12 +153,14 @@ def _transposed(w):
     return wt
 
 
-# Parallel over N. Per step and block the rows of w_hh are read in order, 4*H dot products of H each for four samples, then
-# one pass over the gates. Reads w_hh T*N/4 times (from L2 where it fits), gates once; writes gates, y, cells, previous once.
+# Parallel over N. Per step and block the rows of the weights are read in order, 4*H dot products of D and of H for four
+# samples, then one pass over the gates. Reads the weights T*N/4 times (from L2 where they fit), x once; writes each result once.
 @cpu(over="N")
-def lstm_sequence(begin, end, gates, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, cells, previous, reverse, clip):
-    T, H = gates.shape[0], h0.shape[1]
-    u = np.empty((ROWS, 4 * H), h0.dtype)
+def lstm_sequence(
+    begin, end, x, w_ih, b_ih, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, gates, cells, previous, reverse, clip
+):
+    T, H = x.shape[0], h0.shape[1]
+    u, ax, xs = np.empty((ROWS, 4 * H), h0.dtype), np.empty((ROWS, 4 * H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     h, c = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
@@ -146,12 +169,16 @@ def lstm_sequence(begin, end, gates, h0, c0, w_hh, b_hh, peephole, lengths, y, h
             _copy(c[b], c0[first + b])
         for step in range(T):
             t = T - 1 - step if reverse else step
+            turn = step % _steps_ahead(rows)
+            if turn == 0:
+                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
             _products(u, h, w_hh)
             for b in range(rows):
                 n = first + b
-                a = gates[t, n]
+                a = ax[turn * rows + b]
                 if lengths.size and t >= lengths[n]:
-                    _fill(a, real(0))
+                    if gates.size:
+                        _fill(gates[t, n], real(0))
                     _fill(y[t, n], real(0))
                     if cells.size:
                         _fill(cells[t, n], real(0))
@@ -175,6 +202,8 @@ def lstm_sequence(begin, end, gates, h0, c0, w_hh, b_hh, peephole, lengths, y, h
                     _add_product(o, peephole[1], cb)
                 _limit(o, clip)
                 _sigmoids(o)
+                if gates.size:
+                    _copy(gates[t, n], a)
                 if cells.size:
                     _copy(cells[t, n], cb)
                 if previous.size:
@@ -286,8 +315,9 @@ def lstm_peephole_grad(begin, end, gpre, cells, c0, lengths, gp, reverse):
 
 # Parallel over N. As lstm_sequence, with 3*H dot products of H each; without reset_after those of the last gate need r first.
 @cpu(over="N")
-def gru_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, hidden, previous, reverse, reset_after):
-    T, H = gates.shape[0], h0.shape[1]
+def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, hidden, previous, reverse, reset_after):
+    T, H = x.shape[0], h0.shape[1]
+    ax, xs = np.empty((ROWS, 3 * H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     w_rz, w_n = w_hh[: 2 * H], w_hh[2 * H :]
     u_rz, u_n = np.empty((ROWS, 2 * H), h0.dtype), np.empty((ROWS, H), h0.dtype)
     h, kept = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
@@ -297,10 +327,14 @@ def gru_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, hidden, prev
             _copy(h[b], h0[first + b])
         for step in range(T):
             t = T - 1 - step if reverse else step
+            turn = step % _steps_ahead(rows)
+            if turn == 0:
+                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
             _products(u_rz, h, w_rz)
             for b in range(rows):
                 n = first + b
-                rz, r, hb, kb = gates[t, n, : 2 * H], gates[t, n, :H], h[b], kept[b]
+                a, hb, kb = ax[turn * rows + b], h[b], kept[b]
+                rz, r = a[: 2 * H], a[:H]
                 if lengths.size and t >= lengths[n]:
                     continue
                 _add(rz, u_rz[b])
@@ -314,15 +348,16 @@ def gru_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, hidden, prev
             for b in range(rows):
                 n = first + b
                 if lengths.size and t >= lengths[n]:
-                    _fill(gates[t, n], real(0))
+                    if gates.size:
+                        _fill(gates[t, n], real(0))
                     _fill(y[t, n], real(0))
                     if hidden.size:
                         _fill(hidden[t, n], real(0))
                     if previous.size:
                         _fill(previous[t, n], real(0))
                     continue
-                r, z, new = gates[t, n, :H], gates[t, n, H : 2 * H], gates[t, n, 2 * H :]
-                hb, ub = h[b], u_n[b]
+                a, hb, ub = ax[turn * rows + b], h[b], u_n[b]
+                r, z, new = a[:H], a[H : 2 * H], a[2 * H :]
                 if b_hh.size:
                     _add(ub, b_hh[2 * H :])
                 if reset_after:
@@ -330,6 +365,8 @@ def gru_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, hidden, prev
                 else:
                     _add(new, ub)
                 _tanhs(new)
+                if gates.size:
+                    _copy(gates[t, n], a)
                 if hidden.size:
                     _copy(hidden[t, n], ub if reset_after else kept[b])
                 if previous.size:
@@ -408,8 +445,9 @@ def gru_sequence_backward(begin, end, gy, ghn, gates, hidden, previous, w_hh, le
 
 # Parallel over N. As lstm_sequence, with H dot products of H each.
 @cpu(over="N")
-def rnn_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, previous, reverse, relu):
-    T, H = gates.shape[0], h0.shape[1]
+def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, previous, reverse, relu):
+    T, H = x.shape[0], h0.shape[1]
+    ax, xs = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     u, h = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
@@ -417,12 +455,16 @@ def rnn_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, previous, re
             _copy(h[b], h0[first + b])
         for step in range(T):
             t = T - 1 - step if reverse else step
+            turn = step % _steps_ahead(rows)
+            if turn == 0:
+                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
             _products(u, h, w_hh)
             for b in range(rows):
                 n = first + b
-                a, hb = gates[t, n], h[b]
+                a, hb = ax[turn * rows + b], h[b]
                 if lengths.size and t >= lengths[n]:
-                    _fill(a, real(0))
+                    if gates.size:
+                        _fill(gates[t, n], real(0))
                     _fill(y[t, n], real(0))
                     if previous.size:
                         _fill(previous[t, n], real(0))
@@ -437,6 +479,8 @@ def rnn_sequence(begin, end, gates, h0, w_hh, b_hh, lengths, y, hn, previous, re
                     _tanhs(a)
                 if previous.size:
                     _copy(previous[t, n], hb)
+                if gates.size:
+                    _copy(gates[t, n], a)
                 _copy(hb, a)
                 _copy(y[t, n], a)
         for b in range(rows):

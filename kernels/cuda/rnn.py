@@ -9,6 +9,7 @@ time, so that any hidden size works. Every sum is one thread's, in order: no ato
 import math
 
 from ..compile import block, cuda, gpu, inline, real
+from .linear import linear
 
 THREADS = block(512)  # sixteen warps hide the latency of the weights' loads from L2
 TILE = 1024  # values of the state in shared memory
@@ -112,8 +113,19 @@ def _lstm(gates, h0, c0, wt, b_hh, peephole, lengths, y, hn, cn, cells, previous
         cuda.syncthreads()
 
 
-def lstm_sequence(gates, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, cells, previous, reverse, clip):
+# The input's share of the arguments of the gates, for all steps: in `gates`, or in memory of its own where they are not kept.
+def _inputs(x, w_ih, b_ih, gates):
+    T, N, D = x.shape
+    if not gates.size:
+        gates = cuda.device_array((T, N, w_ih.shape[0]), x.dtype)
+    if gates.size:
+        linear(x.reshape((T * N, D)), w_ih, b_ih, gates.reshape((T * N, w_ih.shape[0])))
+    return gates
+
+
+def lstm_sequence(x, w_ih, b_ih, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, gates, cells, previous, reverse, clip):
     if h0.shape[0]:
+        gates = _inputs(x, w_ih, b_ih, gates)
         _lstm[h0.shape[0], THREADS](
             gates, h0, c0, _transposed(w_hh), b_hh, peephole, lengths, y, hn, cn, cells, previous, reverse, clip
         )
@@ -246,8 +258,9 @@ def _gru(gates, h0, wt, b_hh, lengths, y, hn, hidden, previous, kept, product, r
         cuda.syncthreads()
 
 
-def gru_sequence(gates, h0, w_hh, b_hh, lengths, y, hn, hidden, previous, reverse, reset_after):
+def gru_sequence(x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, hidden, previous, reverse, reset_after):
     if h0.shape[0]:
+        gates = _inputs(x, w_ih, b_ih, gates)
         kept, product = cuda.device_array(h0.shape, h0.dtype), cuda.device_array(h0.shape, h0.dtype)
         _gru[h0.shape[0], THREADS](
             gates, h0, _transposed(w_hh), b_hh, lengths, y, hn, hidden, previous, kept, product, reverse, reset_after
@@ -337,8 +350,9 @@ def _rnn(gates, h0, wt, b_hh, lengths, y, hn, previous, reverse, relu):
         cuda.syncthreads()
 
 
-def rnn_sequence(gates, h0, w_hh, b_hh, lengths, y, hn, previous, reverse, relu):
+def rnn_sequence(x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, previous, reverse, relu):
     if h0.shape[0]:
+        gates = _inputs(x, w_ih, b_ih, gates)
         _rnn[h0.shape[0], THREADS](gates, h0, _transposed(w_hh), b_hh, lengths, y, hn, previous, reverse, relu)
 
 

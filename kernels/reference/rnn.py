@@ -1,4 +1,4 @@
-"""Recurrent layers over a sequence, one layer and direction a call; the input's product with its weights comes ready.
+"""Recurrent layers over a sequence, one layer and direction a call.
 
 In all of them `lengths[n]` (absent: T) says how many steps of sample n count. Steps past it leave the state as it is, give
 y = 0 and have no gradient. With `reverse` each sample is walked from its last step that counts to its first. `previous`
@@ -14,6 +14,19 @@ def _steps(T, lengths, reverse):
     """(t, which samples take this step) in the order of the walk; None: all of them."""
     for t in reversed(range(T)) if reverse else range(T):
         yield t, slice(None) if lengths is None else np.flatnonzero(t < lengths)
+
+
+def _input(x, w_ih, b_ih):
+    """The input's share of the arguments of the gates, for all steps."""
+    a = x @ w_ih.T
+    return a if b_ih is None else a + b_ih
+
+
+def _clear(*arrays):
+    """Zeros, for the steps past a sample's length."""
+    for a in arrays:
+        if a is not None:
+            a[...] = 0
 
 
 def _sigmoid(x):
@@ -34,28 +47,29 @@ def _inside(gate, clip, function):
 
 
 @kernel(
-    "+gates[T,N,4*H], h0[N,H], c0[N,H], w_hh[4*H,H], b_hh[4*H]?, peephole[3,H]?, lengths[N]:i64?"
-    " -> y[T,N,H], hn[N,H], cn[N,H], cells[T,N,H]?, previous[T,N,H]?",
+    "x[T,N,D], w_ih[4*H,D], b_ih[4*H]?, h0[N,H], c0[N,H], w_hh[4*H,H], b_hh[4*H]?, peephole[3,H]?, lengths[N]:i64?"
+    " -> y[T,N,H], hn[N,H], cn[N,H], gates[T,N,4*H]?, cells[T,N,H]?, previous[T,N,H]?",
     error="recurrent:T",
-    flops="8*T*N*H*H",
+    flops="8*T*N*H*(D+H)",
 )
-def lstm_sequence(gates, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, cells, previous, reverse: int, clip: float):
-    """Long short-term memory. `gates` holds x W_ih^T + b_ih on the way in, the gates i, f, g, o on the way out.
+def lstm_sequence(
+    x, w_ih, b_ih, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, gates, cells, previous, reverse: int, clip: float
+):
+    """Long short-term memory. `gates` holds i, f, g, o.
 
     i = s(a_i + p_i c), f = s(a_f + p_f c), g = tanh(a_g), c' = f c + i g, o = s(a_o + p_o c'), h' = o tanh(c'), with s the
-    sigmoid and a = gates + h W_hh^T + b_hh; `peephole` holds p_i, p_o, p_f; clip > 0 limits the arguments of the gates to
+    sigmoid and a = x W_ih^T + b_ih + h W_hh^T + b_hh; `peephole` holds p_i, p_o, p_f; clip > 0 limits the arguments of the gates to
     [-clip, clip]. A gate that is exactly 1 (0) keeps (drops) its factor exactly. What is past a sample's length holds 0 in
     gates, cells and previous.
     Source: Hochreiter and Schmidhuber (1997); Gers and Schmidhuber (2000) for the peepholes.
     """
-    T, H = gates.shape[0], h0.shape[1]
+    T, H = x.shape[0], h0.shape[1]
     h, c = h0.copy(), c0.copy()
-    y[...] = 0
-    taken = np.zeros(gates.shape[:2], bool)
+    _clear(y, gates, cells, previous)
     with np.errstate(all="ignore"):
+        a_x = _input(x, w_ih, b_ih)
         for t, n in _steps(T, lengths, reverse):
-            taken[t, n] = True
-            a = gates[t, n] + h[n] @ w_hh.T
+            a = a_x[t, n] + h[n] @ w_hh.T
             if b_hh is not None:
                 a += b_hh
             a_i, a_f, a_g, a_o = (a[:, k * H : (k + 1) * H] for k in range(4))
@@ -66,7 +80,8 @@ def lstm_sequence(gates, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, cells
             g = np.tanh(_limit(a_g, clip))
             after = f * before + i * g
             o = _sigmoid(_limit(a_o + p_o * after if peephole is not None else a_o, clip))
-            gates[t, n] = np.concatenate([i, f, g, o], axis=1)
+            if gates is not None:
+                gates[t, n] = np.concatenate([i, f, g, o], axis=1)
             if previous is not None:
                 previous[t, n] = h[n]
             if cells is not None:
@@ -74,10 +89,6 @@ def lstm_sequence(gates, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, cells
             c[n], h[n] = after, o * np.tanh(after)
             y[t, n] = h[n]
     hn[...], cn[...] = h, c
-    gates[~taken] = 0
-    for a in (cells, previous):
-        if a is not None:
-            a[~taken] = 0
 
 
 @kernel(
@@ -141,32 +152,33 @@ def lstm_peephole_grad(gpre, cells, c0, lengths, gp, reverse: int):
 
 
 @kernel(
-    "+gates[T,N,3*H], h0[N,H], w_hh[3*H,H], b_hh[3*H]?, lengths[N]:i64? -> y[T,N,H], hn[N,H], hidden[T,N,H]?, previous[T,N,H]?",
+    "x[T,N,D], w_ih[3*H,D], b_ih[3*H]?, h0[N,H], w_hh[3*H,H], b_hh[3*H]?, lengths[N]:i64?"
+    " -> y[T,N,H], hn[N,H], gates[T,N,3*H]?, hidden[T,N,H]?, previous[T,N,H]?",
     error="recurrent:T",
-    flops="6*T*N*H*H",
+    flops="6*T*N*H*(D+H)",
 )
-def gru_sequence(gates, h0, w_hh, b_hh, lengths, y, hn, hidden, previous, reverse: int, reset_after: int):
-    """Gated recurrent unit. `gates` holds x W_ih^T + b_ih on the way in, the gates r, z, n on the way out.
+def gru_sequence(x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, hidden, previous, reverse: int, reset_after: int):
+    """Gated recurrent unit. `gates` holds r, z, n.
 
-    r = s(a_r + u_r), z = s(a_z + u_z), h' = (1 - z) n + z h with u = h W_hh^T + b_hh. reset_after: n = tanh(a_n + r u_n) and
-    `hidden` holds u_n; otherwise n = tanh(a_n + (r h) W_hn^T + b_hn) and `hidden` holds r h. What is past a sample's length
-    holds 0 in gates, hidden and previous.
+    r = s(a_r + u_r), z = s(a_z + u_z), h' = (1 - z) n + z h with a = x W_ih^T + b_ih and u = h W_hh^T + b_hh. reset_after:
+    n = tanh(a_n + r u_n) and `hidden` holds u_n; otherwise n = tanh(a_n + (r h) W_hn^T + b_hn) and `hidden` holds r h. What is
+    past a sample's length holds 0 in gates, hidden and previous.
     Source: Cho et al. (2014), its version with the reset before the product; cuDNN's and torch's resets after it.
     """
-    T, H = gates.shape[0], h0.shape[1]
+    T, H = x.shape[0], h0.shape[1]
     h = h0.copy()
     b = np.zeros(3 * H, h0.dtype) if b_hh is None else b_hh
-    y[...] = 0
-    taken = np.zeros(gates.shape[:2], bool)
+    _clear(y, gates, hidden, previous)
     with np.errstate(all="ignore"):
+        a_x = _input(x, w_ih, b_ih)
         for t, n in _steps(T, lengths, reverse):
-            taken[t, n] = True
-            a, before = gates[t, n], h[n]
+            a, before = a_x[t, n], h[n]
             u = before @ w_hh[: 2 * H].T + b[: 2 * H]
             r, z = _sigmoid(a[:, :H] + u[:, :H]), _sigmoid(a[:, H : 2 * H] + u[:, H:])
             kept = before @ w_hh[2 * H :].T + b[2 * H :] if reset_after else r * before
             new = np.tanh(a[:, 2 * H :] + (r * kept if reset_after else kept @ w_hh[2 * H :].T + b[2 * H :]))
-            gates[t, n] = np.concatenate([r, z, new], axis=1)
+            if gates is not None:
+                gates[t, n] = np.concatenate([r, z, new], axis=1)
             if hidden is not None:
                 hidden[t, n] = kept
             if previous is not None:
@@ -174,10 +186,6 @@ def gru_sequence(gates, h0, w_hh, b_hh, lengths, y, hn, hidden, previous, revers
             h[n] = (1 - z) * new + z * before
             y[t, n] = h[n]
     hn[...] = h
-    gates[~taken] = 0
-    for a in (hidden, previous):
-        if a is not None:
-            a[~taken] = 0
 
 
 @kernel(
@@ -215,33 +223,32 @@ def gru_sequence_backward(gy, ghn, gates, hidden, previous, w_hh, lengths, gpre,
 
 
 @kernel(
-    "+gates[T,N,H], h0[N,H], w_hh[H,H], b_hh[H]?, lengths[N]:i64? -> y[T,N,H], hn[N,H], previous[T,N,H]?",
+    "x[T,N,D], w_ih[H,D], b_ih[H]?, h0[N,H], w_hh[H,H], b_hh[H]?, lengths[N]:i64?"
+    " -> y[T,N,H], hn[N,H], gates[T,N,H]?, previous[T,N,H]?",
     error="recurrent:T",
-    flops="2*T*N*H*H",
+    flops="2*T*N*H*(D+H)",
 )
-def rnn_sequence(gates, h0, w_hh, b_hh, lengths, y, hn, previous, reverse: int, relu: int):
-    """The plain recurrent layer: h' = tanh(a), or max(0, a) with `relu`, of a = gates + h W_hh^T + b_hh.
+def rnn_sequence(x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gates, previous, reverse: int, relu: int):
+    """The plain recurrent layer: h' = tanh(a), or max(0, a) with `relu`, of a = x W_ih^T + b_ih + h W_hh^T + b_hh.
 
-    `gates` holds x W_ih^T + b_ih on the way in and h' on the way out, 0 past a sample's length, as `previous` does.
+    `gates` holds h' as `y` does. What is past a sample's length holds 0 in gates and previous.
     Source: Elman (1990).
     """
     h = h0.copy()
-    y[...] = 0
-    taken = np.zeros(gates.shape[:2], bool)
+    _clear(y, gates, previous)
     with np.errstate(all="ignore"):
-        for t, n in _steps(gates.shape[0], lengths, reverse):
-            taken[t, n] = True
-            a = gates[t, n] + h[n] @ w_hh.T
+        a_x = _input(x, w_ih, b_ih)
+        for t, n in _steps(x.shape[0], lengths, reverse):
+            a = a_x[t, n] + h[n] @ w_hh.T
             if b_hh is not None:
                 a += b_hh
             if previous is not None:
                 previous[t, n] = h[n]
             h[n] = np.maximum(a, 0) if relu else np.tanh(a)
-            gates[t, n] = y[t, n] = h[n]
+            y[t, n] = h[n]
+            if gates is not None:
+                gates[t, n] = h[n]
     hn[...] = h
-    gates[~taken] = 0
-    if previous is not None:
-        previous[~taken] = 0
 
 
 @kernel(

@@ -1,7 +1,7 @@
 """Recurrent layers: plain, LSTM and GRU over sequences, and their single steps.
 
-A layer is two parts: the input's product with its weights for all steps at once (kernel `linear`), then the walk over the
-steps (kernels `lstm_sequence`, `gru_sequence`, `rnn_sequence`). Their gradients go the same way back.
+A layer is one walk over the steps (kernels `lstm_sequence`, `gru_sequence`, `rnn_sequence`), and one back; the gradients of
+input, weights and biases are then products over all steps at once.
 """
 
 from __future__ import annotations
@@ -153,20 +153,20 @@ def _forward(run: _Run, training: bool) -> tuple[Any, Any, Any]:
         outputs = []
         for k in range(first, first + run.directions):
             layer = run.layers[k]
-            gates, y = call.empty((T, N, G * H)), call.empty((T, N, H))
-            rows = T * N
-            call.run("linear", x.reshape((rows, x.shape[2])), layer.w_ih, layer.b_ih, gates.reshape((rows, G * H)))
+            y = call.empty((T, N, H))
+            gates = call.empty((T, N, G * H)) if training else None
             kept = call.empty((T, N, H)) if training and run.kind != "rnn" else None
             previous = call.empty((T, N, H)) if training else None
-            common = (layer.w_hh, layer.b_hh)
+            inputs, hidden = (x, layer.w_ih, layer.b_ih, layer.h0), (layer.w_hh, layer.b_hh)
             arrays: tuple[Any, ...]
             if run.kind == "lstm":
-                arrays = (gates, layer.h0, layer.c0, *common, layer.peephole, run.lengths, y, h_n[k], c_n[k], kept, previous)
+                inputs, hidden = (*inputs, layer.c0), (*hidden, layer.peephole)
+                arrays = (y, h_n[k], c_n[k], gates, kept, previous)
             elif run.kind == "gru":
-                arrays = (gates, layer.h0, *common, run.lengths, y, h_n[k], kept, previous)
+                arrays = (y, h_n[k], gates, kept, previous)
             else:
-                arrays = (gates, layer.h0, *common, run.lengths, y, h_n[k], previous)
-            call.run(f"{run.kind}_sequence", *arrays, reverse=layer.reverse, **run.options)
+                arrays = (y, h_n[k], gates, previous)
+            call.run(f"{run.kind}_sequence", *inputs, *hidden, run.lengths, *arrays, reverse=layer.reverse, **run.options)
             if training:
                 layer.x, layer.gates, layer.kept, layer.previous = x, gates, kept, previous
             outputs.append(y)
