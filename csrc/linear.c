@@ -101,11 +101,20 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
         for (int64_t i = width; i < step; i++) panel[k * step + i] = 0;
 }
 
+/* Columns of A that lie side by side: four panels at a time, so that a cache line is used whole while it is near. */
 static void pack_rows(int64_t rows, int64_t depth, const real *a, int64_t a_row, int64_t a_col, real *packed)
 {
     for (int64_t m = 0, n; m < rows; m += n) {
-        n = gemm_rows(rows - m);
-        gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
+        int64_t panels = 0;
+        for (int64_t left = rows - m; a_row == 1 && panels < 4 && left >= GEMM_ROWS && gemm_rows(left) == GEMM_ROWS;
+             panels++)
+            left -= GEMM_ROWS;
+        n = panels ? panels * GEMM_ROWS : gemm_rows(rows - m);
+        if (!panels) gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
+        for (int64_t k = 0; k < depth && panels; k++)
+            for (int64_t p = 0; p < panels; p++)
+                memcpy(packed + (m + p * GEMM_ROWS) * depth + k * GEMM_ROWS, a + m + p * GEMM_ROWS + k * a_col,
+                       GEMM_ROWS * sizeof(real));
     }
 }
 static void pack_columns(int64_t columns, int64_t depth, const real *b, int64_t b_row, int64_t b_col, real *packed)
@@ -414,7 +423,7 @@ static void choose_blocks(gemm_job *j)
         if (tasks >= 32 || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
         int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
         if (columns >= rows && columns >= 4 * GEMM_COLUMNS) j->column_blocks *= 2;
-        else if (rows >= 4 * GEMM_ROWS) j->row_blocks *= 2;
+        else if (rows >= (g->a_col == 1 ? 4 : 16) * GEMM_ROWS) j->row_blocks *= 2; /* packed by whole cache lines */
         else return;
     }
 }

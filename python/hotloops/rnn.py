@@ -160,13 +160,12 @@ def _forward(run: _Run, training: bool) -> tuple[Any, Any, Any]:
             inputs, hidden = (x, layer.w_ih, layer.b_ih, layer.h0), (layer.w_hh, layer.b_hh)
             arrays: tuple[Any, ...]
             if run.kind == "lstm":
-                inputs, hidden = (*inputs, layer.c0), (*hidden, layer.peephole)
-                arrays = (y, h_n[k], c_n[k], gates, kept, previous)
+                arrays = (*inputs, layer.c0, *hidden, layer.peephole, run.lengths, y, h_n[k], c_n[k], gates, kept, previous)
             elif run.kind == "gru":
-                arrays = (y, h_n[k], gates, kept, previous)
+                arrays = (*inputs, *hidden, run.lengths, y, h_n[k], gates, kept, previous)
             else:
-                arrays = (y, h_n[k], gates, previous)
-            call.run(f"{run.kind}_sequence", *inputs, *hidden, run.lengths, *arrays, reverse=layer.reverse, **run.options)
+                arrays = (*inputs, *hidden, run.lengths, y, h_n[k], gates, previous)
+            call.run(f"{run.kind}_sequence", *arrays, reverse=layer.reverse, **run.options)
             if training:
                 layer.x, layer.gates, layer.kept, layer.previous = x, gates, kept, previous
             outputs.append(y)
