@@ -169,7 +169,7 @@ static inline __attribute__((always_inline)) vreal vquotient(vreal a, vreal b)
 #endif
 }
 
-/* tanh and the sigmoid for the gates of recurrent layers: as above but for less, 3 units in the last place; what is below
+/* tanh and the sigmoid for the gates of recurrent layers: as above but for less, 4 units in the last place; what is below
  * the smallest normal number counts as 0.
  *
  * tanh(|x|) = -m / (2 + m) with m = exp(-2 |x|) - 1, which keeps its digits near 0: m = 2^n (e^r - 1) + (2^n - 1). */
