@@ -288,6 +288,6 @@ def _runs(op, guess):
     return False
 
 
-for _name, _op in vars(hl).items():
+for _name, _op in list(vars(hl).items()):  # a guess may import what hotloops imports late
     if hasattr(_op, "signature") and not _name.startswith("_") and _name not in CALLS:
         CALLS.update([(_name, guess) for guess in _guesses(_op) if _runs(_op, guess)][:1])

@@ -120,6 +120,9 @@ def num_threads(n: int) -> Iterator[None]:
         set_num_threads(before)
 
 
+VECTORS = 64  # elements, a multiple of what one round of a compiled loop takes on any instruction set
+
+
 def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None:
     """Calls work(begin, end) on ranges that cover [0, n), on several threads when `parallel` says that it pays."""
     global _pool
@@ -133,7 +136,10 @@ def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None
 
             _pool = ThreadPoolExecutor(max(threads, get_num_threads()) - 1, thread_name_prefix="hotloops")
         pool = _pool
-    bounds = [n * i // threads for i in range(threads + 1)]
+    # A loop over elements becomes vectors and a tail that may round differently: long ranges begin at whole vectors, so that
+    # the tail is the same elements for any number of threads.
+    step = VECTORS if n >= VECTORS**2 * threads else 1
+    bounds = [n * i // threads // step * step for i in range(threads)] + [n]
 
     def part(i: int) -> None:
         _inside.yes = True
