@@ -533,8 +533,11 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
     return status;
 }
 
-static job forward_job(const hl_attention_plan *p)
+/* From the plan of attention or of one of its gradients, which have the same members. */
+static job job_of(const void *plan)
 {
+    hl_attention_plan copy, *p = &copy;
+    memcpy(p, plan, sizeof copy);
     job j = {.B = p->B,
              .H = p->H,
              .L = p->L,
@@ -569,7 +572,7 @@ static int64_t block_grain(const job *j, int64_t depth)
 int HL(attention)(const hl_attention_plan *p, const real *q, const real *k, const real *v, const real *bias,
                   const uint8_t *allowed, real *y, real *lse)
 {
-    job j = forward_job(p);
+    job j = job_of(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y = y, j.lse = lse;
     if (is_empty(&j)) return HL_OK;
     return hl_parallel_for(block_count(&j), block_grain(&j, j.D + j.E), query_blocks, &j);
@@ -617,27 +620,10 @@ static int weight_blocks(int64_t begin, int64_t end, void *context)
 int HL(attention_weights)(const hl_attention_weights_plan *p, const real *q, const real *k, const real *bias,
                           const uint8_t *allowed, const real *lse, real *w)
 {
-    job j = {.B = p->B,
-             .H = p->H,
-             .L = p->L,
-             .D = p->D,
-             .G = p->G,
-             .S = p->S,
-             .MB = p->MB,
-             .MH = p->MH,
-             .ML = p->ML,
-             .scale = (real)p->scale,
-             .softcap = (real)p->softcap,
-             .left = p->left,
-             .right = p->right,
-             .q = q,
-             .k = k,
-             .bias = bias,
-             .allowed = allowed,
-             .lse_in = lse,
-             .w = w};
+    job j = job_of(&(hl_attention_plan){p->B, p->H, p->L, p->D, p->G, p->S, 0, p->MB, p->MH, p->ML, p->scale,
+                                        p->softcap, p->left, p->right, 0, 1, 0});
+    j.q = q, j.k = k, j.bias = bias, j.allowed = allowed, j.lse_in = lse, j.w = w;
     if (is_empty(&j)) return HL_OK;
-    choose_strip(&j);
     return hl_parallel_for(block_count(&j), block_grain(&j, j.D + 32), weight_blocks, &j);
 }
 
@@ -826,9 +812,7 @@ int HL(attention_backward)(const hl_attention_backward_plan *p, const real *q, c
                            const real *bias, const uint8_t *allowed, const real *y, const real *lse, const real *gy,
                            real *gq, real *gk, real *gv)
 {
-    hl_attention_plan forward;
-    memcpy(&forward, p, sizeof forward);
-    job j = forward_job(&forward);
+    job j = job_of(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y_in = y, j.lse_in = lse, j.gy = gy;
     j.gq = gq, j.gk = gk, j.gv = gv;
     int64_t heads = j.B * j.G, size = j.B * j.H * j.L * j.D;
@@ -883,9 +867,7 @@ static int mask_tiles(int64_t begin, int64_t end, void *context)
 int HL(attention_grad_bias)(const hl_attention_grad_bias_plan *p, const real *q, const real *k, const real *v,
                             const real *bias, const real *y, const real *lse, const real *gy, real *gbias)
 {
-    hl_attention_plan forward;
-    memcpy(&forward, p, sizeof forward);
-    job j = forward_job(&forward);
+    job j = job_of(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.y_in = y, j.lse_in = lse, j.gy = gy, j.gbias = gbias;
     return hl_parallel_for(j.MB * j.MH * ((j.S + KEYS - 1) / KEYS), 1, mask_tiles, &j);
 }

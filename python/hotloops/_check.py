@@ -183,7 +183,9 @@ def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         and array.flags.aligned
     ):
         return array
-    return np.array(array, dtype=dtype, order="C", copy=True, subok=False)
+    copy = _memory.empty(array.shape, dtype)
+    np.copyto(copy, array, casting="unsafe")
+    return copy
 
 
 class Call:
