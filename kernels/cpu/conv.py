@@ -1,6 +1,6 @@
 """Convolution, its gradients, and the patches that it is made of.
 
-Where a group has four filters or more, everything is one small matrix product, `_product`, on panels of TILE positions:
+Where a group has four filters or more, everything is one small matrix product, `multiply`, on panels of TILE positions:
 the patches of a tile (never of the whole image) are packed into rows that the product reads one after the other. With fewer
 filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
 """
@@ -10,10 +10,8 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
+from .panels import DEPTH, NARROW, TILE, end_with_zeros, fours, multiply, multiply_narrow
 
-TILE = 128  # positions of a panel: a constant, so that the compiler sees how far rows are apart
-NARROW = 64  # filters of a panel of gradients
-DEPTH = 1024  # rows of a panel: 512 KiB in float32, half of a second-level cache
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
 
 
@@ -32,53 +30,11 @@ def _four_rows(turned, c, rows, taps, tap, pitch, start):
     return turned[at:], turned[one:], turned[two:], turned[three:]
 
 
-def _product(width):
-    """The product of four rows with a panel whose rows are `width` long: a constant, so that sweeps need no tail."""
-
-    @inline
-    def multiply(row0, row1, row2, row3, depth, panel, sums):
-        """sums[i, t] += the sum over k of row_i[k] panel[k, t], for k < depth, a multiple of four.
-
-        Four rows by four k in each sweep: sixteen multiply-adds for eight loads and four stores.
-        """
-        for k in range(0, depth, 4):
-            a, b, c, d = row0[k : k + 4], row1[k : k + 4], row2[k : k + 4], row3[k : k + 4]
-            a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-            b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
-            c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
-            d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-            p = panel[k * width : (k + 4) * width]
-            for t in range(width):
-                p0, p1, p2, p3 = p[t], p[t + width], p[t + 2 * width], p[t + 3 * width]
-                sums[t] += a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
-                sums[t + width] += b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
-                sums[t + 2 * width] += c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
-                sums[t + 3 * width] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
-
-    return multiply
-
-
-_multiply = _product(TILE)
-_multiply_narrow = _product(NARROW)
-
-
-@inline
-def _fours(n):
-    """n, or the next multiple of four: what is missing of a product's depth are zeros."""
-    return (n + 3) // 4 * 4
-
-
-@inline
-def _end_with_zeros(panel, depth, width):
-    for i in range(depth * width, _fours(depth) * width):
-        panel[i] = real(0)
-
-
 @inline
 def _turn_weights(w):
-    """w[F, CG, taps] of one group as [CG, taps, _fours(F)], flat."""
+    """w[F, CG, taps] of one group as [CG, taps, fours(F)], flat."""
     F, CG, taps = w.shape
-    depth = _fours(F)
+    depth = fours(F)
     turned = np.zeros(CG * taps * depth, w.dtype)
     for c in range(CG):
         for tap in range(taps):
@@ -256,7 +212,7 @@ def conv(
     size = out[0] * out[1] * out[2]
     tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
-    pitch = _fours(step * taps)
+    pitch = fours(step * taps)
     panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
     w3, y3, row = w.reshape((F, CG, taps)), y.reshape((N, F, size)), np.zeros(4 * pitch, x.dtype)
     packed = -1
@@ -270,7 +226,7 @@ def conv(
             depth = channels * taps
             if packed != tile or CG > step:
                 _pack(x, g * CG + channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
-                _end_with_zeros(panel, depth, TILE)
+                end_with_zeros(panel, depth, TILE)
                 packed = tile
             for f in range(f_begin, f_end, 4):
                 rows = min(4, f_end - f)
@@ -282,10 +238,10 @@ def conv(
                     source = source.reshape(depth)
                     for k in range(depth):
                         to[k] = source[k]
-                    for k in range(i * pitch + depth, i * pitch + _fours(depth)):
+                    for k in range(i * pitch + depth, i * pitch + fours(depth)):
                         row[k] = real(0)
-                _multiply(
-                    row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], _fours(depth), panel, sums
+                multiply(
+                    row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], fours(depth), panel, sums
                 )
                 t = 0
                 while t < count:  # a run of positions in one image
@@ -371,7 +327,7 @@ def conv_grad_input(
     D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
     size = OD * OH * OW
     blocks = (CG + 15) // 16
-    pitch = _fours(FG)
+    pitch = fours(FG)
     panel, sums = np.empty(min(pitch, DEPTH) * TILE, gx.dtype), np.empty(4 * TILE, gx.dtype)
     w4, gy3 = w.reshape((groups, FG, CG, taps)), gy.reshape((N, F, size))
     turned, group = np.empty(0, gx.dtype), -1
@@ -393,14 +349,14 @@ def conv_grad_input(
                     source, to = gy3[n, g * FG + start + k, first : first + count], panel[k * TILE : k * TILE + count]
                     for t in range(count):
                         to[t] = source[t]
-                _end_with_zeros(panel, depth, TILE)
+                end_with_zeros(panel, depth, TILE)
                 for c in range(c_begin, c_end, 4):
                     rows = min(4, c_end - c)
                     for tap in range(taps):
                         for t in range(4 * TILE):
                             sums[t] = real(0)
                         r0, r1, r2, r3 = _four_rows(turned, c, rows, taps, tap, pitch, start)
-                        _multiply(r0, r1, r2, r3, _fours(depth), panel, sums)
+                        multiply(r0, r1, r2, r3, fours(depth), panel, sums)
                         kd, kh, kw = tap // KW // KH, tap // KW % KH, tap % KW
                         left = pad[2] - kw * dilation[2]
                         low, high = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
@@ -502,7 +458,7 @@ def conv_grad_weight(
     gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
     step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
     panel, turned = np.empty(step * taps * TILE, x.dtype), np.empty(TILE * NARROW, x.dtype)
-    sums = np.empty((FG + NARROW - 1) // NARROW * _fours(step * taps) * NARROW, x.dtype)
+    sums = np.empty((FG + NARROW - 1) // NARROW * fours(step * taps) * NARROW, x.dtype)
     channel = begin
     while channel < end:
         channels = min(step, end - channel, (channel // CG + 1) * CG - channel)
@@ -521,7 +477,7 @@ def _add_products(gy, f_begin, filters, first, count, panel, rows, turned, sums)
     """sums[block of filters, row, filter] += the sum over t < count of panel[row, t] and gy at position first + t."""
     size = gy.shape[2]
     for k in range(rows):  # the depth of the products is a multiple of four
-        for t in range(k * TILE + count, k * TILE + _fours(count)):
+        for t in range(k * TILE + count, k * TILE + fours(count)):
             panel[t] = real(0)
     for block in range((filters + NARROW - 1) // NARROW):
         width = min(NARROW, filters - block * NARROW)
@@ -534,12 +490,12 @@ def _add_products(gy, f_begin, filters, first, count, panel, rows, turned, sums)
                 for j in range(run):
                     to[j * NARROW] = line[j]
             t += run
-        _end_with_zeros(turned, count, NARROW)
+        end_with_zeros(turned, count, NARROW)
         for k in range(0, rows, 4):
-            part = sums[(block * _fours(rows) + k) * NARROW : (block * _fours(rows) + k + 4) * NARROW]
+            part = sums[(block * fours(rows) + k) * NARROW : (block * fours(rows) + k + 4) * NARROW]
             r1, r2, r3 = min(k + 1, rows - 1), min(k + 2, rows - 1), min(k + 3, rows - 1)
-            _multiply_narrow(
-                panel[k * TILE :], panel[r1 * TILE :], panel[r2 * TILE :], panel[r3 * TILE :], _fours(count), turned, part
+            multiply_narrow(
+                panel[k * TILE :], panel[r1 * TILE :], panel[r2 * TILE :], panel[r3 * TILE :], fours(count), turned, part
             )
 
 
@@ -548,7 +504,7 @@ def _write_sums(sums, f_begin, filters, channel, channels, gw):
     """gw[f, c, tap] from the sums of _add_products."""
     taps = gw.shape[2]
     for f in range(filters):
-        at = (f // NARROW * _fours(channels * taps)) * NARROW + f % NARROW
+        at = (f // NARROW * fours(channels * taps)) * NARROW + f % NARROW
         for c in range(channels):
             for k in range(taps):
                 gw[f_begin + f, channel + c, k] = sums[at + (c * taps + k) * NARROW]
@@ -802,7 +758,7 @@ def _pack_filters(w, f, rows, channel, channels, row, pitch):
         to = row[i * pitch : (i + 1) * pitch]
         for k in range(channels * taps):
             to[k] = source[k]
-        for k in range(channels * taps, _fours(channels * taps)):
+        for k in range(channels * taps, fours(channels * taps)):
             to[k] = real(0)
 
 
@@ -819,7 +775,7 @@ def deform_conv(
     tiles, per_group = (size + TILE - 1) // TILE, max(C // OG, 1)
     stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
-    pitch = _fours(step * taps)
+    pitch = fours(step * taps)
     panel, sums, row = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype), np.empty(4 * pitch, x.dtype)
     at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
     way, scale = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype)
@@ -844,18 +800,18 @@ def deform_conv(
                     for tap in range(taps):
                         _sample(x3[n, c], at[tap], weight[tap], scale[tap], count, panel[(k * taps + tap) * TILE :])
                 depth = channels * taps
-                _end_with_zeros(panel, depth, TILE)
+                end_with_zeros(panel, depth, TILE)
                 for f in range(g * FG, (g + 1) * FG, 4):
                     rows = min(4, (g + 1) * FG - f)
                     _pack_filters(w3, f, rows, start, channels, row, pitch)
                     for t in range(4 * TILE):
                         sums[t] = real(0)
-                    _multiply(
+                    multiply(
                         row[:pitch],
                         row[pitch : 2 * pitch],
                         row[2 * pitch : 3 * pitch],
                         row[3 * pitch :],
-                        _fours(depth),
+                        fours(depth),
                         panel,
                         sums,
                     )
@@ -881,7 +837,7 @@ def deform_conv_grad_samples(
     (N, C, H, W), (F, CG, KH, KW), OG = x.shape, w.shape, offset.shape[1]
     FG, taps, size, per_group = F // groups, KH * KW, gy.shape[2] * gy.shape[3], C // OG
     stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    pitch = _fours(FG)
+    pitch = fours(FG)
     panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
     at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
     way, scale, slope = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype), np.empty((taps, 3, TILE), x.dtype)
@@ -923,13 +879,13 @@ def deform_conv_grad_samples(
                     source, to = gy3[n, g * FG + f, first : first + count], panel[f * TILE : f * TILE + count]
                     for t in range(count):
                         to[t] = source[t]
-                _end_with_zeros(panel, FG, TILE)
+                end_with_zeros(panel, FG, TILE)
                 last = stop * taps - 1
                 for k in range(c * taps, stop * taps, 4):
                     for t in range(4 * TILE):
                         sums[t] = real(0)
                     r1, r2, r3 = min(k + 1, last), min(k + 2, last), min(k + 3, last)
-                    _multiply(
+                    multiply(
                         turned[k * pitch :], turned[r1 * pitch :], turned[r2 * pitch :], turned[r3 * pitch :], pitch, panel, sums
                     )
                     for i in range(min(4, last + 1 - k)):

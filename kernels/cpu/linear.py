@@ -1,140 +1,206 @@
-"""Matrix products of dense layers, and dropout."""
+"""Matrix products of dense layers, and dropout.
+
+Every product goes tile by tile of TILE columns: a piece of the right factor is packed into a panel, which stays in the second
+cache while rows of the left factor pass by in fours. Where there are few rows, packing would cost more than the product; if the
+right factor then lies along the sum, each element is a dot product.
+"""
 
 import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import random24
+from .panels import DEPTH, NARROW, TILE, end_with_zeros, fours, multiply, multiply_narrow
 
-ROWS, DEPTH = 32, 128  # a task is ROWS rows of the result; a piece of DEPTH rows of the right factor is used ROWS times
+ROWS = 32  # of the left factor, in one unit of work
+FEW = 16  # rows for which a panel does not pay: it costs as much as some 16 rows of the product
+
+U = np.uint64  # for indices that need no test for being negative
 
 
-# c[m] += sum over k < depth of a[m, k0 + k] b[b0 + k] for m0 <= m < m1. Two rows of c and four of b in the inner loop: six
-# reads and two writes for eight multiply-adds, all along n.
 @inline
-def product(a, b, c, m0, m1, k0, b0, depth):
-    N = c.shape[1]
-    for m in range(m0, m1 - 1, 2):
-        for k in range(0, depth - 3, 4):
-            j, i = b0 + k, k0 + k
-            p0, p1, p2, p3 = a[m, i], a[m, i + 1], a[m, i + 2], a[m, i + 3]
-            q0, q1, q2, q3 = a[m + 1, i], a[m + 1, i + 1], a[m + 1, i + 2], a[m + 1, i + 3]
-            for n in range(N):
-                b0n, b1n, b2n, b3n = b[j, n], b[j + 1, n], b[j + 2, n], b[j + 3, n]
-                c[m, n] += p0 * b0n + p1 * b1n + p2 * b2n + p3 * b3n
-                c[m + 1, n] += q0 * b0n + q1 * b1n + q2 * b2n + q3 * b3n
-        for k in range(depth // 4 * 4, depth):
-            p, q = a[m, k0 + k], a[m + 1, k0 + k]
-            for n in range(N):
-                c[m, n] += p * b[b0 + k, n]
-                c[m + 1, n] += q * b[b0 + k, n]
-    for m in range(m0 + (m1 - m0) // 2 * 2, m1):
+def pack(b, at, row, column, depth, columns, panel, width):
+    """panel[k, n] = b[at + k * row + n * column]; zeros in the columns that are missing."""
+    for k in range(depth if columns < width else 0):
+        for n in range(columns, width):
+            panel[U(k * width) + U(n)] = real(0)
+    if column == 1:
         for k in range(depth):
-            p = a[m, k0 + k]
-            for n in range(N):
-                c[m, n] += p * b[b0 + k, n]
+            to, start = U(k * width), U(at + k * row)
+            for n in range(columns):
+                panel[to + U(n)] = b[start + U(n)]
+    else:  # eight columns at a time: of a whole row every element may fall into the same few cache lines
+        for n0 in range(0, columns, 8):
+            for k in range(depth):
+                for n in range(n0, min(n0 + 8, columns)):
+                    panel[U(k * width + n)] = b[U(at + k * row + n * column)]
 
 
-# piece[k, n] = b[n, k0 + k]: a piece of the transposed b, eight columns at a time: in one column of a piece whose width is a
-# power of two every element falls into the same few cache lines.
 @inline
-def transpose(b, k0, depth, piece):
-    N = b.shape[0]
-    for n0 in range(0, N, 8):
-        for k in range(depth):
-            for n in range(n0, min(n0 + 8, N)):
-                piece[k, n] = b[n, k0 + k]
+def pack_rows(a, at, row, column, rows, depth, pitch, to):
+    """to[i, k] = a[at + i * row + k * column] for four rows, of which the last is repeated; zeros behind a row."""
+    for i in range(4):
+        start, line = U(at + min(i, rows - 1) * row), U(i * pitch)
+        if column == 1:
+            for k in range(depth):
+                to[line + U(k)] = a[start + U(k)]
+        else:
+            for k in range(depth):
+                to[line + U(k)] = a[start + U(k * column)]
+        for k in range(depth, fours(depth)):
+            to[line + U(k)] = real(0)
 
 
-# Parallel over blocks of rows of x. w is transposed piece by piece, so that n lies side by side. Reads w once per ROWS rows.
-@cpu(over="(M+31)//32")
+@inline
+def start_sums(bias, n, columns, sums, width):
+    for i in range(4 * width):
+        sums[i] = real(0)
+    for i in range(4 if bias.size > 0 else 0):
+        for k in range(columns):
+            sums[U(i * width) + U(k)] = bias[U(n) + U(k)]
+
+
+@inline
+def put(sums, width, rows, columns, y, at, pitch, first):
+    """y = sums, or y += sums after the first panel."""
+    for i in range(rows):
+        source, to = U(i * width), U(at + i * pitch)
+        if first:
+            for n in range(columns):
+                y[to + U(n)] = sums[source + U(n)]
+        else:
+            for n in range(columns):
+                y[to + U(n)] += sums[source + U(n)]
+
+
+@inline
+def dots(a, at, row, b, b_at, step, K, rows, columns, bias, n, y, y_at, pitch):
+    """y[i, j] = bias[n + j] + the sum over k of a[at + i * row + k] b[b_at + j * step + k], four rows (or one) at once."""
+    for i in range(0, rows, 4):
+        r0, some = U(at + i * row), min(4, rows - i)
+        r1, r2, r3 = r0 + U(min(1, some - 1) * row), r0 + U(min(2, some - 1) * row), r0 + U((some - 1) * row)
+        for j in range(columns):
+            line, t0, t1, t2, t3 = U(b_at + j * step), real(0), real(0), real(0), real(0)
+            if some == 1:
+                for k in range(K):
+                    t0 += a[r0 + U(k)] * b[line + U(k)]
+            else:
+                for k in range(K):
+                    v = b[line + U(k)]
+                    t0 += a[r0 + U(k)] * v
+                    t1 += a[r1 + U(k)] * v
+                    t2 += a[r2 + U(k)] * v
+                    t3 += a[r3 + U(k)] * v
+            start = bias[n + j] if bias.size > 0 else real(0)
+            for r in range(some):
+                y[y_at + (i + r) * pitch + j] = start + (
+                    t0 if r == 0 else t1 if r == 1 and some > 2 else t2 if r == 2 and some > 3 else t3
+                )
+
+
+@inline
+def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K):
+    """y[batch, m, n] = the sum over k of a b, + bias[n], for units of ROWS rows x TILE columns. a, b and y are flat; the strides
+    are those of a batch, of m or k, of k or n."""
+    blocks, tiles = (M + ROWS - 1) // ROWS, (N + TILE - 1) // TILE
+    width = TILE if N > NARROW else NARROW
+    pitch, few = fours(min(DEPTH, K)), M <= FEW and b_strides[1] == 1 and a_strides[2] == 1
+    panel, four, sums = np.empty(pitch * TILE, y.dtype), np.empty(4 * pitch, y.dtype), np.empty(4 * TILE, y.dtype)
+    unit = begin
+    while unit < end:
+        batch, n, block = unit // blocks // tiles, unit // blocks % tiles * TILE, unit % blocks
+        units = min(blocks - block, end - unit)  # of this tile
+        first, last, columns = block * ROWS, min((block + units) * ROWS, M), min(TILE, N - n)
+        unit += units
+        a_at, b_at, y_at = batch * a_strides[0], batch * b_strides[0] + n * b_strides[2], batch * M * N + n
+        if few:
+            dots(a, a_at, a_strides[1], b, b_at, b_strides[2], K, M, columns, bias, n, y, y_at, N)
+            continue
+        for k in range(0, max(K, 1), DEPTH):
+            depth = min(DEPTH, K - k)
+            pack(b, b_at + k * b_strides[1], b_strides[1], b_strides[2], depth, columns, panel, width)
+            end_with_zeros(panel, depth, width)
+            for m in range(first, last, 4):
+                rows = min(4, last - m)
+                pack_rows(a, a_at + m * a_strides[1] + k * a_strides[2], a_strides[1], a_strides[2], rows, depth, pitch, four)
+                start_sums(bias if k == 0 else bias[:0], n, columns, sums, width)
+                r0, r1, r2, r3 = four[:pitch], four[pitch : 2 * pitch], four[2 * pitch : 3 * pitch], four[3 * pitch :]
+                if width == TILE:
+                    multiply(r0, r1, r2, r3, fours(depth), panel, sums)
+                else:
+                    multiply_narrow(r0, r1, r2, r3, fours(depth), panel, sums)
+                put(sums, width, rows, columns, y, y_at + m * N, N, k == 0)
+
+
+# Parallel over tiles of columns x blocks of rows. Reads w once per range of rows (packed), x once per tile.
+# Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
+@cpu(over="((M+31)//32)*((N+127)//128)")
 def linear(begin, end, x, w, b, y):
     M, K, N = x.shape[0], x.shape[1], w.shape[0]
-    piece = np.empty((min(DEPTH, K), N), x.dtype)
-    for block in range(begin, end):
-        first, last = block * ROWS, min(block * ROWS + ROWS, M)
-        for m in range(first, last):
-            for n in range(N):
-                y[m, n] = b[n] if b.size > 0 else real(0)
-        for k0 in range(0, K, DEPTH):
-            depth = min(DEPTH, K - k0)
-            transpose(w, k0, depth, piece)
-            product(x, piece, y, first, last, k0, 0, depth)
+    products(begin, end, x.reshape(x.size), (0, K, 1), w.reshape(w.size), (0, 1, K), b, y.reshape(y.size), M, N, K)
 
 
-# Parallel over blocks of rows of gw. Reads x once per ROWS rows of gw; gy down its columns.
-@cpu(over="(N+31)//32")
+# As linear; gy is read down its columns.
+@cpu(over="((N+31)//32)*((K+127)//128)")
 def linear_grad_weight(begin, end, gy, x, gw):
-    M, N, columns = gy.shape[0], gy.shape[1], gy.T
-    for block in range(begin, end):
-        first, last = block * ROWS, min(block * ROWS + ROWS, N)
-        gw[first:last] = real(0)
-        for k0 in range(0, M, DEPTH):
-            product(columns, x, gw, first, last, k0, k0, min(DEPTH, M - k0))
+    M, N, K = gy.shape[0], gy.shape[1], x.shape[1]
+    none = np.empty(0, gy.dtype)
+    products(begin, end, gy.reshape(gy.size), (0, 1, N), x.reshape(x.size), (0, K, 1), none, gw.reshape(gw.size), N, K, M)
 
 
-# Parallel over blocks of rows of gx. Reads w once per ROWS rows.
-@cpu(over="(M+31)//32")
+# As linear.
+@cpu(over="((M+31)//32)*((K+127)//128)")
 def linear_grad_input(begin, end, gy, w, gx):
-    M, N = gy.shape
-    for block in range(begin, end):
-        first, last = block * ROWS, min(block * ROWS + ROWS, M)
-        gx[first:last] = real(0)
-        for k0 in range(0, N, DEPTH):
-            product(gy, w, gx, first, last, k0, k0, min(DEPTH, N - k0))
+    M, N, K = gy.shape[0], gy.shape[1], w.shape[1]
+    none = np.empty(0, gy.dtype)
+    products(begin, end, gy.reshape(gy.size), (0, N, 1), w.reshape(w.size), (0, K, 1), none, gx.reshape(gx.size), M, K, N)
 
 
-# Parallel over blocks of 256 columns, which stay in the nearest cache. Reads gy once.
+@inline
+def add_rows(x, at, pitch, rows, n, sums):
+    """sums[i] += x[at + m * pitch + i], four rows in each sweep."""
+    for m in range(0, rows - 3, 4):
+        a, b, c, d = U(at + m * pitch), U(at + (m + 1) * pitch), U(at + (m + 2) * pitch), U(at + (m + 3) * pitch)
+        for i in range(n):
+            sums[i] += (x[a + U(i)] + x[b + U(i)]) + (x[c + U(i)] + x[d + U(i)])
+    for m in range(rows // 4 * 4, rows):
+        a = U(at + m * pitch)
+        for i in range(n):
+            sums[i] += x[a + U(i)]
+
+
+# Parallel over blocks of 256 columns, whose sums stay in the nearest cache. Reads gy once.
 @cpu(over="(N+255)//256")
 def linear_grad_bias(begin, end, gy, gb):
     M, N = gy.shape
+    gy1 = gy.reshape(gy.size)
     for block in range(begin, end):
-        first, last = block * 256, min(block * 256 + 256, N)
-        gb[first:last] = real(0)
-        for m in range(M):
-            for n in range(first, last):
-                gb[n] += gy[m, n]
+        first, n = block * 256, min(256, N - block * 256)
+        gb[first : first + n] = real(0)
+        add_rows(gy1, first, N, M, n, gb[first : first + n])
 
 
-# Parallel over blocks of rows of all batches. Reads b once per ROWS rows.
-@cpu(over="B*((M+31)//32)")
+# As linear, for every batch.
+@cpu(over="B*((M+31)//32)*((N+127)//128)")
 def matmul(begin, end, a, b, y):
-    M, K = a.shape[1], a.shape[2]
-    blocks = (M + ROWS - 1) // ROWS
-    for task in range(begin, end):
-        batch, first = task // blocks, task % blocks * ROWS
-        last = min(first + ROWS, M)
-        y[batch, first:last] = real(0)
-        for k0 in range(0, K, DEPTH):
-            product(a[batch], b[batch], y[batch], first, last, k0, k0, min(DEPTH, K - k0))
+    M, K, N = a.shape[1], a.shape[2], b.shape[2]
+    none = np.empty(0, a.dtype)
+    products(begin, end, a.reshape(a.size), (M * K, K, 1), b.reshape(b.size), (K * N, N, 1), none, y.reshape(y.size), M, N, K)
 
 
-# As matmul; b is transposed piece by piece.
-@cpu(over="B*((M+31)//32)")
+# As matmul; b is read across.
+@cpu(over="B*((M+31)//32)*((K+127)//128)")
 def matmul_grad_a(begin, end, gy, b, ga):
     M, N, K = gy.shape[1], gy.shape[2], b.shape[1]
-    blocks = (M + ROWS - 1) // ROWS
-    piece = np.empty((min(DEPTH, N), K), gy.dtype)
-    for task in range(begin, end):
-        batch, first = task // blocks, task % blocks * ROWS
-        last = min(first + ROWS, M)
-        ga[batch, first:last] = real(0)
-        for n0 in range(0, N, DEPTH):
-            depth = min(DEPTH, N - n0)
-            transpose(b[batch], n0, depth, piece)
-            product(gy[batch], piece, ga[batch], first, last, n0, 0, depth)
+    none = np.empty(0, gy.dtype)
+    products(begin, end, gy.reshape(gy.size), (M * N, N, 1), b.reshape(b.size), (K * N, 1, N), none, ga.reshape(ga.size), M, K, N)
 
 
-# As matmul, over rows of gb; a is read down its columns.
-@cpu(over="B*((K+31)//32)")
+# As matmul; a is read down its columns.
+@cpu(over="B*((K+31)//32)*((N+127)//128)")
 def matmul_grad_b(begin, end, a, gy, gb):
-    M, K = a.shape[1], a.shape[2]
-    blocks = (K + ROWS - 1) // ROWS
-    for task in range(begin, end):
-        batch, first = task // blocks, task % blocks * ROWS
-        last = min(first + ROWS, K)
-        gb[batch, first:last] = real(0)
-        for m0 in range(0, M, DEPTH):
-            product(a[batch].T, gy[batch], gb[batch], first, last, m0, m0, min(DEPTH, M - m0))
+    M, K, N = a.shape[1], a.shape[2], gy.shape[2]
+    none = np.empty(0, gy.dtype)
+    products(begin, end, a.reshape(a.size), (M * K, 1, K), gy.reshape(gy.size), (M * N, N, 1), none, gb.reshape(gb.size), K, N, M)
 
 
 # Parallel over elements. Reads x once, writes y once; some 20 integer operations an element.
