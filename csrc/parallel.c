@@ -173,9 +173,11 @@ int hl_parallel_for(int64_t n, int64_t grain, hl_chunk fn, void *context)
  *
  * Every thread that takes part walks all steps. In each it runs its share of the items, then waits for the others; what
  * nobody has begun after PATIENCE it runs too, so that a thread that is late, or never comes, does not hold the others
- * up. It only ever waits for items that a running thread has claimed. */
+ * up. It only ever waits for items that a running thread has claimed. Where others want its core, too (a BLAS whose threads
+ * still spin), it had better lose it between steps than with an item in hand: it offers it there, sooner than it is taken. */
 
 enum { PATIENCE = 100 };
+#define OFFER 2e-3 /* seconds; Linux takes a core away after about 3 milliseconds */
 
 typedef struct {
     hl_step fn;
@@ -207,7 +209,7 @@ static int walk_steps(int64_t begin, int64_t end, void *context)
     step_job *j = context;
     int64_t me = atomic_fetch_add(&j->joined, 1);
     int polls = hl_poll && pthread_equal(j->caller, pthread_self());
-    double last = polls ? seconds() : 0.0;
+    double polled = seconds(), offered = polled;
     (void)begin, (void)end;
     for (int64_t step = atomic_load(&j->done) / j->n; step < j->steps; step++) {
         int64_t all = atomic_load_explicit(&j->joined, memory_order_relaxed);
@@ -217,10 +219,15 @@ static int walk_steps(int64_t begin, int64_t end, void *context)
             if (k < SPIN) relax();
             else sched_yield();
         }
-        if (polls && seconds() - last > 0.05) {
+        double now = seconds();
+        if (now - offered > OFFER) {
+            sched_yield();
+            offered = seconds();
+        }
+        if (polls && now - polled > 0.05) {
             int s = hl_poll();
             if (s != HL_OK) atomic_store_explicit(&j->status, s, memory_order_relaxed);
-            last = seconds();
+            polled = seconds();
         }
         if (atomic_load_explicit(&j->status, memory_order_relaxed) != HL_OK) break;
     }
