@@ -35,8 +35,8 @@ def real(value: Any) -> Any:
 class Inline:
     """A scalar function that kernels call."""
 
-    def __init__(self, function: Callable[..., Any], exact: bool = False):
-        self.function, self.exact = function, exact
+    def __init__(self, function: Callable[..., Any], flags: set[str] = FASTMATH):
+        self.function, self.flags = function, flags
         self._float64 = function
         self._bound: dict[tuple[str, Any], Any] = {}
 
@@ -48,22 +48,23 @@ class Inline:
     def bound(self, dtype: Any, target: str) -> Any:
         if (target, dtype) not in self._bound:
             function = _bind(self._float64 if dtype is np.float64 else self.function, dtype, target)
-            self._bound[target, dtype] = _cpu_inline(function, self.exact) if target == "cpu" else _cuda_inline(function)
+            self._bound[target, dtype] = _cpu_inline(function, self.flags) if target == "cpu" else _cuda_inline(function)
         return self._bound[target, dtype]
 
     def __call__(self, *args: Any) -> Any:
         raise RuntimeError(f"{self.function.__name__} has a meaning only inside a kernel")
 
 
-def inline(function: Any = None, *, exact: bool = False) -> Any:
-    """Marks a scalar function; `exact` as for `cpu`."""
-    return Inline(function, exact) if function is not None else lambda f: Inline(f, exact)
+def inline(function: Any = None, *, exact: bool = False, ordered: bool = False) -> Any:
+    """Marks a scalar function; `exact` as for `cpu`, `ordered`: nothing is reassociated, but multiply-adds are formed."""
+    flags = set[str]() if exact else {"contract"} if ordered else FASTMATH
+    return Inline(function, flags) if function is not None else lambda f: Inline(f, flags)
 
 
-def _cpu_inline(function: Callable[..., Any], exact: bool) -> Any:
+def _cpu_inline(function: Callable[..., Any], flags: set[str]) -> Any:
     import numba
 
-    return numba.njit(fastmath=set() if exact else FASTMATH, nogil=True)(function)
+    return numba.njit(fastmath=flags, nogil=True)(function)
 
 
 def _cuda_inline(function: Callable[..., Any]) -> Any:

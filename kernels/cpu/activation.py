@@ -4,11 +4,31 @@ import math
 
 import numpy as np
 
-from ..compile import cpu, real
+from ..compile import cpu, inline, real
 from ..scalars import exp
 
 # Each kernel has two loops. I = 1: a row lies in one piece, the loops run along it. I > 1: the positions i lie side by side,
 # so K is walked in the outer loop and sums for all i of a slice are kept in a row of scratch.
+
+LANES = 64
+
+
+# The maximum of row m, LANES of them side by side: a single one would wait for each comparison. A NaN may be passed over.
+@inline
+def row_max(rows, m, lanes):
+    K = rows.shape[1]
+    whole, high = K // LANES * LANES, rows[m, 0]
+    if whole:
+        for i in range(LANES):
+            lanes[i] = rows[m, i]
+        for k in range(LANES, whole, LANES):
+            for i in range(LANES):
+                lanes[i] = max(lanes[i], rows[m, k + i])
+        for i in range(LANES):
+            high = max(high, lanes[i])
+    for k in range(whole, K):
+        high = max(high, rows[m, k])
+    return high
 
 
 # Parallel over M. Reads x twice, writes y twice (the second time from cache when I = 1).
@@ -16,19 +36,18 @@ from ..scalars import exp
 @cpu(over="M")
 def softmax(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total = np.empty(I, x.dtype), np.empty(I, x.dtype)
+    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
+    rows, out = x.reshape(x.shape[0], K * I), y.reshape(x.shape[0], K * I)
     for m in range(begin, end):
         if I == 1:
-            high, s = x[m, 0, 0], real(0)
-            for k in range(1, K):
-                high = max(high, x[m, k, 0])
+            high, s = row_max(rows, m, lanes), real(0)
             for k in range(K):
-                e = exp(x[m, k, 0] - high)
-                y[m, k, 0] = e
+                e = exp(rows[m, k] - high)
+                out[m, k] = e
                 s += e
             s = real(1) / s
             for k in range(K):
-                y[m, k, 0] *= s
+                out[m, k] *= s
         else:
             for i in range(I):
                 top[i], total[i] = x[m, 0, i], real(0)
@@ -51,17 +70,16 @@ def softmax(begin, end, x, y):
 @cpu(over="M")
 def log_softmax(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total = np.empty(I, x.dtype), np.empty(I, x.dtype)
+    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
+    rows, out = x.reshape(x.shape[0], K * I), y.reshape(x.shape[0], K * I)
     for m in range(begin, end):
         if I == 1:
-            high, s = x[m, 0, 0], real(0)
-            for k in range(1, K):
-                high = max(high, x[m, k, 0])
+            high, s = row_max(rows, m, lanes), real(0)
             for k in range(K):
-                s += exp(x[m, k, 0] - high)
+                s += exp(rows[m, k] - high)
             s = math.log(s)
             for k in range(K):
-                y[m, k, 0] = (x[m, k, 0] - high) - s
+                out[m, k] = (rows[m, k] - high) - s
         else:
             for i in range(I):
                 top[i], total[i] = x[m, 0, i], real(0)
@@ -82,26 +100,28 @@ def log_softmax(begin, end, x, y):
 @cpu(over="M")
 def logsumexp(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total = np.empty(I, x.dtype), np.empty(I, x.dtype)
+    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
+    rows = x.reshape(x.shape[0], K * I)
     for m in range(begin, end):
-        for i in range(I):
-            top[i], total[i] = real(-math.inf), real(0)
-        for k in range(K):
-            for i in range(I):
-                top[i] = max(top[i], x[m, k, i])
-        for i in range(I):
-            top[i] = real(0) if abs(top[i]) == real(math.inf) else top[i]
-        if I == 1:
-            s = real(0)
+        if I == 1 and K > 0:
+            high, s = row_max(rows, m, lanes), real(0)
+            high = real(0) if abs(high) == real(math.inf) else high
             for k in range(K):
-                s += exp(x[m, k, 0] - top[0])
-            total[0] = s
+                s += exp(rows[m, k] - high)
+            y[m, 0] = high + math.log(s)
         else:
+            for i in range(I):
+                top[i], total[i] = real(-math.inf), real(0)
+            for k in range(K):
+                for i in range(I):
+                    top[i] = max(top[i], x[m, k, i])
+            for i in range(I):
+                top[i] = real(0) if abs(top[i]) == real(math.inf) else top[i]
             for k in range(K):
                 for i in range(I):
                     total[i] += exp(x[m, k, i] - top[i])
-        for i in range(I):
-            y[m, i] = top[i] + math.log(total[i])
+            for i in range(I):
+                y[m, i] = top[i] + math.log(total[i])
 
 
 # Parallel over M. Reads gy and y twice, writes gx once.
