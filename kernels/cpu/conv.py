@@ -10,7 +10,20 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
-from .panels import DEPTH, NARROW, TILE, end_with_zeros, fours, multiply, multiply_narrow
+from .panels import (
+    DEPTH,
+    NARROW,
+    TILE,
+    add_row,
+    copy_block,
+    end_with_zeros,
+    fill_block,
+    fours,
+    inside,
+    move_row,
+    multiply,
+    multiply_narrow,
+)
 
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
 
@@ -569,108 +582,87 @@ def conv_grad_bias(begin, end, gy, gb):
         gb[f] = total
 
 
-# Parallel over the channels of all images. Rows of a column are pieces of rows of the image: reads and writes along W.
+# Parallel over taps of the channels of all images. Rows of a column are pieces of rows of the image: reads and writes along W.
 # Writes every output once; the image of a channel is read KH*KW times from cache.
-@cpu(over="N*C")
+@cpu(over="N*C*KH*KW")
 def unfold(begin, end, x, cols, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
-    C, H, W = x.shape[1], x.shape[2], x.shape[3]
-    KH, KW, OH, OW = cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
+    H, W, KH, KW, OH, OW = x.shape[2], x.shape[3], cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
+    x1, cols1 = x.reshape(x.size), cols.reshape(cols.size)
     for unit in range(begin, end):
-        n, c = unit // C, unit % C
-        for kh in range(KH):
-            for kw in range(KW):
-                left = pad_w - kw * dilation_w
-                lo = _first(left, stride_w, OW)
-                hi = max(_first(W + left, stride_w, OW), lo)
-                for oh in range(OH):
-                    to, h = cols[n, c, kh, kw, oh], oh * stride_h - pad_h + kh * dilation_h
-                    if h < 0 or h >= H or lo == hi:
-                        for i in range(OW):
-                            to[i] = real(0)
-                        continue
-                    line, target = x[n, c, h, lo * stride_w - left :], to[lo:hi]
-                    for i in range(lo):
-                        to[i] = real(0)
-                    if stride_w == 1:
-                        for i in range(hi - lo):
-                            target[i] = line[i]
-                    else:
-                        for i in range(hi - lo):
-                            target[i] = line[i * stride_w]
-                    for i in range(hi, OW):
-                        to[i] = real(0)
+        channel, up, left = unit // KW // KH, unit // KW % KH * dilation_h - pad_h, unit % KW * dilation_w - pad_w
+        (first, last), (lo, hi) = inside(up, stride_h, H, OH), inside(left, stride_w, W, OW)
+        at, start = unit * OH * OW, (channel * H + up + first * stride_h) * W + left + lo * stride_w
+        fill_block(cols1, at, OW, first, OW, real(0))
+        at += first * OW
+        fill_block(cols1, at, OW, last - first, lo, real(0))
+        copy_block(x1, start, stride_h * W, stride_w, cols1, at + lo, OW, last - first, hi - lo)
+        fill_block(cols1, at + hi, OW, last - first, OW - hi, real(0))
+        fill_block(cols1, at + (last - first) * OW, OW, OH - last, OW, real(0))
 
 
 # Parallel over the channels of all images. Tap by tap the columns stream through, the image of the channel stays in cache.
 # Reads every column element once, reads and writes an output KH*KW times in cache.
 @cpu(over="N*C")
 def fold(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
-    C, H, W = x.shape[1], x.shape[2], x.shape[3]
-    KH, KW, OH, OW = cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
-    for unit in range(begin, end):
-        n, c = unit // C, unit % C
-        for h in range(H):
-            for i in range(W):
-                x[n, c, h, i] = real(0)
-        for kh in range(KH):
-            up = pad_h - kh * dilation_h
-            for kw in range(KW):
-                left = pad_w - kw * dilation_w
-                lo, hi = _first(left, stride_w, OW), _first(W + left, stride_w, OW)
-                if lo >= hi:
-                    continue
-                for oh in range(_first(up, stride_h, OH), _first(H + up, stride_h, OH)):
-                    line = x[n, c, oh * stride_h - up, lo * stride_w - left :]
-                    _add(real(1), cols[n, c, kh, kw, oh, lo:hi], 1, line, stride_w, hi - lo)
+    H, W, KH, KW, OH, OW = x.shape[2], x.shape[3], cols.shape[2], cols.shape[3], cols.shape[4], cols.shape[5]
+    x1, cols1 = x.reshape(x.size), cols.reshape(cols.size)
+    fill_block(x1, begin * H * W, W, (end - begin) * H, W, real(0))
+    for tap in range(begin * KH * KW, end * KH * KW):
+        channel, up, left = tap // KW // KH, tap // KW % KH * dilation_h - pad_h, tap % KW * dilation_w - pad_w
+        (first, last), (lo, hi) = inside(up, stride_h, H, OH), inside(left, stride_w, W, OW)
+        for oh in range(first, last):
+            to = (channel * H + up + oh * stride_h) * W + left + lo * stride_w
+            add_row(cols1, (tap * OH + oh) * OW + lo, 1, x1, to, stride_w, hi - lo)
 
 
-# Parallel over rows of windows. Writes along memory, every output once; the rows of a window are read from cache.
+WINDOWS = 64  # in a row whose patches are filled or taken together, tap by tap: a cache line of each stays at hand
+
+
+# Parallel over rows of windows, some of a row at a time. Tap by tap: reads along memory, writes every output once.
 @cpu(over="N*OH")
 def im2col(begin, end, x, cols, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
-    C, H, W = x.shape[1], x.shape[2], x.shape[3]
-    OH, OW, KH, KW = cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
+    C, H, W, OH, OW, KH, KW = x.shape[1], x.shape[2], x.shape[3], cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
+    size, x1, cols1, zero = C * KH * KW, x.reshape(x.size), cols.reshape(cols.size), np.zeros(1, x.dtype)
+    low, high = np.empty(KW, np.int64), np.empty(KW, np.int64)
     for unit in range(begin, end):
-        n, oh = unit // OH, unit % OH
-        for ow in range(OW):
-            left = ow * stride_w - pad_w
-            inside = left >= 0 and left + (KW - 1) * dilation_w < W
+        for start in range(0, OW, WINDOWS):
+            windows, left = min(WINDOWS, OW - start), start * stride_w - pad_w
+            for kw in range(KW):
+                low[kw], high[kw] = inside(left + kw * dilation_w, stride_w, W, windows)
+            at = (unit * OW + start) * size
             for c in range(C):
                 for kh in range(KH):
-                    to, h = cols[n, oh, ow, c, kh], oh * stride_h - pad_h + kh * dilation_h
-                    if h < 0 or h >= H:
-                        for kw in range(KW):
-                            to[kw] = real(0)
-                    elif inside:
-                        line = x[n, c, h, left:]
-                        for kw in range(KW):
-                            to[kw] = line[kw * dilation_w]
-                    else:
-                        for kw in range(KW):
-                            i = left + kw * dilation_w
-                            to[kw] = x[n, c, h, i] if 0 <= i < W else real(0)
-
-
-# Parallel over the channels of all images: the image of a channel stays in cache while the patches pass by.
-# Reads every patch element once, reads and writes an output KH*KW times in cache.
-@cpu(over="N*C")
-def col2im(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
-    C, H, W = x.shape[1], x.shape[2], x.shape[3]
-    OH, OW, KH, KW = cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
-    for unit in range(begin, end):
-        n, c = unit // C, unit % C
-        for h in range(H):
-            for i in range(W):
-                x[n, c, h, i] = real(0)
-        for oh in range(OH):
-            for ow in range(OW):
-                for kh in range(KH):
-                    h = oh * stride_h - pad_h + kh * dilation_h
-                    if h < 0 or h >= H:
-                        continue
+                    h = unit % OH * stride_h - pad_h + kh * dilation_h
+                    line = ((unit // OH * C + c) * H + h) * W + left
                     for kw in range(KW):
-                        i = ow * stride_w - pad_w + kw * dilation_w
-                        if 0 <= i < W:
-                            x[n, c, h, i] += cols[n, oh, ow, c, kh, kw]
+                        lo, hi = low[kw] if 0 <= h < H else windows, high[kw] if 0 <= h < H else windows
+                        move_row(zero, 0, 0, cols1, at, size, lo)
+                        move_row(x1, line + kw * dilation_w + lo * stride_w, stride_w, cols1, at + lo * size, size, hi - lo)
+                        move_row(zero, 0, 0, cols1, at + hi * size, size, windows - hi)
+                        at += 1
+
+
+# Parallel over blocks of eight channels of all images, which stay in cache while the patches pass by: a piece of a patch for
+# eight channels is whole cache lines. Reads every patch element once, reads and writes an output KH*KW times in cache.
+@cpu(over="N*((C+7)//8)")
+def col2im(begin, end, cols, x, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w):
+    C, H, W, OH, OW, KH, KW = x.shape[1], x.shape[2], x.shape[3], cols.shape[1], cols.shape[2], cols.shape[4], cols.shape[5]
+    x1, cols1, blocks, taps = x.reshape(x.size), cols.reshape(cols.size), (C + 7) // 8, KH * KW
+    low, high = np.empty(KW, np.int64), np.empty(KW, np.int64)
+    for unit in range(begin, end):
+        n, c_begin, c_end = unit // blocks, unit % blocks * 8, min(unit % blocks * 8 + 8, C)
+        fill_block(x1, (n * C + c_begin) * H * W, W, (c_end - c_begin) * H, W, real(0))
+        for start in range(0, OW, WINDOWS):
+            left = start * stride_w - pad_w
+            for kw in range(KW):
+                low[kw], high[kw] = inside(left + kw * dilation_w, stride_w, W, min(WINDOWS, OW - start))
+            for oh in range(OH):
+                for c in range(c_begin, c_end):
+                    for kh in range(KH):
+                        h, at = oh * stride_h - pad_h + kh * dilation_h, (((n * OH + oh) * OW + start) * C + c) * taps + kh * KW
+                        for kw in range(KW if 0 <= h < H else 0):
+                            lo, to = low[kw], ((n * C + c) * H + h) * W + left + kw * dilation_w + low[kw] * stride_w
+                            add_row(cols1, at + kw + lo * C * taps, C * taps, x1, to, stride_w, high[kw] - lo)
 
 
 # --------------------------------------------------------------------------------------------- deformable convolution

@@ -9,12 +9,10 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import random24
-from .panels import DEPTH, NARROW, TILE, end_with_zeros, fours, multiply, multiply_narrow
+from .panels import DEPTH, NARROW, TILE, U, end_with_zeros, fours, multiply, multiply_narrow
 
 ROWS = 32  # of the left factor, in one unit of work
 FEW = 16  # rows for which a panel does not pay: it costs as much as some 16 rows of the product
-
-U = np.uint64  # for indices that need no test for being negative
 
 
 @inline

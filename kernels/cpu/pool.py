@@ -12,8 +12,8 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import pool_share, pool_taps
+from .panels import U, add_row, copy_block, fill_block, inside
 
-U = np.uint64  # for indices that need no test for being negative
 ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first two caches
 
 
@@ -21,45 +21,13 @@ ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays 
 
 
 @inline
-def _fill_block(to, at, pitch, rows, columns, value):
-    """to[at + r * pitch + q] = value."""
-    for r in range(rows if columns > 0 else 0):
-        for q in range(columns):
-            to[U(at + r * pitch) + U(q)] = value
-
-
-@inline
-def _copy_block(source, at, step, stride, to, to_at, pitch, rows, columns):
-    """to[to_at + r * pitch + q] = source[at + r * step + q * stride]."""
-    n = min(columns, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
-    for r in range(rows):
-        a, b = source[at + r * step :], to[to_at + r * pitch : to_at + r * pitch + n]
-        if stride == 1:
-            for q in range(n):
-                b[q] = a[q]
-        elif stride == 2:
-            for q in range(n):
-                b[q] = a[2 * q]
-        else:
-            for q in range(n):
-                b[q] = a[U(q) * U(stride)]
-
-
-@inline
-def _inside(at, stride, size, n):
-    """[begin, end): the k < n with 0 <= at + k * stride < size."""
-    begin = min(max((stride - 1 - at) // stride, 0), n)
-    return begin, min(max((size + stride - 1 - at) // stride, begin), n)
-
-
-@inline
 def _cut(o, outputs, size, kernel, stride, pad, dilation):
     """What windows o to o + outputs - 1 take of an axis: (the first tap that any of them has inside, how many from it to the
     last, where window o has the first, lines of a phase, phases)."""
     first = pool_taps(o + outputs - 1, size, kernel, stride, pad, dilation)[0]
-    low, inside, _ = pool_taps(o, size, kernel, stride, pad, dilation)
-    reach = (low + inside - first - 1) * dilation
-    return first, low + inside - first, o * stride - pad + first * dilation, outputs + reach // stride, min(stride, reach + 1)
+    low, count, _ = pool_taps(o, size, kernel, stride, pad, dilation)
+    reach = (low + count - first - 1) * dilation
+    return first, low + count - first, o * stride - pad + first * dilation, outputs + reach // stride, min(stride, reach + 1)
 
 
 @inline
@@ -76,13 +44,13 @@ def _lay_out(x, plane, H, W, down, across, stride, fill, sheet):
     (_, _, top, rows, phases_h), (_, _, left, pitch, phases_w) = down, across
     for phase in range(phases_w * phases_h):
         i, j, at = phase % phases_h, phase // phases_h, phase * rows * pitch
-        (first, last), (lo, hi) = _inside(top + i, stride[1], H, rows), _inside(left + j, stride[2], W, pitch)
+        (first, last), (lo, hi) = inside(top + i, stride[1], H, rows), inside(left + j, stride[2], W, pitch)
         start = (plane * H + top + first * stride[1] + i) * W + left + lo * stride[2] + j
-        _copy_block(x, start, stride[1] * W, stride[2], sheet, at + first * pitch + lo, pitch, last - first, hi - lo)
-        _fill_block(sheet, at, pitch, first, pitch, fill)
-        _fill_block(sheet, at + first * pitch, pitch, last - first, lo, fill)
-        _fill_block(sheet, at + first * pitch + hi, pitch, last - first, pitch - hi, fill)
-        _fill_block(sheet, at + last * pitch, pitch, rows - last, pitch, fill)
+        copy_block(x, start, stride[1] * W, stride[2], sheet, at + first * pitch + lo, pitch, last - first, hi - lo)
+        fill_block(sheet, at, pitch, first, pitch, fill)
+        fill_block(sheet, at + first * pitch, pitch, last - first, lo, fill)
+        fill_block(sheet, at + first * pitch + hi, pitch, last - first, pitch - hi, fill)
+        fill_block(sheet, at + last * pitch, pitch, rows - last, pitch, fill)
 
 
 @inline
@@ -254,7 +222,7 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
                 else:
                     _maximize(lines, by_line, down[1], n, best, d == 0)
             at = row * OW + left
-            _copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
+            copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
             if counts_taps:
                 first = (kd * kernel[1] + down[0]) * kernel[2] + across[0]
                 _write_places(places, pitch, first, 0, 0, offsets1, at, OW, rows, width)
@@ -463,7 +431,7 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
                 _add(lines, by_line, down[1], n, sums, d == 0)
             _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, lines)
             at = row * OW + left
-            _copy_block(lines, 0, pitch, 1, y1, at, OW, rows, width)
+            copy_block(lines, 0, pitch, 1, y1, at, OW, rows, width)
         row += rows
 
 
@@ -569,18 +537,6 @@ def _pass_back(gy, y, at, row_factor, column_factors, norm, n, to):
 
 
 @inline
-def _add_spread(source, at, to, to_at, stride, n):
-    """to[to_at + q * stride] += source[at + q]."""
-    n, a, b = min(n, 2**60), U(at), U(to_at)
-    if stride == 1:
-        for q in range(n):
-            to[b + U(q)] += source[a + U(q)]
-    else:
-        for q in range(n):
-            to[b + U(q) * U(stride)] += source[a + U(q)]
-
-
-@inline
 def _add_line(line, x, gx, at, norm, n):
     """gx += line * x ** (norm - 1), from `at` on."""
     a = U(at)
@@ -616,8 +572,8 @@ def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad
             across = _cut(left, min(columns, OW - left), W, kernel[2], stride[2], pad[2], dilation[2])
             for k in range(across[1]):
                 at = across[2] + k * dilation[2]
-                lo, hi = _inside(at, stride[2], W, min(columns, OW - left))
-                _add_spread(passed, left + lo, line, at + lo * stride[2], stride[2], hi - lo)
+                lo, hi = inside(at, stride[2], W, min(columns, OW - left))
+                add_row(passed, left + lo, 1, line, at + lo * stride[2], stride[2], hi - lo)
         for d in range(nd):
             for h in range(nh):
                 at = ((m * D + d0 + d * dilation[0]) * H + h0 + h * dilation[1]) * W
