@@ -5,17 +5,27 @@ Gradients gather what the windows over an element pass to it: no atomics, and su
 
 import math
 
-from ..compile import block, cuda, gpu, real
+from ..compile import block, cuda, gpu, inline, real
 from ..scalars import pool_count, pool_share, pool_taps, pool_windows
 
 THREADS = block(128)
 PLANES = 65535  # of a grid; further planes go to the same blocks in turn
 KERNEL = ", ".join(["i64"] * 9)  # sizes, strides, dilations
+PADS = ", ".join(["i64"] * 6)  # before, then after
 FOUR = "real[:,:,:,:]"
 
 
 def _grid(elements, planes):
     return -(-elements // THREADS), min(planes, PLANES)
+
+
+@inline
+def _window(o, size, windows, kernel, stride, pad, dilation):
+    """As pool_taps; with a kernel of 0, window o of those that share the axis out."""
+    if kernel == 0:
+        begin, end = pool_share(o, size, windows)
+        return 0, end - begin, begin
+    return pool_taps(o, size, kernel, stride, pad, dilation)
 
 
 # Parallel over outputs. Reads each tap of a window once, in memory order; overlapping windows meet in the cache.
@@ -27,9 +37,9 @@ def _max_pool(x, y, indices, offsets, kd, kh, kw, sd, sh, sw, dd, dh, dw, pad_fr
     if o >= OD * OH * OW:
         return
     od, oh, ow = o // OW // OH, o // OW % OH, o % OW
-    fd, nd, d0 = pool_taps(od, D, kd, sd, pad_front, dd)
-    fh, nh, h0 = pool_taps(oh, H, kh, sh, pad_top, dh)
-    fw, nw, w0 = pool_taps(ow, W, kw, sw, pad_left, dw)
+    fd, nd, d0 = _window(od, D, OD, kd, sd, pad_front, dd)
+    fh, nh, h0 = _window(oh, H, OH, kh, sh, pad_top, dh)
+    fw, nw, w0 = _window(ow, W, OW, kw, sw, pad_left, dw)
     for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
         best = x[m, d0, h0, w0]
         bd, bh, bw = 0, 0, 0
@@ -121,36 +131,10 @@ def max_pool_backward(
         )  # fmt: skip
 
 
-# Parallel over outputs, as _max_pool.
-@gpu(f"{FOUR}, {FOUR}, i64[:,:,:,:]")
-def _adaptive_max_pool(x, y, indices):
-    M, D, H, W = x.shape
-    OD, OH, OW = y.shape[1:]
-    o = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-    if o >= OD * OH * OW:
-        return
-    od, oh, ow = o // OW // OH, o // OW % OH, o % OW
-    d0, d1 = pool_share(od, D, OD)
-    h0, h1 = pool_share(oh, H, OH)
-    w0, w1 = pool_share(ow, W, OW)
-    for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
-        best = x[m, d0, h0, w0]
-        place = (d0 * H + h0) * W + w0
-        for d in range(d0, d1):
-            for h in range(h0, h1):
-                for w in range(w0, w1):
-                    v = x[m, d, h, w]
-                    if v > best or (v != v and best == best):
-                        best = v
-                        place = (d * H + h) * W + w
-        y[m, od, oh, ow] = best
-        if indices.size > 0:
-            indices[m, od, oh, ow] = place
-
-
 def adaptive_max_pool(x, y, indices):
     if y.size:
-        _adaptive_max_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](x, y, indices)
+        none = cuda.device_array((0, 0, 0, 0), "uint8")
+        _max_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](x, y, indices, none, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0)
 
 
 # One block a plane, which takes the outputs a tile at a time. Of the outputs of a tile with the same index the first thread
@@ -189,33 +173,54 @@ def adaptive_max_pool_backward(gy, indices, gx):
         _scatter_add[min(gx.shape[0], PLANES), THREADS](gy, indices, gx)
 
 
-# Parallel over outputs. Reads each tap of a window once; overlapping windows meet in the cache.
-@gpu(f"{FOUR}, {FOUR}, {KERNEL}, i64, i64, i64, i64, i64, i64, i64, i64")
-def _avg_pool(
-    x, y, kd, kh, kw, sd, sh, sw, dd, dh, dw, pad_front, pad_back, pad_top, pad_bottom, pad_left, pad_right, include, divisor
-):
+@inline
+def _count(o, sizes, kernel, stride, dilation, pad, after, include, divisor):
+    """What the sum over a window is divided by."""
+    if divisor != 0:
+        return divisor
+    if include:
+        count = pool_count(o[0], sizes[0], kernel[0], stride[0], pad[0], after[0], dilation[0])
+        count *= pool_count(o[1], sizes[1], kernel[1], stride[1], pad[1], after[1], dilation[1])
+        return count * pool_count(o[2], sizes[2], kernel[2], stride[2], pad[2], after[2], dilation[2])
+    count = pool_taps(o[0], sizes[0], kernel[0], stride[0], pad[0], dilation[0])[1]
+    count *= pool_taps(o[1], sizes[1], kernel[1], stride[1], pad[1], dilation[1])[1]
+    return count * pool_taps(o[2], sizes[2], kernel[2], stride[2], pad[2], dilation[2])[1]
+
+
+@inline
+def _power(v, norm):
+    return v if norm == real(1) else v * v if norm == real(2) else math.pow(v, norm)
+
+
+@inline
+def _root(v, norm):
+    return v if norm == real(1) else math.sqrt(v) if norm == real(2) else math.pow(v, real(1) / norm)
+
+
+# The root of the sum of powers, over the count of each window's taps, of which a norm's `whole` are one. Parallel over
+# outputs. Reads each tap of a window once; overlapping windows meet in the cache.
+@gpu(f"{FOUR}, {FOUR}, {KERNEL}, {PADS}, i64, i64, i64, real")
+def _sum_pool(x, y, kd, kh, kw, sd, sh, sw, dd, dh, dw, front, top, left, back, bottom, right, include, divisor, whole, norm):
     M, D, H, W = x.shape
     OD, OH, OW = y.shape[1:]
     o = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if o >= OD * OH * OW:
         return
     od, oh, ow = o // OW // OH, o // OW % OH, o % OW
-    _, nd, d0 = pool_taps(od, D, kd, sd, pad_front, dd)
-    _, nh, h0 = pool_taps(oh, H, kh, sh, pad_top, dh)
-    _, nw, w0 = pool_taps(ow, W, kw, sw, pad_left, dw)
-    count = divisor
-    if divisor == 0:
-        count = nd * nh * nw
-        if include:
-            count = pool_count(od, D, kd, sd, pad_front, pad_back, dd) * pool_count(oh, H, kh, sh, pad_top, pad_bottom, dh)
-            count *= pool_count(ow, W, kw, sw, pad_left, pad_right, dw)
+    _, nd, d0 = _window(od, D, OD, kd, sd, front, dd)
+    _, nh, h0 = _window(oh, H, OH, kh, sh, top, dh)
+    _, nw, w0 = _window(ow, W, OW, kw, sw, left, dw)
+    count = nd * nh * nw
+    if kd > 0:
+        pad, after = (front, top, left), (back, bottom, right)
+        count = _count((od, oh, ow), (D, H, W), (kd, kh, kw), (sd, sh, sw), (dd, dh, dw), pad, after, include, divisor)
     for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
         total = real(0)
         for d in range(nd):
             for h in range(nh):
                 for w in range(nw):
-                    total += x[m, d0 + d * dd, h0 + h * dh, w0 + w * dw]
-        y[m, od, oh, ow] = total / real(count)
+                    total += _power(x[m, d0 + d * dd, h0 + h * dh, w0 + w * dw], norm)
+        y[m, od, oh, ow] = _root(total / (real(count) / real(whole)), norm)
 
 
 def avg_pool(
@@ -240,27 +245,31 @@ def avg_pool(
     divisor,
 ):
     if y.size:
-        _avg_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
+        _sum_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
             x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
-            pad_front, pad_back, pad_top, pad_bottom, pad_left, pad_right, count_include_pad, divisor,
+            pad_front, pad_top, pad_left, pad_back, pad_bottom, pad_right, count_include_pad, divisor, 1, 1.0,
         )  # fmt: skip
 
 
-# Parallel over elements of gx. Reads the gradient of every window over an element, writes it once.
-@gpu(f"{FOUR}, {FOUR}, {KERNEL}, i64, i64, i64, i64, i64, i64, i64, i64")
-def _avg_pool_backward(
-    gy, gx, kd, kh, kw, sd, sh, sw, dd, dh, dw, pad_front, pad_back, pad_top, pad_bottom, pad_left, pad_right, include, divisor
-):
+# The gradient of _sum_pool; x and y are not read for the norm 1. Parallel over elements of gx. Reads the gradient and the norm
+# of every window over an element, writes it once.
+@gpu(f"{FOUR}, {FOUR}, {FOUR}, {FOUR}, {KERNEL}, {PADS}, i64, i64, i64, real")
+def _sum_pool_backward(
+    gy, x, y, gx, kd, kh, kw, sd, sh, sw, dd, dh, dw, front, top, left, back, bottom, right, include, divisor, whole, norm
+):  # fmt: skip
     M, D, H, W = gx.shape
     OD, OH, OW = gy.shape[1:]
     i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i >= D * H * W:
         return
-    d, h, w = i // W // H + pad_front, i // W % H + pad_top, i % W + pad_left
+    d, h, w = i // W // H + front, i // W % H + top, i % W + left
     d_begin, d_end = pool_windows(d, OD, kd, sd, dd)
     h_begin, h_end = pool_windows(h, OH, kh, sh, dh)
     w_begin, w_end = pool_windows(w, OW, kw, sw, dw)
+    sizes, kernel, stride, dilation = (D, H, W), (kd, kh, kw), (sd, sh, sw), (dd, dh, dw)
+    pad, after = (front, top, left), (back, bottom, right)
     for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
+        power = real(1) if norm == real(1) else _power(x[m, d - front, h - top, w - left], norm - real(1))
         total = real(0)
         for a in range(d_begin, d_end):
             if (d - a * dd) % sd == 0:
@@ -271,17 +280,18 @@ def _avg_pool_backward(
                         for c in range(w_begin, w_end):
                             if (w - c * dw) % sw == 0:
                                 ow = (w - c * dw) // sw
-                                count = divisor
-                                if divisor == 0 and include:
-                                    count = pool_count(od, D, kd, sd, pad_front, pad_back, dd)
-                                    count *= pool_count(oh, H, kh, sh, pad_top, pad_bottom, dh)
-                                    count *= pool_count(ow, W, kw, sw, pad_left, pad_right, dw)
-                                elif divisor == 0:
-                                    count = pool_taps(od, D, kd, sd, pad_front, dd)[1]
-                                    count *= pool_taps(oh, H, kh, sh, pad_top, dh)[1]
-                                    count *= pool_taps(ow, W, kw, sw, pad_left, dw)[1]
-                                total += gy[m, od, oh, ow] / real(count)
-        gx[m, d - pad_front, h - pad_top, w - pad_left] = total
+                                count = _count((od, oh, ow), sizes, kernel, stride, dilation, pad, after, include, divisor)
+                                g = gy[m, od, oh, ow] / (real(count) / real(whole))
+                                if norm != real(1):
+                                    root = y[m, od, oh, ow]
+                                    if root == real(0):
+                                        g = real(0)
+                                    elif norm == real(2):
+                                        g *= power / root
+                                    else:
+                                        g *= power * math.pow(root, real(1) - norm)
+                                total += g
+        gx[m, d - front, h - top, w - left] = total
 
 
 def avg_pool_backward(
@@ -306,31 +316,10 @@ def avg_pool_backward(
     divisor,
 ):
     if gx.size:
-        _avg_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
-            gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
-            pad_front, pad_back, pad_top, pad_bottom, pad_left, pad_right, count_include_pad, divisor,
+        _sum_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
+            gy, gy, gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
+            pad_front, pad_top, pad_left, pad_back, pad_bottom, pad_right, count_include_pad, divisor, 1, 1.0,
         )  # fmt: skip
-
-
-# Parallel over outputs, as _avg_pool.
-@gpu(f"{FOUR}, {FOUR}")
-def _adaptive_avg_pool(x, y):
-    M, D, H, W = x.shape
-    OD, OH, OW = y.shape[1:]
-    o = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-    if o >= OD * OH * OW:
-        return
-    od, oh, ow = o // OW // OH, o // OW % OH, o % OW
-    d0, d1 = pool_share(od, D, OD)
-    h0, h1 = pool_share(oh, H, OH)
-    w0, w1 = pool_share(ow, W, OW)
-    for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
-        total = real(0)
-        for d in range(d0, d1):
-            for h in range(h0, h1):
-                for w in range(w0, w1):
-                    total += x[m, d, h, w]
-        y[m, od, oh, ow] = total / real((d1 - d0) * (h1 - h0) * (w1 - w0))
 
 
 # One block an output, for large windows: its threads share the window out, neighbours taking neighbours, and add their sums
@@ -371,7 +360,7 @@ def adaptive_avg_pool(x, y):
     if x.size // x.shape[0] // outputs >= 8 * THREADS:
         _adaptive_avg_pool_large[(outputs, min(y.shape[0], PLANES)), THREADS](x, y)
     else:
-        _adaptive_avg_pool[_grid(outputs, y.shape[0]), THREADS](x, y)
+        _sum_pool[_grid(outputs, y.shape[0]), THREADS](x, y, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1.0)
 
 
 # Parallel over elements of gx. The windows over position p of an axis are those from floor(p * windows / size) to
@@ -404,30 +393,6 @@ def adaptive_avg_pool_backward(gy, gx):
         _adaptive_avg_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](gy, gx)
 
 
-# Parallel over outputs. Raises each tap of a window once.
-@gpu(f"{FOUR}, {FOUR}, {KERNEL}, real")
-def _lp_pool(x, y, kd, kh, kw, sd, sh, sw, dd, dh, dw, norm):
-    M, D, H, W = x.shape
-    OD, OH, OW = y.shape[1:]
-    o = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-    if o >= OD * OH * OW:
-        return
-    od, oh, ow = o // OW // OH, o // OW % OH, o % OW
-    _, nd, d0 = pool_taps(od, D, kd, sd, 0, dd)
-    _, nh, h0 = pool_taps(oh, H, kh, sh, 0, dh)
-    _, nw, w0 = pool_taps(ow, W, kw, sw, 0, dw)
-    scale = real(kd * kh * kw) / real(nd * nh * nw)
-    for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
-        total = real(0)
-        for d in range(nd):
-            for h in range(nh):
-                for w in range(nw):
-                    v = x[m, d0 + d * dd, h0 + h * dh, w0 + w * dw]
-                    total += v * v if norm == real(2) else math.pow(v, norm)
-        total *= scale
-        y[m, od, oh, ow] = math.sqrt(total) if norm == real(2) else math.pow(total, real(1) / norm)
-
-
 def lp_pool(
     x,
     y,
@@ -443,48 +408,10 @@ def lp_pool(
     norm,
 ):
     if y.size:
-        _lp_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
-            x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w, norm
+        _sum_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
+            x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
+            0, 0, 0, 0, 0, 0, 0, 0, kernel_d * kernel_h * kernel_w, norm,
         )  # fmt: skip
-
-
-# Parallel over elements of gx. Reads the gradient and the norm of every window over an element, writes it once.
-@gpu(f"{FOUR}, {FOUR}, {FOUR}, {FOUR}, {KERNEL}, real")
-def _lp_pool_backward(gy, x, y, gx, kd, kh, kw, sd, sh, sw, dd, dh, dw, norm):
-    M, D, H, W = gx.shape
-    OD, OH, OW = gy.shape[1:]
-    i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-    if i >= D * H * W:
-        return
-    d, h, w = i // W // H, i // W % H, i % W
-    d_begin, d_end = pool_windows(d, OD, kd, sd, dd)
-    h_begin, h_end = pool_windows(h, OH, kh, sh, dh)
-    w_begin, w_end = pool_windows(w, OW, kw, sw, dw)
-    for m in range(cuda.blockIdx.y, M, cuda.gridDim.y):
-        v = x[m, d, h, w]
-        power = real(1) if norm == real(1) else v if norm == real(2) else math.pow(v, norm - real(1))
-        total = real(0)
-        for a in range(d_begin, d_end):
-            if (d - a * dd) % sd == 0:
-                od = (d - a * dd) // sd
-                for b in range(h_begin, h_end):
-                    if (h - b * dh) % sh == 0:
-                        oh = (h - b * dh) // sh
-                        for c in range(w_begin, w_end):
-                            if (w - c * dw) % sw == 0:
-                                ow = (w - c * dw) // sw
-                                taps = pool_taps(od, D, kd, sd, 0, dd)[1] * pool_taps(oh, H, kh, sh, 0, dh)[1]
-                                taps *= pool_taps(ow, W, kw, sw, 0, dw)[1]
-                                g, root = gy[m, od, oh, ow], y[m, od, oh, ow]
-                                if norm != real(1):
-                                    if root == real(0):
-                                        g = real(0)
-                                    elif norm == real(2):
-                                        g *= power / root
-                                    else:
-                                        g *= power * math.pow(root, real(1) - norm)
-                                total += g * (real(kd * kh * kw) / real(taps))
-        gx[m, d, h, w] = total
 
 
 def lp_pool_backward(
@@ -504,8 +431,9 @@ def lp_pool_backward(
     norm,
 ):
     if gx.size:
-        _lp_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
-            gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w, norm
+        _sum_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
+            gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
+            0, 0, 0, 0, 0, 0, 0, 0, kernel_d * kernel_h * kernel_w, norm,
         )  # fmt: skip
 
 
