@@ -161,7 +161,21 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
-    for (int64_t k = 0; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row) {
+    int64_t k = 0;
+    if (rows == 1) { /* so few sums would wait for each other: those of every other k are apart */
+        vreal odd[GEMM_VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) odd[v] = splat((real)0);
+        for (; k + 2 <= K; k += 2, a += 2 * a_col, b += 2 * b_row)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                sum[0][v] += splat(a[0]) * load(b + v * LANES);
+                odd[v] += splat(a[a_col]) * load(b + b_row + v * LANES);
+            }
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
+    }
+    for (; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row) {
         vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
