@@ -47,7 +47,8 @@ def source(tmp_path_factory):
     run("env", "-C", copy, sys.executable, "-c", build, copy.parent)
     [archive] = copy.parent.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(copy.parent, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+        tar.extractall(copy.parent)
     return copy.parent / archive.name.removesuffix(".tar.gz")
 
 
