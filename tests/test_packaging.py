@@ -22,6 +22,7 @@ WITHOUT_C = "hotloops was installed without its C kernels"
 def run(*command, **environment):
     """The output of a command; its error text where it fails."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOTLOOPS_", "LD_PRELOAD"))}
+    kept["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", "")])  # meson and ninja are there
     done = subprocess.run([str(part) for part in command], env=kept | environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
