@@ -184,15 +184,16 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
             const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + first + c) * x_channel;
             real *row = to + n * p->image + c * p->channel;
             for (int64_t q = 0; q < p->phases[0] * p->phases[1] * p->phases[2]; q++) {
-                int64_t d = phase_start(j, b, p, 0, q / p->phases[2] / p->phases[1]);
+                int64_t d0 = phase_start(j, b, p, 0, q / p->phases[2] / p->phases[1]);
                 int64_t h0 = phase_start(j, b, p, 1, q / p->phases[2] % p->phases[1]);
                 int64_t w = phase_start(j, b, p, 2, q % p->phases[2]);
                 int64_t low = w < 0 ? min64(ceil_div(-w, stride), p->pitch[2]) : 0;
                 int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / stride + 1, p->pitch[2]) : 0;
-                int64_t columns = high - low, touched = round_up(columns, LANES) * stride;
+                int64_t columns = high - low, touched = round_up(columns, LANES) * min64(stride, 2); /* by copy_row */
                 vint inside = lanes_before((columns - 1) % LANES + 1);
-                for (int64_t rd = 0; rd < p->pitch[0]; rd++, d += D->stride)
-                    for (int64_t rh = 0, h = h0; rh < p->pitch[1]; rh++, h += H->stride, row += p->pitch[2]) {
+                for (int64_t rd = 0; rd < p->pitch[0]; rd++)
+                    for (int64_t rh = 0; rh < p->pitch[1]; rh++, row += p->pitch[2]) {
+                        int64_t d = d0 + rd * D->stride, h = h0 + rh * H->stride;
                         if (d < 0 || d >= D->inputs || h < 0 || h >= H->inputs || columns <= 0) continue;
                         const real *from = x + (d * H->inputs + h) * W->inputs + w + low * stride;
                         const real *limit = end - from >= touched ? NULL : end;
