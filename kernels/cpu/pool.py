@@ -236,25 +236,9 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
 # and not by branches, which random numbers would mispredict. Reads an input once a band (and kernel_d times); from cache then.
 @cpu(over="M*OD*OH")
 def max_pool(
-    begin,
-    end,
-    x,
-    y,
-    indices,
-    offsets,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_top,
-    pad_left,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-):
+    begin, end, x, y, indices, offsets, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top,
+    pad_left, dilation_d, dilation_h, dilation_w,
+):  # fmt: skip
     kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
     pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
     for counts_taps in (False, True):  # not two calls, which would be compiled apart
@@ -272,24 +256,9 @@ def _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W):
 # Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
 @cpu(over="M")
 def max_pool_backward(
-    begin,
-    end,
-    gy,
-    offsets,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_top,
-    pad_left,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-):
+    begin, end, gy, offsets, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top, pad_left,
+    dilation_d, dilation_h, dilation_w,
+):  # fmt: skip
     D, H, W = gx.shape[1:]
     OD, OH, OW = gy.shape[1:]
     place = np.empty(256, np.int64)
@@ -467,28 +436,9 @@ def _divisors(y, sizes, kernel, stride, pad, after, dilation, count_include_pad,
 # Parallel over rows of outputs, as max_pool. A window of K taps costs about 2 sqrt(K) additions.
 @cpu(over="M*OD*OH")
 def avg_pool(
-    begin,
-    end,
-    x,
-    y,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_back,
-    pad_top,
-    pad_bottom,
-    pad_left,
-    pad_right,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    count_include_pad,
-    divisor,
-):
+    begin, end, x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back, pad_top, pad_bottom,
+    pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor,
+):  # fmt: skip
     kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
     pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
     after = (pad_back, pad_bottom, pad_right)
@@ -499,21 +449,8 @@ def avg_pool(
 # As avg_pool, with the powers of the inputs.
 @cpu(over="M*OD*OH")
 def lp_pool(
-    begin,
-    end,
-    x,
-    y,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    norm,
-):
+    begin, end, x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w, norm,
+):  # fmt: skip
     kernel, stride, pad = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w), (0, 0, 0)
     dilation = (dilation_d, dilation_h, dilation_w)
     units = (real(1) / real(kernel_d), real(1) / real(kernel_h), real(1) / real(kernel_w))
@@ -583,28 +520,9 @@ def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
 @cpu(over="M")
 def avg_pool_backward(
-    begin,
-    end,
-    gy,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_back,
-    pad_top,
-    pad_bottom,
-    pad_left,
-    pad_right,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    count_include_pad,
-    divisor,
-):
+    begin, end, gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back, pad_top, pad_bottom,
+    pad_left, pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor,
+):  # fmt: skip
     kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
     pad, after, dilation = (pad_front, pad_top, pad_left), (pad_back, pad_bottom, pad_right), (dilation_d, dilation_h, dilation_w)
     factors = _divisors(gy, gx.shape[1:], kernel, stride, pad, after, dilation, count_include_pad, divisor)
@@ -657,23 +575,9 @@ def adaptive_avg_pool_backward(begin, end, gy, gx):
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
 @cpu(over="M")
 def lp_pool_backward(
-    begin,
-    end,
-    gy,
-    x,
-    y,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    dilation_d,
-    dilation_h,
-    dilation_w,
+    begin, end, gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
     norm,
-):
+):  # fmt: skip
     kernel, stride, pad = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w), (0, 0, 0)
     dilation, units = (
         (dilation_d, dilation_h, dilation_w),

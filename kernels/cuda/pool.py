@@ -57,23 +57,9 @@ def _max_pool(x, y, indices, offsets, kd, kh, kw, sd, sh, sw, dd, dh, dw, pad_fr
 
 
 def max_pool(
-    x,
-    y,
-    indices,
-    offsets,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_top,
-    pad_left,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-):
+    x, y, indices, offsets, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top, pad_left,
+    dilation_d, dilation_h, dilation_w,
+):  # fmt: skip
     if y.size:
         _max_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
             x, y, indices, offsets, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w,
@@ -108,22 +94,9 @@ def _max_pool_backward(gy, offsets, gx, kd, kh, kw, sd, sh, sw, dd, dh, dw, pad_
 
 
 def max_pool_backward(
-    gy,
-    offsets,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_top,
-    pad_left,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-):
+    gy, offsets, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top, pad_left, dilation_d,
+    dilation_h, dilation_w,
+):  # fmt: skip
     if gx.size:
         _max_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
             gy, offsets, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w,
@@ -224,26 +197,9 @@ def _sum_pool(x, y, kd, kh, kw, sd, sh, sw, dd, dh, dw, front, top, left, back, 
 
 
 def avg_pool(
-    x,
-    y,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_back,
-    pad_top,
-    pad_bottom,
-    pad_left,
-    pad_right,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    count_include_pad,
-    divisor,
-):
+    x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back, pad_top, pad_bottom, pad_left,
+    pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor,
+):  # fmt: skip
     if y.size:
         _sum_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
             x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
@@ -295,26 +251,9 @@ def _sum_pool_backward(
 
 
 def avg_pool_backward(
-    gy,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    pad_front,
-    pad_back,
-    pad_top,
-    pad_bottom,
-    pad_left,
-    pad_right,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    count_include_pad,
-    divisor,
-):
+    gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back, pad_top, pad_bottom, pad_left,
+    pad_right, dilation_d, dilation_h, dilation_w, count_include_pad, divisor,
+):  # fmt: skip
     if gx.size:
         _sum_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
             gy, gy, gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
@@ -394,19 +333,8 @@ def adaptive_avg_pool_backward(gy, gx):
 
 
 def lp_pool(
-    x,
-    y,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    norm,
-):
+    x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w, norm,
+):  # fmt: skip
     if y.size:
         _sum_pool[_grid(y.size // y.shape[0], y.shape[0]), THREADS](
             x, y, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
@@ -415,21 +343,8 @@ def lp_pool(
 
 
 def lp_pool_backward(
-    gy,
-    x,
-    y,
-    gx,
-    kernel_d,
-    kernel_h,
-    kernel_w,
-    stride_d,
-    stride_h,
-    stride_w,
-    dilation_d,
-    dilation_h,
-    dilation_w,
-    norm,
-):
+    gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w, norm,
+):  # fmt: skip
     if gx.size:
         _sum_pool_backward[_grid(gx.size // gx.shape[0], gx.shape[0]), THREADS](
             gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
