@@ -4,6 +4,7 @@
  * zeros and split into the phases of the stride. In the planes the inputs of neighbouring outputs are neighbours, so
  * input(output, tap) = base(output) + offset(tap) with no test and no division, and every load is a whole vector. */
 #include "gemm.h"
+#include "prepack.h"
 
 /* One spatial dimension: input = output * stride - pad + tap * dilation, zero outside [0, inputs). */
 typedef struct { int64_t outputs, inputs, taps, stride, pad, dilation; } axis;
@@ -16,6 +17,7 @@ typedef struct {
     const real *x;                             /* [images, groups, channels, inputs...] */
     const real *w;
     int64_t w_group, w_filter, w_channel, w_tap[3]; /* element strides of w, of any sign */
+    const real *weights;                            /* the array that w points into */
     const real *bias;                               /* [groups * filters] or NULL */
     real *y;
     int64_t y_channel, y_step[3]; /* elements from a channel, an output to the next */
@@ -297,6 +299,17 @@ typedef struct {
     real *packed; /* w: [group][part of K][row panels] */
 } product;
 
+/* Memory for what an algorithm makes of all of w; `block`: how many filters it takes at a time, where that is a choice. */
+static hl_pack begin_weights(const conv_job *j, enum hl_packer algorithm, int64_t elements, int64_t block)
+{
+    const int64_t key[] = {
+        algorithm,   sizeof(real),    LANES,           block,           j->groups,         j->channels,
+        j->filters,  j->axes[0].taps, j->axes[1].taps, j->axes[2].taps, j->w - j->weights, j->w_group,
+        j->w_filter, j->w_channel,    j->w_tap[0],     j->w_tap[1],     j->w_tap[2],
+    };
+    return hl_pack_begin(j->weights, (size_t)elements * sizeof(real), key, sizeof key / sizeof *key);
+}
+
 /* K = channels * taps is cut where a channel ends if a part of GEMM_DEPTH holds one, else anywhere. */
 static int64_t part_depth(int64_t channels, int64_t taps)
 {
@@ -331,6 +344,19 @@ static int pack_weights(int64_t begin, int64_t end, void *context)
         }
     }
     return HL_OK;
+}
+
+/* All of w in panels for parts of K of that depth; data is NULL without memory. */
+static int begin_panels(const conv_job *j, int64_t depth, hl_pack *pack)
+{
+    int64_t K = j->channels * taps_of(j);
+    *pack = begin_weights(j, HL_PACK_CONV, j->groups * K * j->filters, 0);
+    if (!pack->data) return HL_NOMEM;
+    if (pack->ready) return HL_OK;
+    product t = {.j = j, .depth = depth, .packed = pack->data};
+    int status = parallel_even(K ? j->groups * ceil_div(K, depth) : 0, (double)(depth * j->filters), pack_weights, &t);
+    if (status == HL_OK) hl_pack_ready(pack);
+    return status;
 }
 
 /* The vectors to copy from the planes for `width` positions from s on. The last of a row copies beyond it; what follows
@@ -441,11 +467,10 @@ static int conv_product(const conv_job *j)
     product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = part_depth(j->channels, taps)};
     t.flat = is_flat(j);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
-    t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
-    if (!t.packed) return HL_NOMEM;
-    int64_t parts = K ? ceil_div(K, t.depth) : 0;
-    int status = parallel_even(j->groups * parts, (double)(t.depth * j->filters), pack_weights, &t);
+    hl_pack weights;
+    int status = begin_panels(j, t.depth, &weights);
     if (status == HL_OK) {
+        t.packed = weights.data;
         double work =
             (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
         t.tasks = t.grid.boxes * j->groups;
@@ -457,7 +482,7 @@ static int conv_product(const conv_job *j)
         /* 16 products cost what hl_grain counts as one operation. */
         status = parallel_even(t.tasks, work / (double)t.tasks / 16, product_tasks, &t);
     }
-    hl_give(t.packed);
+    hl_pack_end(&weights);
     return status;
 }
 
@@ -779,26 +804,26 @@ static int conv_direct(const conv_job *j)
     /* Rows pay where they fill their vectors; narrower images go on from row to row. */
     int64_t shortest = t.grid.split == 1 ? rows - (t.grid.ranges - 1) * t.grid.per : rows;
     t.by_rows = t.by_rows && shortest >= 4 && W * 4 >= round_up(W, LANES) * 3;
-    t.packed = hl_take((size_t)(j->groups * K * j->filters) * sizeof(real));
-    if (!t.packed) return HL_NOMEM;
+    hl_pack weights;
     int status = HL_OK;
-    if (t.by_rows)
-        for (int64_t f = 0; f < j->groups * j->filters; f++) {
+    if (t.by_rows) {
+        weights = begin_weights(j, HL_PACK_CONV_ROWS, j->groups * K * j->filters, 0);
+        if (!weights.data) return HL_NOMEM;
+        real *to = weights.data;
+        for (int64_t f = 0; f < j->groups * j->filters && !weights.ready; f++) {
             const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
             for (int64_t k = 0; k < K; k++)
-                t.packed[f * K + k] = w[k / j->axes[2].taps * j->w_tap[1] + k % j->axes[2].taps * j->w_tap[2]];
+                to[f * K + k] = w[k / j->axes[2].taps * j->w_tap[1] + k % j->axes[2].taps * j->w_tap[2]];
         }
-    else {
-        product weights = {.j = j, .depth = t.depth, .packed = t.packed};
-        int64_t parts = K ? ceil_div(K, t.depth) : 0;
-        status = parallel_even(j->groups * parts, (double)(t.depth * j->filters), pack_weights, &weights);
-    }
+        if (!weights.ready) hl_pack_ready(&weights);
+    } else status = begin_panels(j, t.depth, &weights);
+    t.packed = weights.data;
     /* A multiply-add of a vector from the planes costs about four of what hl_grain counts. */
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
                   (double)(K + 4) * 4 / LANES;
     if (status == HL_OK)
         status = parallel_even(t.grid.boxes * j->groups, work, t.by_rows ? row_tasks : direct_tasks, &t);
-    hl_give(t.packed);
+    hl_pack_end(&weights);
     return status;
 }
 
@@ -837,6 +862,7 @@ int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b,
                  {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
         .x = x,
         .w = w,
+        .weights = w,
         .w_group = p->F / groups * p->CG * taps,
         .w_filter = p->CG * taps,
         .w_channel = taps,
@@ -962,6 +988,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
                     .axes = {r[0].axis, r[1].axis, r[2].axis},
                     .x = gy,
                     .w = w + (r[0].first_tap * p->KH + r[1].first_tap) * p->KW + r[2].first_tap,
+                    .weights = w,
                     .w_group = p->F / groups * p->CG * taps,
                     .w_filter = taps,
                     .w_channel = p->CG * taps,

@@ -31,6 +31,13 @@ void *hl_take(size_t bytes);
 void hl_give(void *block);
 void hl_keep(size_t bytes); /* how much the cache may hold while nobody uses it; 0 empties it */
 
+/* Weights that do not change until hl_unprepack: the kernels that take an array at this address as their weights keep what
+ * they make of it (panels, transforms) for their next call. Each hl_prepack that returned HL_OK, not HL_NOMEM, needs one
+ * hl_unprepack; at the last no kernel may be reading them. */
+int hl_prepack(const void *weights);
+void hl_unprepack(const void *weights);
+size_t hl_prepacked_bytes(const void *weights); /* that are kept */
+
 /* ---- activation ---- */
 
 /* y = exp(x - max) / sum(exp(x - max)) over the middle axis. */

@@ -3,6 +3,7 @@
  * Source of the blocking: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); Van Zee and
  * van de Geijn, BLIS (2015). */
 #include "gemm.h"
+#include "prepack.h"
 #include "random.h"
 
 /* ---- packing ---- */
@@ -476,7 +477,8 @@ static int pack_blocks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* Parallel over blocks of C. Blocks in the same columns share one packed B where it fits 32 MiB, made in a first pass.
+/* Parallel over blocks of C. Blocks in the same columns share one packed B where it fits 32 MiB, made in a first pass;
+ * that of a B which is prepacked is made once for all calls.
  * A and B are read once per block row and column (from panels), C is written once per GEMM_DEPTH of K. */
 static int gemm_batched(gemm_job *j)
 {
@@ -485,20 +487,27 @@ static int gemm_batched(gemm_job *j)
     j->call = &g;
     choose_blocks(j);
     int64_t size = gemm_packed_b_size(g.K, g.N);
-    if (j->batches == 1 && j->row_blocks > 1 && g.K && !g.packed_b && size <= (32 << 20) / (int64_t)sizeof(real)) {
-        j->packed = hl_take((size_t)size * sizeof(real));
-        if (!j->packed) return HL_NOMEM;
-        int64_t parts = (g.K - 1) / gemm_depth(g.K) + 1;
-        int status =
-            parallel_even(parts * j->column_blocks, (double)size / (double)(parts * j->column_blocks), pack_blocks, j);
-        if (status != HL_OK) return hl_give(j->packed), status;
-        g.packed_b = j->packed;
+    int pays = j->row_blocks > 1 && size <= (32 << 20) / (int64_t)sizeof(real);
+    hl_pack pack = {0};
+    if (j->batches == 1 && g.K && !g.packed_b && (pays || (hl_is_prepacked(g.b) && !is_dot(&g) && !is_axpy(&g)))) {
+        const int64_t key[] = {HL_PACK_PRODUCT, sizeof(real), LANES, g.K, g.N, g.b_row, g.b_col};
+        pack = hl_pack_begin(g.b, (size_t)size * sizeof(real), key, sizeof key / sizeof *key);
+        if (!pack.data) return HL_NOMEM;
+        if (!pack.ready) {
+            int64_t parts = (g.K - 1) / gemm_depth(g.K) + 1;
+            j->packed = pack.data;
+            int status = parallel_even(parts * j->column_blocks, (double)size / (double)(parts * j->column_blocks),
+                                       pack_blocks, j);
+            if (status != HL_OK) return hl_pack_end(&pack), status;
+            hl_pack_ready(&pack);
+        }
+        g.packed_b = pack.data;
     }
     int64_t tasks = j->batches * j->row_blocks * j->column_blocks;
     /* 16 multiplications cost what hl_grain counts as one operation. */
     double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / 16;
     int status = parallel_even(tasks, work, gemm_blocks, j);
-    hl_give(j->packed);
+    hl_pack_end(&pack);
     return status;
 }
 

@@ -745,16 +745,21 @@ static int conv_winograd(const conv_job *j)
     t.splits = boxes >= 16 ? 1 : min64(blocks, ceil_div(16, boxes));
     t.group_size = blocks * POINTS * (t.C * round_up(t.filter_block, LANES) + ceil_div(t.C, t.chunk) * LANES);
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
-    if (t.grid.boxes > 1) t.shared_u = hl_take((size_t)(j->groups * t.group_size) * sizeof(real));
-    int status = (t.splits > 1 && !t.shared_v) || (t.grid.boxes > 1 && !t.shared_u) ? HL_NOMEM : HL_OK;
+    hl_pack weights = {0};
+    int share_u = t.grid.boxes > 1 || hl_is_prepacked(j->weights);
+    if (share_u) weights = begin_weights(j, HL_PACK_WINOGRAD, j->groups * t.group_size, t.filter_block);
+    t.shared_u = weights.data;
+    int status = (t.splits > 1 && !t.shared_v) || (share_u && !t.shared_u) ? HL_NOMEM : HL_OK;
     if (status == HL_OK && t.shared_v)
         status = parallel_even(boxes * t.C / LANES, (double)t.v_step / 4, winograd_inputs, &t);
-    if (status == HL_OK && t.shared_u)
+    if (status == HL_OK && share_u && !weights.ready) {
         status = parallel_even(j->groups * blocks, (double)t.group_size / (double)blocks / 4, winograd_weights, &t);
+        if (status == HL_OK) hl_pack_ready(&weights);
+    }
     double work = (double)t.T * POINTS * (double)t.C * (double)j->filters / (double)t.splits / 16;
     if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
-    hl_give(t.shared_u);
+    hl_pack_end(&weights);
     return status;
 }
 

@@ -2,6 +2,7 @@
 
 from ._dispatch import backend, backends, exact_convolution, explain
 from ._errors import BackendUnavailableError, PerformanceWarning
+from ._prepack import PackedWeight, prepack
 from ._threads import get_num_threads, num_threads, set_num_threads
 
 from .autograd import Variable, grad, gradcheck, value_and_grad, vjp

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import _dispatch, _memory
+from ._prepack import PackedWeight
 from .kernels import spec
 
 MAX_PLANS = 512  # per op and pattern; then all are forgotten: a program that meets that many shapes does not repeat itself
@@ -36,7 +37,7 @@ def keyer(kinds: tuple[type, ...]) -> Callable[..., Any] | None:
     OTHER_TYPES for arguments of other types. None instead of it when a type is unusual."""
     parts, odd = ["choice()", "exact()", "trace() is None"], []
     for i, kind in enumerate(kinds):
-        if kind is _ndarray:
+        if kind is _ndarray or kind is PackedWeight:
             parts += (f"a{i}.shape", f"a{i}.dtype")
         elif kind in _PLAIN:
             parts.append(f"a{i}")
@@ -75,7 +76,7 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     finally:
         recording.log = before
     values = (*args, *kwargs.values())
-    if any(type(v) is _ndarray and not (v.flags.c_contiguous and v.flags.aligned) for v in values):
+    if any(isinstance(v, _ndarray) and not (v.flags.c_contiguous and v.flags.aligned) for v in values):
         return result, None
     plan = _plan(log, values, result) if len(log) == 1 else None
     return result, plan or NO_PLAN
