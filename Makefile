@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := -Csetup-args=-Dckernels=$(CKERNELS)
 SOURCES := pyproject.toml meson.build meson.options $(shell find csrc kernels python -name '*.py' -o -name '*.[ch]' -o -name meson.build)
 
-.PHONY: bench test dev lint format types simulator ptx sanitize dist clean
+.PHONY: bench test dev lint format types simulator ptx neon neon-tools sanitize dist clean
 
 # Compares the backends on this machine.
 bench: $(VENV)/.bench
@@ -31,12 +31,12 @@ dev: $(VENV)/.tools
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch]
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/*.c
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.[ch]
+	$(BIN)/clang-format -i csrc/*.[ch] tests/*.c
 
 # The type checker sees python/hotloops and kernels as the one package that they become.
 types: $(VENV)/.dev
@@ -50,6 +50,20 @@ simulator: $(VENV)/.test
 
 ptx: $(VENV)/.dev
 	HOTLOOPS_REQUIRE_PTX=1 $(BIN)/python -m pytest tests/test_ptx.py $(ARGS)
+
+# The C kernels for 64-bit ARM, in an emulator: every case of every kernel.
+neon: $(VENV)/.test neon-tools
+	@test -e build/neon/build.ninja || \
+	  meson setup build/neon --cross-file csrc/aarch64.ini -Dbuildtype=release -Dwerror=true -Dckernels=enabled -Dtest_server=true
+	meson compile -C build/neon
+	HOTLOOPS_SERVER="qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/csrc/server" \
+	  $(BIN)/python -m pytest tests/test_kernels.py tests/test_emulated.py -k emulated $(ARGS)
+
+neon-tools:
+	@there() { command -v qemu-aarch64 && command -v aarch64-linux-gnu-gcc && test -e /usr/aarch64-linux-gnu/lib/libc.so; } >/dev/null; \
+	packages="qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross"; \
+	there || { test $$(id -u) = 0 && apt-get update -q && apt-get install -y -q $$packages && there; } || \
+	  { echo "No compiler or no emulator for 64-bit ARM (on Debian: apt-get install $$packages)"; exit 1; }
 
 # The suite on C kernels that stop at the first access out of bounds or undefined operation. Tests with Numba in their name
 # are left out: its code is not made by this compiler. What stops a worker stops the run, with the test's name.

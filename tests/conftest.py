@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+import emulated
 import pytest
 
 import hotloops as hl
@@ -24,9 +25,22 @@ def variants() -> list[str]:
     return found
 
 
+def kernel_variants() -> list[str]:
+    """Those, and `emulated`: C kernels of another machine. They run as kernels; ops run on `variants()` alone."""
+    return variants() + (["emulated"] if emulated.COMMAND else [])
+
+
+def adapter(variant: str):
+    """What runs the kernels of a variant: its backend's adapter, or the emulator's."""
+    return emulated if variant == "emulated" else _dispatch.adapter(variant.partition("-")[0])
+
+
 @contextlib.contextmanager
 def running(variant: str):
     """Inside, every call runs on that variant ("reference" too)."""
+    if variant == "emulated":
+        yield
+        return
     name, _, isa = variant.partition("-")
     c = _dispatch.adapter("c")
     before = c.isa() if isa else None

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from cases import all_cases, build
 from compare import assert_same_bits, assert_within, sums_exactly
-from conftest import SIMULATED, running, variants
+from conftest import SIMULATED, adapter, kernel_variants, running
 
-from hotloops import _dispatch
 from hotloops.kernels import spec
 
 CASES = all_cases()
@@ -16,16 +15,15 @@ SIMULATOR_LIMIT = 400  # elements of a case: in the simulator every CUDA thread 
 
 
 def implemented(name: str, variant: str) -> bool:
-    adapter = _dispatch.adapter(variant.partition("-")[0])
-    record = spec.find(name)
-    if variant.startswith("c-"):
-        return adapter.kernel(record, np.dtype(np.float32)) is not None
-    return adapter.find(record) is not None  # `prepare` would compile it
+    backend, record = adapter(variant), spec.find(name)
+    if variant.startswith(("c-", "emulated")):
+        return backend.kernel(record, np.dtype(np.float32)) is not None
+    return backend.find(record) is not None  # `prepare` would compile it
 
 
 def parameters():
     for name, cases in CASES.items():
-        for variant in variants():
+        for variant in kernel_variants():
             if not implemented(name, variant):
                 continue
             for case in cases:
@@ -35,7 +33,7 @@ def parameters():
 
 def call(record, variant, arrays, sizes, scalars, dtype):
     with running(variant):
-        _dispatch.adapter(variant.partition("-")[0]).prepare(record, np.dtype(dtype))(tuple(arrays), sizes, scalars)
+        adapter(variant).prepare(record, np.dtype(dtype))(tuple(arrays), sizes, scalars)
 
 
 @pytest.mark.parametrize(("name", "variant", "case", "dtype"), list(parameters()))
