@@ -1,4 +1,5 @@
-/* Softmax and its kin over the middle axis of [M, K, I]. */
+/* Softmax and its kin over the middle axis of [M, K, I]; functions of single elements. */
+#include "activate.h"
 #include "gemm.h"
 #include "vmath.h"
 
@@ -326,4 +327,95 @@ int HL(logsumexp_backward)(const hl_logsumexp_backward_plan *p, const real *gy, 
     int64_t length = p->I == 1 ? p->K : p->I;
     return hl_parallel_for(p->I == 1 ? p->M : p->M * p->K, hl_grain(6.0 * (double)length), logsumexp_backward_rows,
                            &job);
+}
+
+/* ---- element by element ---- */
+
+enum { RELU = 1, RELU6, SIGMOID, TANH, SILU, GELU };
+
+/* The value, and in *slope the derivative. A NaN stays NaN; what multiplies an infinity by 0 is 0. */
+static inline __attribute__((always_inline)) vreal activated(const int function, vreal x, vreal *slope)
+{
+    const vreal zero = splat((real)0), one = splat((real)1), six = splat((real)6);
+    vreal y = x, d = one;
+    if (function == RELU || function == RELU6) {
+        y = vmax(x, zero);
+        d = blend(x > zero, one, zero);
+        if (function == RELU6) {
+            y = vmin(y, six);
+            d = blend(x < six, d, zero);
+        }
+    } else if (function == TANH) {
+        vreal e = vexp(splat((real)-2) * vabs(x));
+        y = vtanh(x);
+        d = splat((real)4) * e / ((one + e) * (one + e)); /* 1 - y * y would lose its digits */
+    } else if (function == GELU) {
+        vreal share = splat((real)0.5) * (one + verf(x * splat((real)0.70710678118654752440)));
+        y = blend(share == zero, zero, x * share);
+        vreal bell = vexp(splat((real)-0.5) * x * x) * splat((real)0.39894228040143267794);
+        d = share + blend(bell == zero, zero, x * bell);
+    } else if (function != 0) {
+        vreal share = vsigmoid(x), change = share * vsigmoid(-x);
+        y = function == SIGMOID ? share : blend(share == zero, zero, x * share);
+        d = function == SIGMOID ? change : share + blend(change == zero, zero, x * change);
+    }
+    *slope = function ? blend((vint)(x == x), d, x) : one;
+    return blend((vint)(x == x), y, x);
+}
+
+/* With gy: the derivative times gy. */
+static inline __attribute__((always_inline)) void activate_loop(const int function, int64_t n, const real *x,
+                                                                const real *gy, real *y)
+{
+    for (int64_t i = 0; i < n; i += LANES) {
+        int64_t width = min64(LANES, n - i);
+        vreal slope, value = activated(function, take(x + i, width, (real)0), &slope);
+        put(y + i, width, gy ? slope * take(gy + i, width, (real)0) : value);
+    }
+}
+static void activate_any(int64_t function, int64_t n, const real *x, const real *gy, real *y)
+{
+    switch (function) {
+#define FUNCTION(f) \
+    case f: gy ? activate_loop(f, n, x, gy, y) : activate_loop(f, n, x, NULL, y); break;
+        FUNCTION(RELU)
+        FUNCTION(RELU6)
+        FUNCTION(SIGMOID)
+        FUNCTION(TANH)
+        FUNCTION(SILU)
+        FUNCTION(GELU)
+    default: gy ? activate_loop(0, n, x, gy, y) : activate_loop(0, n, x, NULL, y);
+    }
+}
+
+void activate_row(int64_t function, int64_t n, const real *x, real *y) { activate_any(function, n, x, NULL, y); }
+void activate_rows(int64_t function, int64_t rows, int64_t n, real *y, int64_t pitch)
+{
+    for (int64_t r = 0; r < rows && function; r++) activate_any(function, n, y + r * pitch, NULL, y + r * pitch);
+}
+
+typedef struct {
+    int64_t function;
+    const real *x, *gy;
+    real *y;
+} activate_job;
+static int activate_range(int64_t begin, int64_t end, void *context)
+{
+    const activate_job *j = context;
+    activate_any(j->function, end - begin, j->x + begin, j->gy ? j->gy + begin : NULL, j->y + begin);
+    return HL_OK;
+}
+
+/* Parallel over elements. Reads x once, writes y once. */
+int HL(activate)(const hl_activate_plan *p, const real *x, real *y)
+{
+    activate_job job = {p->function, x, NULL, y};
+    return hl_parallel_for(p->N, round_up(hl_grain(4), LANES), activate_range, &job);
+}
+
+/* As activate; reads gy, too. */
+int HL(activate_backward)(const hl_activate_backward_plan *p, const real *x, const real *gy, real *gx)
+{
+    activate_job job = {p->function, x, gy, gx};
+    return hl_parallel_for(p->N, round_up(hl_grain(4), LANES), activate_range, &job);
 }

@@ -3,6 +3,7 @@
  * One idea carries all of them: the rows of the input that a box of outputs needs are copied into planes, padded with
  * zeros and split into the phases of the stride. In the planes the inputs of neighbouring outputs are neighbours, so
  * input(output, tap) = base(output) + offset(tap) with no test and no division, and every load is a whole vector. */
+#include "activate.h"
 #include "gemm.h"
 #include "prepack.h"
 
@@ -21,6 +22,7 @@ typedef struct {
     const real *bias;                               /* [groups * filters] or NULL */
     real *y;
     int64_t y_channel, y_step[3]; /* elements from a channel, an output to the next */
+    int64_t activation;           /* the number of a function (activate.h), 0: none */
 } conv_job;
 
 static int64_t outputs_of(const conv_job *j) { return j->axes[0].outputs * j->axes[1].outputs * j->axes[2].outputs; }
@@ -447,6 +449,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                     out.add_row = y_row;
                 } else out.row_bias = bias;
                 gemm_block(filters, width, depth, a, flat ? panel + s * depth : panel, &out);
+                if (k + depth >= K) activate_rows(j->activation, filters, width, y + s, y_row);
             }
             k += depth;
         } while (k < K);
@@ -725,9 +728,11 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
             rows = p.pitch[1];
             pitch = p.pitch[2];
         }
-        for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++)
-            direct_rows(j, &b, &l, source, pitch, first, rows, around, t->packed + f * K, j->bias ? j->bias[f] : 0,
-                        j->y + row_target(j, &b, 0) + f * j->y_channel);
+        for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
+            real *y = j->y + row_target(j, &b, 0) + f * j->y_channel;
+            direct_rows(j, &b, &l, source, pitch, first, rows, around, t->packed + f * K, j->bias ? j->bias[f] : 0, y);
+            activate_rows(j->activation, b.size[1], b.size[2], y, b.size[2]);
+        }
     }
     hl_give(everywhere);
     return HL_OK;
@@ -772,6 +777,7 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
                              scratch, k ? NULL : bias, sums, longest);
                 k += depth;
             } while (k < K);
+            activate_rows(j->activation, height, vectors * LANES, sums, longest);
             for (int64_t r = 0; r < height; r++)
                 write_rows(j, &b, &p, sums + r * longest,
                            j->y + row_target(j, &b, 0) + (group * j->filters + f + r) * j->y_channel);
@@ -871,6 +877,7 @@ int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b,
         .y = y,
         .y_channel = p->OD * p->OH * p->OW,
         .y_step = {p->OH * p->OW, p->OW, 1},
+        .activation = p->activation,
     };
     return run(&j, p->exact != 0);
 }

@@ -1,4 +1,4 @@
-/* Matrix products for the other families: C[M, N] = A[M, K] B[K, N] + (accumulate ? C : row_bias[m] + column_bias[n]).
+/* Matrix products for the other families: C[M, N] = f(A[M, K] B[K, N] + (accumulate ? C : row_bias[m] + column_bias[n])).
  *
  * A and B may have any strides, so transposes are free. Every function returns HL_OK or HL_NOMEM. The order in which an
  * element of C is summed depends on M, K, the strides and what was packed, never on threads or on how C was split.
@@ -33,6 +33,7 @@ typedef struct {
     int64_t c_row; /* C[m, n] = c[m * c_row + n]; no overlap with A, B */
     int accumulate;
     const real *row_bias, *column_bias; /* [M], [N], not with accumulate; or NULL */
+    int64_t activation; /* the number of f (activate.h), 0: none */
 } gemm_call;
 
 #define gemm HL(gemm)

@@ -73,6 +73,16 @@ int hl_logsumexp_backward_f32(const hl_logsumexp_backward_plan *plan, const floa
 int hl_logsumexp_backward_f64(const hl_logsumexp_backward_plan *plan, const double *gy, const double *x,
                               const double *y, double *gx);
 
+/* y = the function of that number: 0 x itself, 1 relu, 2 relu6, 3 sigmoid, 4 tanh, 5 silu, 6 gelu (with erf). */
+typedef struct { int64_t N, function; } hl_activate_plan;
+int hl_activate_f32(const hl_activate_plan *plan, const float *x, float *y);
+int hl_activate_f64(const hl_activate_plan *plan, const double *x, double *y);
+
+/* gx = gy times its derivative at x. */
+typedef struct { int64_t N, function; } hl_activate_backward_plan;
+int hl_activate_backward_f32(const hl_activate_backward_plan *plan, const float *x, const float *gy, float *gx);
+int hl_activate_backward_f64(const hl_activate_backward_plan *plan, const double *x, const double *gy, double *gx);
+
 /* ---- attention ---- */
 
 /* y = softmax(softcap tanh(q k^T scale / softcap) + bias) v, and the logarithms of the softmax' denominators. bias or allowed
@@ -322,12 +332,13 @@ int hl_masks_to_boxes_f64(const hl_masks_to_boxes_plan *plan, const uint8_t *mas
 
 /* ---- conv ---- */
 
-/* y[N,F,OD,OH,OW] = convolution (cross-correlation) of x[N,C,D,H,W] with w[F,CG,KD,KH,KW], + b[F]; b may be NULL. Pads are
- * those in front; the sizes of y say where it ends. exact = 0 allows Winograd in float32: a few more roundings, and an
+/* y[N,F,OD,OH,OW] = convolution (cross-correlation) of x[N,C,D,H,W] with w[F,CG,KD,KH,KW], + b[F], then the function
+ * of number `activation` (hl_activate); b may be NULL. Pads are those in front; the sizes of y say where it ends. exact = 0 allows Winograd in float32: a few more roundings, and an
  * infinity or NaN in x reaches up to three neighbours farther. */
 typedef struct {
     int64_t N, C, D, H, W, F, CG, KD, KH, KW, OD, OH, OW;
-    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact;
+    int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact,
+        activation;
 } hl_conv_plan;
 int hl_conv_f32(const hl_conv_plan *plan, const float *x, const float *w, const float *b, float *y);
 int hl_conv_f64(const hl_conv_plan *plan, const double *x, const double *w, const double *b, double *y);
@@ -419,8 +430,8 @@ int hl_col2im_f64(const hl_col2im_plan *plan, const double *cols, double *x);
 
 /* ---- linear ---- */
 
-/* y[M,N] = x[M,K] w[N,K]^T + b[N]; b may be NULL. */
-typedef struct { int64_t M, K, N; } hl_linear_plan;
+/* y[M,N] = x[M,K] w[N,K]^T + b[N], then the function of number `activation` (hl_activate); b may be NULL. */
+typedef struct { int64_t M, K, N, activation; } hl_linear_plan;
 int hl_linear_f32(const hl_linear_plan *plan, const float *x, const float *w, const float *b, float *y);
 int hl_linear_f64(const hl_linear_plan *plan, const double *x, const double *w, const double *b, double *y);
 

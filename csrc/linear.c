@@ -2,6 +2,7 @@
  *
  * Source of the blocking: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008); Van Zee and
  * van de Geijn, BLIS (2015). */
+#include "activate.h"
 #include "gemm.h"
 #include "prepack.h"
 #include "random.h"
@@ -358,8 +359,11 @@ enum { BLOCK_ROWS = 96, BLOCK_COLUMNS = 768 / GEMM_COLUMNS * GEMM_COLUMNS };
 static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
 {
     if (m0 >= m1 || n0 >= n1) return HL_OK;
-    if (is_dot(g)) return dot_range(g, n0, n1), HL_OK;
-    if (is_axpy(g)) return axpy_range(g, n0, n1), HL_OK;
+    if (is_dot(g) || is_axpy(g)) { /* all rows */
+        is_dot(g) ? dot_range(g, n0, n1) : axpy_range(g, n0, n1);
+        activate_rows(g->activation, g->M, n1 - n0, g->c + n0, g->c_row);
+        return HL_OK;
+    }
     int64_t depth_max = gemm_depth(g->K), rows_max = min64(m1 - m0, BLOCK_ROWS + 2 * GEMM_ROWS),
             columns_max = min64(n1 - n0, BLOCK_COLUMNS + 2 * GEMM_COLUMNS);
     /* Few rows do not repay packing a B whose rows are contiguous. */
@@ -400,6 +404,7 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                 if (out.add) out.add += body;
                 out.c += body;
                 block(rows, columns - body, depth, a, a_row, g->a_col, b, 0, &out);
+                if (k + depth >= g->K) activate_rows(g->activation, rows, columns, g->c + m * g->c_row + n, g->c_row);
             }
             k += depth;
         } while (k < g->K);
@@ -533,7 +538,8 @@ int HL(linear)(const hl_linear_plan *p, const real *x, const real *w, const real
                    .b_col = p->K,
                    .c = y,
                    .c_row = p->N,
-                   .column_bias = b};
+                   .column_bias = b,
+                   .activation = p->activation};
     return gemm_parallel(&g);
 }
 

@@ -448,6 +448,7 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
                 }
             real *y = j->y + ((b->image + n) * j->groups * j->filters + filter) * H * W + b->first[1] * out * W +
                       b->first[2] * out;
+            activate_rows(j->activation, rows, pitch * LANES, stage, pitch * LANES);
             if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y, H * W);
             else
                 for (int64_t r = 0; r < rows; r++)

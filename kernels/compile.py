@@ -37,7 +37,7 @@ class Inline:
 
     def __init__(self, function: Callable[..., Any], flags: set[str] = FASTMATH):
         self.function, self.flags = function, flags
-        self._float64 = function
+        self._float64 = self._gpu = function
         self._bound: dict[tuple[str, Any], Any] = {}
 
     def float64(self, function: Callable[..., Any]) -> Inline:
@@ -45,9 +45,15 @@ class Inline:
         self._float64 = function
         return self
 
+    def cuda(self, function: Callable[..., Any]) -> Inline:
+        """Marks the text for GPUs where it differs from that for the CPU."""
+        self._gpu = function
+        return self
+
     def bound(self, dtype: Any, target: str) -> Any:
         if (target, dtype) not in self._bound:
-            function = _bind(self._float64 if dtype is np.float64 else self.function, dtype, target)
+            text = self._float64 if dtype is np.float64 else self.function
+            function = _bind(self._gpu if target == "cuda" and self._gpu is not self.function else text, dtype, target)
             self._bound[target, dtype] = _cpu_inline(function, self.flags) if target == "cpu" else _cuda_inline(function)
         return self._bound[target, dtype]
 

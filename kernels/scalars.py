@@ -1,5 +1,8 @@
 """Scalar functions that kernels share, written so that LLVM makes vectors of them."""
 
+import math
+from math import exp as _exp
+
 import numpy as np
 
 from .compile import inline, real
@@ -46,6 +49,11 @@ def exp(x):
     b = np.int64((k - half + 1023) << 52).view(np.float64)
     y = ((r * r * p + r) + 1.0) * a * b
     return y if x == x else x
+
+
+@exp.cuda
+def exp(x):
+    return _exp(x)
 
 
 # tanh(x) within a few units in the last place of 1: enough where it caps a score.
@@ -100,3 +108,47 @@ def pool_windows(position, windows, kernel, stride, dilation):
     """[begin, end): the taps with which windows may lie over a position of the padded axis."""
     begin = position - (windows - 1) * stride
     return 0 if begin <= 0 else (begin + dilation - 1) // dilation, min(kernel, position // dilation + 1)
+
+
+# The functions of kernels.reference.activation by number, and their derivatives. A NaN stays NaN.
+@inline
+def activate(x, function):
+    if function == 0 or x != x:
+        return x
+    if function == 1:
+        return max(x, real(0))
+    if function == 2:
+        return min(max(x, real(0)), real(6))
+    if function == 4:
+        return real(math.tanh(x))
+    if function == 6:
+        share = real(0.5) * (real(1) + real(math.erf(x * real(0.7071067811865476))))
+        return x * share if share != real(0) else share
+    e = exp(-abs(x))
+    share = (real(1) if x >= real(0) else e) / (real(1) + e)
+    if function == 3 or share == real(0):
+        return share
+    return x * share
+
+
+@inline
+def activation_slope(x, function):
+    if function == 0:
+        return real(1)
+    if x != x:
+        return x
+    if function <= 2:
+        return real(1) if x > real(0) and (x < real(6) or function == 1) else real(0)
+    if function == 4:
+        e = exp(real(-2) * abs(x))
+        return real(4) * e / ((real(1) + e) * (real(1) + e))
+    if function == 6:
+        share = real(0.5) * (real(1) + real(math.erf(x * real(0.7071067811865476))))
+        bell = exp(real(-0.5) * x * x) * real(0.3989422804014327)
+        return share + x * bell if bell != real(0) else share
+    e = exp(-abs(x))
+    share = (real(1) if x >= real(0) else e) / (real(1) + e)
+    slope = e / ((real(1) + e) * (real(1) + e))
+    if function == 3:
+        return slope
+    return share + x * slope if slope != real(0) else share

@@ -39,7 +39,7 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
 def sums_exactly(error: str, names: dict[str, Any], dtype: Any) -> bool:
     """True where a call on small integers has only exact products and sums: every version gives the same values."""
     winograd = error.startswith("winograd") and spec.is_direct(names, float(np.finfo(dtype).eps))
-    return error.startswith("reduce") or winograd
+    return (error.startswith("reduce") or winograd) and names.get("activation", 0) <= 2  # none, or one that cuts off
 
 
 def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], what: str) -> None:

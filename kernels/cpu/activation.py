@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
-from ..scalars import exp
+from ..scalars import activate as activated
+from ..scalars import activation_slope, exp
 
 # Each kernel has two loops. I = 1: a row lies in one piece, the loops run along it. I > 1: the positions i lie side by side,
 # so K is walked in the outer loop and sums for all i of a slice are kept in a row of scratch.
@@ -176,3 +177,17 @@ def logsumexp_backward(begin, end, gy, x, y, gx):
         for k in range(K):
             for i in range(I):
                 gx[m, k, i] = gy[m, i] * exp(x[m, k, i] - y[m, i])
+
+
+# Parallel over elements. Reads x once, writes y once.
+@cpu(over="N")
+def activate(begin, end, x, y, function):
+    for i in range(begin, end):
+        y[i] = activated(x[i], function)
+
+
+# As activate; reads gy, too.
+@cpu(over="N")
+def activate_backward(begin, end, x, gy, gx, function):
+    for i in range(begin, end):
+        gx[i] = gy[i] * activation_slope(x[i], function)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
+from ..scalars import activate
 from .panels import (
     DEPTH,
     NARROW,
@@ -210,13 +211,14 @@ def _is_flat(taps, stride):
 # Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
 @cpu(over="N*F if F < 4*groups else groups*((N*OD*OH*OW+127)//128)*((F//groups+63)//64)")
 def conv(
-    begin, end, x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
+    begin, end, x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact,
+    activation,
 ):  # fmt: skip
     N, F, CG, KD, KH, KW = x.shape[0], w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]
     FG, taps = F // groups, KD * KH * KW
     stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
     if FG < 4:
-        _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation)
+        _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation)
         return
     if _is_flat(taps, stride_d * stride_h * stride_w) and x.shape[2:] == y.shape[2:] and pad_d == pad_h == pad_w == 0:
         x = x.reshape((N, x.shape[1], 1, 1, x.shape[2] * x.shape[3] * x.shape[4]))
@@ -268,11 +270,13 @@ def conv(
                         else:
                             for j in range(run):
                                 to[j] += part[j]
+                        for j in range(run if activation and channel + step >= CG else 0):
+                            to[j] = activate(to[j], activation)
                     t += run
 
 
 @inline
-def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation):
+def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
     """Filter by filter of every image."""
     F, CG, KD, KH, KW = w.shape
     D, H, W, OD, OH, OW = x.shape[2], x.shape[3], x.shape[4], y.shape[2], y.shape[3], y.shape[4]
@@ -318,6 +322,10 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation):
                     to, part = y[n, f, od, oh], sums[oh * pitch : oh * pitch + OW]
                     for i in range(OW):
                         to[i] = part[i]
+            for oh in range(OH if activation else 0):
+                to = y[n, f, od, oh]
+                for i in range(OW):
+                    to[i] = activate(to[i], activation)
 
 
 # Parallel over images x groups x blocks of channels, or images x channels where a group has few filters.

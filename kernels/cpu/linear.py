@@ -8,7 +8,7 @@ right factor then lies along the sum, each element is a dot product.
 import numpy as np
 
 from ..compile import cpu, inline, real
-from ..scalars import random24
+from ..scalars import activate, random24
 from .panels import DEPTH, NARROW, TILE, U, end_with_zeros, fours, multiply, multiply_narrow
 
 ROWS = 32  # of the left factor, in one unit of work
@@ -58,8 +58,8 @@ def start_sums(bias, n, columns, sums, width):
 
 
 @inline
-def put(sums, width, rows, columns, y, at, pitch, first):
-    """y = sums, or y += sums after the first panel."""
+def put(sums, width, rows, columns, y, at, pitch, first, activation):
+    """y = sums, or y += sums after the first panel; after the last one the activation."""
     for i in range(rows):
         source, to = U(i * width), U(at + i * pitch)
         if first:
@@ -68,10 +68,12 @@ def put(sums, width, rows, columns, y, at, pitch, first):
         else:
             for n in range(columns):
                 y[to + U(n)] += sums[source + U(n)]
+        for n in range(columns if activation else 0):
+            y[to + U(n)] = activate(y[to + U(n)], activation)
 
 
 @inline
-def dots(a, at, row, b, b_at, step, K, rows, columns, bias, n, y, y_at, pitch):
+def dots(a, at, row, b, b_at, step, K, rows, columns, bias, n, y, y_at, pitch, activation):
     """y[i, j] = bias[n + j] + the sum over k of a[at + i * row + k] b[b_at + j * step + k], four rows (or one) at once."""
     for i in range(0, rows, 4):
         r0, some = U(at + i * row), min(4, rows - i)
@@ -90,15 +92,14 @@ def dots(a, at, row, b, b_at, step, K, rows, columns, bias, n, y, y_at, pitch):
                     t3 += a[r3 + U(k)] * v
             start = bias[n + j] if bias.size > 0 else real(0)
             for r in range(some):
-                y[y_at + (i + r) * pitch + j] = start + (
-                    t0 if r == 0 else t1 if r == 1 and some > 2 else t2 if r == 2 and some > 3 else t3
-                )
+                total = start + (t0 if r == 0 else t1 if r == 1 and some > 2 else t2 if r == 2 and some > 3 else t3)
+                y[y_at + (i + r) * pitch + j] = activate(total, activation)
 
 
 @inline
-def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K):
-    """y[batch, m, n] = the sum over k of a b, + bias[n], for units of ROWS rows x TILE columns. a, b and y are flat; the strides
-    are those of a batch, of m or k, of k or n."""
+def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K, activation):
+    """y[batch, m, n] = the sum over k of a b, + bias[n], then the activation, for units of ROWS rows x TILE columns. a, b and y are
+    flat; the strides are those of a batch, of m or k, of k or n."""
     blocks, tiles = (M + ROWS - 1) // ROWS, (N + TILE - 1) // TILE
     width = TILE if N > NARROW else NARROW
     pitch, few = fours(min(DEPTH, K)), M <= FEW and b_strides[1] == 1 and a_strides[2] == 1
@@ -111,7 +112,7 @@ def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K):
         unit += units
         a_at, b_at, y_at = batch * a_strides[0], batch * b_strides[0] + n * b_strides[2], batch * M * N + n
         if few:
-            dots(a, a_at, a_strides[1], b, b_at, b_strides[2], K, M, columns, bias, n, y, y_at, N)
+            dots(a, a_at, a_strides[1], b, b_at, b_strides[2], K, M, columns, bias, n, y, y_at, N, activation)
             continue
         for k in range(0, max(K, 1), DEPTH):
             depth = min(DEPTH, K - k)
@@ -126,15 +127,15 @@ def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K):
                     multiply(r0, r1, r2, r3, fours(depth), panel, sums)
                 else:
                     multiply_narrow(r0, r1, r2, r3, fours(depth), panel, sums)
-                put(sums, width, rows, columns, y, y_at + m * N, N, k == 0)
+                put(sums, width, rows, columns, y, y_at + m * N, N, k == 0, activation if k + DEPTH >= K else 0)
 
 
 # Parallel over tiles of columns x blocks of rows. Reads w once per range of rows (packed), x once per tile.
 # Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
 @cpu(over="((M+31)//32)*((N+127)//128)")
-def linear(begin, end, x, w, b, y):
+def linear(begin, end, x, w, b, y, activation):
     M, K, N = x.shape[0], x.shape[1], w.shape[0]
-    products(begin, end, x.reshape(x.size), (0, K, 1), w.reshape(w.size), (0, 1, K), b, y.reshape(y.size), M, N, K)
+    products(begin, end, x.reshape(x.size), (0, K, 1), w.reshape(w.size), (0, 1, K), b, y.reshape(y.size), M, N, K, activation)
 
 
 # As linear; gy is read down its columns.
@@ -142,7 +143,7 @@ def linear(begin, end, x, w, b, y):
 def linear_grad_weight(begin, end, gy, x, gw):
     M, N, K = gy.shape[0], gy.shape[1], x.shape[1]
     none = np.empty(0, gy.dtype)
-    products(begin, end, gy.reshape(gy.size), (0, 1, N), x.reshape(x.size), (0, K, 1), none, gw.reshape(gw.size), N, K, M)
+    products(begin, end, gy.reshape(gy.size), (0, 1, N), x.reshape(x.size), (0, K, 1), none, gw.reshape(gw.size), N, K, M, 0)
 
 
 # As linear.
@@ -150,7 +151,7 @@ def linear_grad_weight(begin, end, gy, x, gw):
 def linear_grad_input(begin, end, gy, w, gx):
     M, N, K = gy.shape[0], gy.shape[1], w.shape[1]
     none = np.empty(0, gy.dtype)
-    products(begin, end, gy.reshape(gy.size), (0, N, 1), w.reshape(w.size), (0, K, 1), none, gx.reshape(gx.size), M, K, N)
+    products(begin, end, gy.reshape(gy.size), (0, N, 1), w.reshape(w.size), (0, K, 1), none, gx.reshape(gx.size), M, K, N, 0)
 
 
 @inline
@@ -182,7 +183,7 @@ def linear_grad_bias(begin, end, gy, gb):
 def matmul(begin, end, a, b, y):
     M, K, N = a.shape[1], a.shape[2], b.shape[2]
     none = np.empty(0, a.dtype)
-    products(begin, end, a.reshape(a.size), (M * K, K, 1), b.reshape(b.size), (K * N, N, 1), none, y.reshape(y.size), M, N, K)
+    products(begin, end, a.reshape(a.size), (M * K, K, 1), b.reshape(b.size), (K * N, N, 1), none, y.reshape(y.size), M, N, K, 0)
 
 
 # As matmul; b is read across.
@@ -190,7 +191,9 @@ def matmul(begin, end, a, b, y):
 def matmul_grad_a(begin, end, gy, b, ga):
     M, N, K = gy.shape[1], gy.shape[2], b.shape[1]
     none = np.empty(0, gy.dtype)
-    products(begin, end, gy.reshape(gy.size), (M * N, N, 1), b.reshape(b.size), (K * N, 1, N), none, ga.reshape(ga.size), M, K, N)
+    products(
+        begin, end, gy.reshape(gy.size), (M * N, N, 1), b.reshape(b.size), (K * N, 1, N), none, ga.reshape(ga.size), M, K, N, 0
+    )
 
 
 # As matmul; a is read down its columns.
@@ -198,7 +201,9 @@ def matmul_grad_a(begin, end, gy, b, ga):
 def matmul_grad_b(begin, end, a, gy, gb):
     M, K, N = a.shape[1], a.shape[2], gy.shape[2]
     none = np.empty(0, gy.dtype)
-    products(begin, end, a.reshape(a.size), (M * K, 1, K), gy.reshape(gy.size), (M * N, N, 1), none, gb.reshape(gb.size), K, N, M)
+    products(
+        begin, end, a.reshape(a.size), (M * K, 1, K), gy.reshape(gy.size), (M * N, N, 1), none, gb.reshape(gb.size), K, N, M, 0
+    )
 
 
 # Parallel over elements. Reads x once, writes y once; some 20 integer operations an element.

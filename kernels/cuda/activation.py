@@ -7,6 +7,8 @@ Each has two kernels. `_rows` (I = 1): a block a row, neighbouring threads read 
 import math
 
 from ..compile import block, blocks, cuda, gpu, inline, real
+from ..scalars import activate as activated
+from ..scalars import activation_slope
 
 THREADS = block(128)  # a row of a few hundred values: four warps hide the latency of its loads
 
@@ -233,3 +235,29 @@ def logsumexp_backward(gy, x, y, gx):
     n = x.shape[0] * x.shape[1] * x.shape[2]
     if n:
         _logsumexp_backward[blocks(n, THREADS), THREADS](gy, x, y, gx)
+
+
+# A thread an element. Reads x once, writes y once.
+@gpu("real[:], real[:], i64")
+def _activate(x, y, function):
+    i = cuda.grid(1)
+    if i < x.size:
+        y[i] = activated(x[i], function)
+
+
+def activate(x, y, function):
+    if x.size:
+        _activate[blocks(x.size, THREADS), THREADS](x, y, function)
+
+
+# As _activate; reads gy, too.
+@gpu("real[:], real[:], real[:], i64")
+def _activate_backward(x, gy, gx, function):
+    i = cuda.grid(1)
+    if i < x.size:
+        gx[i] = gy[i] * activation_slope(x[i], function)
+
+
+def activate_backward(x, gy, gx, function):
+    if x.size:
+        _activate_backward[blocks(x.size, THREADS), THREADS](x, gy, gx, function)

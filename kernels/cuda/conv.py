@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from ..compile import block, cuda, gpu, inline, real
+from ..scalars import activate
 
 THREADS = block(256)
 SIDE = 16 if THREADS == 256 else 2  # the threads of a tile are SIDE x SIDE, and each sums PER x PER results
@@ -41,11 +42,12 @@ def _meet(at, divide, size):
 # Source: implicit GEMM, Chetlur et al., cuDNN: efficient primitives for deep learning, arXiv 1410.0759.
 @gpu(
     "real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, "
-    "i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64"
+    "i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64"
 )
 def _conv_tiles(
     x, w, b, y, N, groups, rows, channels, D, H, W, KD, KH, KW, OD, OH, OW, w_row, w_channel,
     step_d, step_h, step_w, shift_d, shift_h, shift_w, spread_d, spread_h, spread_w, divide_d, divide_h, divide_w,
+    activation,
 ):  # fmt: skip
     a_tile = cuda.shared.array((DEPTH, PADDED), real)
     b_tile = cuda.shared.array((DEPTH, TILE), real)
@@ -112,18 +114,19 @@ def _conv_tiles(
                 r = row + ty + i * SIDE
                 if r < rows:
                     bias = b[g * rows + r] if b.size > 0 else real(0)
-                    y[((n * groups + g) * rows + r) * size + s] = sums[i, j] + bias
+                    y[((n * groups + g) * rows + r) * size + s] = activate(sums[i, j] + bias, activation)
 
 
 # Parallel over results, a thread each; neighbouring threads have neighbouring positions. For few filters in a group.
 # Reads channels x taps values a result, shared with its neighbours through the caches; writes once.
 @gpu(
     "real[:], real[:], real[:], real[:], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, "
-    "i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64"
+    "i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64"
 )
 def _conv_few(
     x, w, b, y, N, groups, rows, channels, D, H, W, KD, KH, KW, OD, OH, OW, w_row, w_channel,
     step_d, step_h, step_w, shift_d, shift_h, shift_w, spread_d, spread_h, spread_w, divide_d, divide_h, divide_w,
+    activation,
 ):  # fmt: skip
     q = cuda.grid(1)
     size, taps = OD * OH * OW, KD * KH * KW
@@ -148,10 +151,10 @@ def _conv_few(
                     u = _meet(base_w + kw * spread_w, divide_w, W)
                     if u >= 0:
                         total += w[weights + c * w_channel + (kd * KH + kh) * KW + kw] * x[plane + (d * H + h) * W + u]
-    y[q] = total
+    y[q] = activate(total, activation)
 
 
-def _run(x, w, b, y, groups, rows, channels, w_row, w_channel, axes):
+def _run(x, w, b, y, groups, rows, channels, w_row, w_channel, axes, activation):
     """Both kernels take the arrays as rows of memory: x[N, groups, channels, *], y[N, groups, rows, *]."""
     N, size = y.shape[0], y.shape[2] * y.shape[3] * y.shape[4]
     if not y.size:
@@ -159,18 +162,18 @@ def _run(x, w, b, y, groups, rows, channels, w_row, w_channel, axes):
     flat = [a.reshape(a.size) for a in (x, w, b, y)]
     sizes = (N, groups, rows, channels, *x.shape[2:], *w.shape[2:], *y.shape[2:], w_row, w_channel)
     if rows < FEW:
-        _conv_few[(y.size + THREADS - 1) // THREADS, THREADS](*flat, *sizes, *axes)
+        _conv_few[(y.size + THREADS - 1) // THREADS, THREADS](*flat, *sizes, *axes, activation)
     else:
         blocks = groups * ((rows + TILE - 1) // TILE) * ((N * size + TILE - 1) // TILE)
-        _conv_tiles[blocks, THREADS](*flat, *sizes, *axes)
+        _conv_tiles[blocks, THREADS](*flat, *sizes, *axes, activation)
 
 
 def conv(
-    x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact
+    x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact, activation
 ):  # fmt: skip
     axes = (stride_d, stride_h, stride_w, -pad_d, -pad_h, -pad_w, dilation_d, dilation_h, dilation_w, 1, 1, 1)
     taps = w.shape[2] * w.shape[3] * w.shape[4]
-    _run(x, w, b, y, groups, w.shape[0] // groups, w.shape[1], w.shape[1] * taps, taps, axes)
+    _run(x, w, b, y, groups, w.shape[0] // groups, w.shape[1], w.shape[1] * taps, taps, axes, activation)
 
 
 def conv_grad_input(
@@ -178,7 +181,7 @@ def conv_grad_input(
 ):  # fmt: skip
     axes = (1, 1, 1, pad_d, pad_h, pad_w, -dilation_d, -dilation_h, -dilation_w, stride_d, stride_h, stride_w)
     taps = w.shape[2] * w.shape[3] * w.shape[4]
-    _run(gy, w, b, gx, groups, w.shape[1], w.shape[0] // groups, taps, w.shape[1] * taps, axes)
+    _run(gy, w, b, gx, groups, w.shape[1], w.shape[0] // groups, taps, w.shape[1] * taps, axes, 0)
 
 
 # Parallel over tiles of TILE filters x TILE (channel, tap)s x runs of positions; PER x PER sums in registers.

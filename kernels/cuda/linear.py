@@ -1,7 +1,7 @@
 """Matrix products of dense layers, and dropout."""
 
 from ..compile import block, blocks, cuda, gpu, inline, real
-from ..scalars import random24
+from ..scalars import activate, random24
 
 THREADS = block(256)
 SIDE = 16 if THREADS == 256 else 2  # a block is SIDE x SIDE threads; each makes a 4 x 4 piece of a (4 SIDE)^2 tile
@@ -21,8 +21,8 @@ def fetch(x, start, rows, depth, row, col, r0, k0, tile):
 
 # y[batch, M, N] = a b + bias[N] with any strides of a and b, given as flat arrays. Parallel over tiles of y, a block each; a
 # and b go through shared memory, so each element is read once per tile row or column. 16 products per 8 shared reads.
-@gpu("real[:], i64, i64, i64, real[:], i64, i64, i64, real[:], real[:], i64, i64, i64")
-def _product(a, a_batch, a_row, a_col, b, b_batch, b_row, b_col, bias, y, M, N, K):
+@gpu("real[:], i64, i64, i64, real[:], i64, i64, i64, real[:], real[:], i64, i64, i64, i64")
+def _product(a, a_batch, a_row, a_col, b, b_batch, b_row, b_col, bias, y, M, N, K, activation):
     left = cuda.shared.array(PADDED, real)
     right = cuda.shared.array(PADDED, real)
     total = cuda.local.array((4, 4), real)
@@ -46,26 +46,27 @@ def _product(a, a_batch, a_row, a_col, b, b_batch, b_row, b_col, bias, y, M, N, 
         for j in range(4):
             m, n = m0 + ty + i * SIDE, n0 + tx + j * SIDE
             if m < M and n < N:
-                y[(batch * M + m) * N + n] = total[i, j] + (bias[n] if bias.size > 0 else real(0))
+                start = bias[n] if bias.size > 0 else real(0)
+                y[(batch * M + m) * N + n] = activate(start + total[i, j], activation)
 
 
 def _flat(x):
     return x.reshape(x.size)
 
 
-def _multiply(B, M, N, K, a, a_strides, b, b_strides, bias, y):
+def _multiply(B, M, N, K, a, a_strides, b, b_strides, bias, y, activation=0):
     """`y[B, M, N]`; the strides are those of a batch, of m or k, of k or n."""
     if B * M * N:
         for first in range(0, B, 65535):  # as many blocks as the z axis of a grid has
             some = min(B - first, 65535)
             part = [_flat(x[first : first + some]) if B > 65535 else _flat(x) for x in (a, b, y)]
             grid = blocks(M, TILE) * blocks(N, TILE), 1, some
-            _product[grid, (SIDE, SIDE)](part[0], *a_strides, part[1], *b_strides, bias, part[2], M, N, K)
+            _product[grid, (SIDE, SIDE)](part[0], *a_strides, part[1], *b_strides, bias, part[2], M, N, K, activation)
 
 
-def linear(x, w, b, y):
+def linear(x, w, b, y, activation):
     M, K, N = x.shape[0], x.shape[1], w.shape[0]
-    _multiply(1, M, N, K, x, (0, K, 1), w, (0, 1, K), b, y)
+    _multiply(1, M, N, K, x, (0, K, 1), w, (0, 1, K), b, y, activation)
 
 
 def _nothing(like):

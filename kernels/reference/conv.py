@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from ..spec import kernel
+from .activation import activated
 
 
 def _meet(outputs, taps, size, stride, pad, dilation):
@@ -49,9 +50,10 @@ def _grid(axes):
 )
 def conv(
     x, w, b, y, groups: int, stride_d: int, stride_h: int, stride_w: int, pad_d: int, pad_h: int, pad_w: int,
-    dilation_d: int, dilation_h: int, dilation_w: int, exact: int,
+    dilation_d: int, dilation_h: int, dilation_w: int, exact: int, activation: int,
 ):  # fmt: skip
-    """y[n,f,o] = b[f] + the sum over c, k of w[f,c,k] x[n, c of f's group, o * stride - pad + k * dilation].
+    """y[n,f,o] = b[f] + the sum over c, k of w[f,c,k] x[n, c of f's group, o * stride - pad + k * dilation], then the
+    function of number `activation` (see `activate`).
 
     It is a cross-correlation: the filter is not flipped. Padding is a zero, so a NaN or an infinity in w makes NaN there.
     exact = 0 allows an algorithm with larger rounding errors (Winograd).
@@ -67,6 +69,7 @@ def conv(
         y[...] = np.einsum("ngcdhwijk,gfcijk->ngfdhw", patches, filters, optimize=True).reshape(y.shape)
     if b is not None:
         y += b[:, None, None, None]
+    y[...] = activated(y, activation)[0]
 
 
 @kernel(

@@ -3,15 +3,17 @@
 import numpy as np
 
 from ..spec import kernel
+from .activation import activated
 
 
 @kernel("x[M,K], w[N,K], b[N]? -> y[M,N]", error="reduce:K+1", flops="2*M*N*K")
-def linear(x, w, b, y):
-    """y = x w^T + b. K = 0 gives b, or 0."""
+def linear(x, w, b, y, activation: int):
+    """y = x w^T + b, then the function of that number (`activate`). K = 0 gives b, or 0."""
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         np.matmul(x, w.T, out=y)
         if b is not None:
             y += b
+    y[...] = activated(y, activation)[0]
 
 
 @kernel("gy[M,N], x[M,K] -> gw[N,K]", error="reduce:M", flops="2*M*N*K")

@@ -8,6 +8,8 @@ from typing import Any
 from . import _check
 from ._check import Call, op
 
+_FUNCTIONS = ("", "relu", "relu6", "sigmoid", "tanh", "silu", "gelu")  # by their number in the record of `activate`
+
 
 def _rows(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     """[M, K, I]: what stands before the axis, the axis, what stands after it."""
@@ -206,3 +208,31 @@ def _logsumexp_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
         call.run("logsumexp_backward", gy.reshape(written.shape), read, written, gx)
         gy = gx
     return (call.finish(gy.reshape(x.shape)),)
+
+
+# ------------------------------------------------------------------------- what may follow a convolution or a dense layer
+
+
+def _function(op: str, activation: Any) -> int:
+    """The number that kernels know a function by; 0 for None."""
+    return 0 if activation is None else _FUNCTIONS.index(_check.one_of(op, "activation", activation, _FUNCTIONS[1:]))
+
+
+def _activated(op: str, z: Any, activation: str) -> Any:
+    """The function of that name of each element of a result."""
+    call = Call(op)
+    [x] = call.floats(result=z)
+    y = call.empty(x.shape)
+    n = math.prod(x.shape)
+    call.run("activate", x.reshape((n,)), y.reshape((n,)), function=_function(op, activation))
+    return call.finish(y)
+
+
+def _activation_gradient(op: str, g: Any, z: Any, activation: str) -> Any:
+    """The gradient of what came into the function, from that of what came out."""
+    call = Call(op)
+    x, gy = call.floats(result=z, grad_output=g)
+    gx = call.empty(x.shape)
+    n = math.prod(x.shape)
+    call.run("activate_backward", x.reshape((n,)), gy.reshape((n,)), gx.reshape((n,)), function=_function(op, activation))
+    return call.finish(gx)

@@ -927,8 +927,8 @@ tie(boxes.complete_box_iou, ("boxes1", "boxes2"), boxes._overlap_gradient(boxes.
 tie(boxes.roi_align, "input", boxes._roi_align_gradient)
 tie(boxes.roi_pool, "input", boxes._roi_pool_gradient)
 # conv
-for _op in (conv.conv1d, conv.conv2d, conv.conv3d):
-    tie(_op, ("input", "weight", "bias"), conv._conv_gradient)
+for _dims in (1, 2, 3):
+    tie(getattr(conv, f"conv{_dims}d"), ("input", "weight", "bias"), conv._conv_gradient(_dims), conv._conv_forward(_dims))
 for _op in (conv.conv_transpose1d, conv.conv_transpose2d, conv.conv_transpose3d):
     tie(_op, ("input", "weight", "bias"), conv._conv_transpose_gradient)
 tie(conv.deform_conv2d, ("input", "offset", "weight", "bias", "mask"), conv._deform_conv_gradient)
@@ -937,7 +937,7 @@ tie(conv.fold, "input", conv._fold_gradient)
 tie(conv.im2col, "input", conv._im2col_gradient)
 tie(conv.col2im, "cols", conv._col2im_gradient)
 # linear
-tie(linear.linear, ("input", "weight", "bias"), linear._linear_gradient)
+tie(linear.linear, ("input", "weight", "bias"), linear._linear_gradient, linear._linear_forward)
 tie(linear.matmul, ("a", "b"), linear._matmul_gradient)
 tie(linear.dropout, "input", linear._dropout_gradient, linear._dropout_forward)
 # pool

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, _dispatch
+from . import activation as _activation
 from ._check import Call, is_device, op
 
 _AXES = ("d", "h", "w")
@@ -253,15 +254,18 @@ def _check_bias(op: str, bias: Any, channels: int) -> None:
 
 
 def _conv(
-    op: str, n: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any, out: Any
-) -> Any:
+    op: str, n: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any,
+    activation: Any, out: Any = None,
+) -> Any:  # fmt: skip
     _check_there(op, input=input, weight=weight)
     call = Call(op, out)
     x, w, b = call.floats(input=input, weight=weight, bias=bias)
     plan = _plan(op, n, tuple(x.shape), tuple(w.shape), stride, padding, dilation, groups)
     _check_bias(op, b, plan.w[0])
+    function = _activation._function(op, activation)
     y = call.result(plan.result)
-    call.run("conv", x.reshape(plan.x), w.reshape(plan.w), b, y.reshape(plan.y), exact=_dispatch.exact(), **plan.scalars)
+    arrays = x.reshape(plan.x), w.reshape(plan.w), b, y.reshape(plan.y)
+    call.run("conv", *arrays, exact=_dispatch.exact(), activation=function, **plan.scalars)
     return call.finish(y)
 
 
@@ -275,6 +279,7 @@ def conv1d(
     dilation: Any = 1,
     groups: int = 1,
     *,
+    activation: str | None = None,
     out: Any = None,
 ) -> Any:
     """The cross-correlation of a signal with filters; see `conv2d`.
@@ -287,6 +292,7 @@ def conv1d(
     stride, dilation : int or (int,)
     padding : int, (int,), ((left, right),), "same" or "valid"
     groups : int
+    activation : str, optional
     out : array, optional
         Where the result goes.
 
@@ -305,7 +311,7 @@ def conv1d(
     >>> hl.conv1d(np.array([[1.0, 2.0, 4.0]]), np.array([[[-1.0, 1.0]]]))
     array([[1., 2.]])
     """
-    return _conv("conv1d", 1, input, weight, bias, stride, padding, dilation, groups, out)
+    return _conv("conv1d", 1, input, weight, bias, stride, padding, dilation, groups, activation, out)
 
 
 @op(repeats=True)
@@ -318,6 +324,7 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
     *,
+    activation: str | None = None,
     out: Any = None,
 ) -> Any:
     """The cross-correlation of images with filters: the sum of products under a window at every position, plus a bias.
@@ -337,6 +344,8 @@ def conv2d(
         Pixels between the taps of a filter.
     groups : int
         The channels and the filters fall into so many groups that do not see each other; C of them: depthwise.
+    activation : {"relu", "relu6", "sigmoid", "tanh", "silu", "gelu"}, optional
+        A function of each result, applied on its way out: no second pass over memory.
     out : array, optional
         Where the result goes: its shape and element type; may overlap an input.
 
@@ -350,7 +359,7 @@ def conv2d(
     TypeError
         Element types that are no float; options that are no integers.
     ValueError
-        Shapes that do not fit together; options out of range; a window larger than the padded image.
+        Shapes that do not fit together; options out of range; a window larger than the padded image; an unknown activation.
     MemoryError
         A result larger than any memory.
 
@@ -368,7 +377,7 @@ def conv2d(
     array([[[ -8.,  -4.],
             [-12.,  -6.]]])
     """
-    return _conv("conv2d", 2, input, weight, bias, stride, padding, dilation, groups, out)
+    return _conv("conv2d", 2, input, weight, bias, stride, padding, dilation, groups, activation, out)
 
 
 @op(repeats=True)
@@ -381,6 +390,7 @@ def conv3d(
     dilation: Any = 1,
     groups: int = 1,
     *,
+    activation: str | None = None,
     out: Any = None,
 ) -> Any:
     """The cross-correlation of volumes with filters; see `conv2d`.
@@ -393,6 +403,7 @@ def conv3d(
     stride, dilation : int or (int, int, int)
     padding : int, three ints, three pairs, "same" or "valid"
     groups : int
+    activation : str, optional
     out : array, optional
         Where the result goes.
 
@@ -411,7 +422,7 @@ def conv3d(
     >>> hl.conv3d(np.ones((1, 2, 2, 2)), np.ones((1, 1, 2, 2, 2)))
     array([[[[8.]]]])
     """
-    return _conv("conv3d", 3, input, weight, bias, stride, padding, dilation, groups, out)
+    return _conv("conv3d", 3, input, weight, bias, stride, padding, dilation, groups, activation, out)
 
 
 # --------------------------------------------------------------------------------------------------------- transposed
@@ -682,10 +693,27 @@ def conv2d_backward(
     return _gradients("conv2d_backward", 2, grad_output, input, weight, stride, padding, dilation, groups, wanted)
 
 
-def _conv_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
-    n = len(a.weight.shape) - 2
-    needs = [name in a.needs for name in ("input", "weight", "bias")]
-    return _gradients(f"conv{n}d", n, g, a.input, a.weight, a.stride, a.padding, a.dilation, a.groups, needs)
+def _conv_forward(n: int) -> Any:
+    """With an activation what came into it is kept for the gradient."""
+    op = f"conv{n}d"
+
+    def forward(a: Any) -> tuple[Any, Any]:
+        z = _conv(op, n, a.input, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups, None)
+        return (z, None) if a.activation is None else (_activation._activated(op, z, a.activation), z)
+
+    return forward
+
+
+def _conv_gradient(n: int) -> Any:
+    op = f"conv{n}d"
+
+    def gradient(g: Any, z: Any, a: Any) -> tuple[Any, ...]:
+        needs = [name in a.needs for name in ("input", "weight", "bias")]
+        if a.activation is not None:
+            g = _activation._activation_gradient(op, g, z, a.activation)
+        return _gradients(op, n, g, a.input, a.weight, a.stride, a.padding, a.dilation, a.groups, needs)
+
+    return gradient
 
 
 def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
@@ -699,7 +727,8 @@ def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
     g5 = g.reshape(plan.x)
     if "input" in a.needs:
         gy = call.empty(y.shape)
-        call.run("conv", g5, w.reshape(plan.w), None, gy.reshape(plan.y), exact=_dispatch.exact(), **plan.scalars)
+        arrays = g5, w.reshape(plan.w), None, gy.reshape(plan.y)
+        call.run("conv", *arrays, exact=_dispatch.exact(), activation=0, **plan.scalars)
     if "weight" in a.needs:
         gw = call.empty(w.shape)
         call.run("conv_grad_weight", y.reshape(plan.y), g5, gw.reshape(plan.w), exact=_dispatch.exact(), **plan.scalars)

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from . import _check
+from . import activation as _activation
 from ._check import Call, op
 
 # ---------------------------------------------------------------------------------------------------------------- linear
 
 
 @op(repeats=True)
-def linear(input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any:
+def linear(input: Any, weight: Any, bias: Any = None, *, activation: str | None = None, out: Any = None) -> Any:
     """The input times the transposed weight, plus the bias.
 
     Parameters
@@ -23,6 +24,8 @@ def linear(input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any
     weight : float[N, K]
         Or [K], for one output without an axis of its own.
     bias : float[N], optional
+    activation : {"relu", "relu6", "sigmoid", "tanh", "silu", "gelu"}, optional
+        A function of each result, applied on its way out: no second pass over memory.
     out : array, optional
         Where the result goes; may overlap an input.
 
@@ -33,7 +36,7 @@ def linear(input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any
     Raises
     ------
     TypeError, ValueError
-        An element type that is no float; sizes that do not fit; an `out` that does not fit.
+        An element type that is no float; sizes that do not fit; an `out` that does not fit; an unknown activation.
 
     Examples
     --------
@@ -41,6 +44,10 @@ def linear(input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any
     >>> hl.linear(np.array([1.0, 2.0]), np.array([[3.0, 4.0]]), np.array([0.5]))
     array([11.5])
     """
+    return _linear(input, weight, bias, activation, out)
+
+
+def _linear(input: Any, weight: Any, bias: Any, activation: Any, out: Any = None) -> Any:
     _check.needed("linear", input=input, weight=weight)
     call = Call("linear", out)
     x, w, b = call.floats(input=input, weight=weight, bias=bias)
@@ -51,13 +58,23 @@ def linear(input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any
     if b is not None and tuple(b.shape) != tuple(w.shape[:-1]):
         raise ValueError(f"linear: bias has the shape {tuple(b.shape)}, {tuple(w.shape[:-1])} is needed")
     lead, K, N = tuple(x.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])
+    function = _activation._function("linear", activation)
     y = call.result(lead + tuple(w.shape[:-1]))
     M = math.prod(lead)
-    call.run("linear", x.reshape((M, K)), w.reshape((N, K)), b if b is None else b.reshape((N,)), y.reshape((M, N)))
+    arrays = x.reshape((M, K)), w.reshape((N, K)), b if b is None else b.reshape((N,)), y.reshape((M, N))
+    call.run("linear", *arrays, activation=function)
     return call.finish(y)
 
 
-def _linear_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
+def _linear_forward(a: Any) -> tuple[Any, Any]:
+    """With an activation what came into it is kept for the gradient."""
+    z = _linear(a.input, a.weight, a.bias, None)
+    return (z, None) if a.activation is None else (_activation._activated("linear", z, a.activation), z)
+
+
+def _linear_gradient(g: Any, z: Any, a: Any) -> tuple[Any, ...]:
+    if a.activation is not None:
+        g = _activation._activation_gradient("linear", g, z, a.activation)
     call = Call("linear gradient")
     x, w, gy = call.floats(input=a.input, weight=a.weight, gy=g)
     M, K, N = math.prod(x.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from hotloops.kernels.reference.activation import FUNCTIONS
+
 from . import case
 
 
@@ -15,6 +17,11 @@ def with_special(*values):
         return x
 
     return fill
+
+
+def small(rng, shape, dtype):
+    """Numbers of few bits whose sums are about 1: where functions bend, and exact."""
+    return (rng.integers(-3, 4, shape) / 64).astype(dtype)
 
 
 ROWS = [
@@ -42,7 +49,18 @@ def named(name):
     return [case(c.id, **values) for c, values in zip(ROWS, renamed, strict=True)]
 
 
+def each_function(**more):
+    """Every function on ordinary numbers, on special ones, and from end to end of its range."""
+    for number, name in enumerate(FUNCTIONS):
+        yield case(f"one_{name}", N=1, function=number, **more)
+        yield case(f"odd_{name}", N=77, function=number, x=with_special(np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0), **more)
+        yield case(f"range_{name}", N=399, function=number, x=lambda rng, shape, dtype: np.linspace(-120, 120, shape[0]), **more)
+        yield case(f"many_{name}", N=200_003, function=number, **more)
+
+
 CASES = {
+    "activate": list(each_function()),
+    "activate_backward": list(each_function()),
     "softmax": ROWS,
     "log_softmax": ROWS,
     "logsumexp": ROWS,

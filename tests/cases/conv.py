@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from hotloops.kernels.reference.activation import FUNCTIONS
+
 from . import case
+from .activation import small
 
 
 def geometry(c, size, f, kernel, *, n=1, groups=1, stride=1, pad=0, end=None, dilation=1):
@@ -13,7 +16,7 @@ def geometry(c, size, f, kernel, *, n=1, groups=1, stride=1, pad=0, end=None, di
         (d + p + e - r * (k - 1) - 1) // s + 1 for d, k, s, p, e, r in zip(size, kernel, *spread, strict=True)
     ]  # stride, front, end, dilation
     ones, zeros = [1] * (3 - axes), [0] * (3 - axes)
-    values = {"N": n, "C": c, "F": f, "CG": c // groups, "groups": groups}
+    values = {"N": n, "C": c, "F": f, "CG": c // groups, "groups": groups, "activation": 0}
     for names, lifted in (
         (("D", "H", "W"), ones + list(size)),
         (("KD", "KH", "KW"), ones + list(kernel)),
@@ -79,6 +82,18 @@ def fast():
     names = ("square", "groups", "large_3x3", "large_3x3_narrow", "large_3x3_one_over", "large_3x3_three_over", "large_5x5")
     names += ("large_deep", "large_groups")
     return [case(f"{name}_fast", **{**SHAPES, **LARGE}[name], exact=0) for name in names]
+
+
+def activated():
+    """Every function, on shapes that each algorithm takes."""
+    names = ("square", "depthwise", "tall_filters", "deep", "no_channels", "groups")
+    names += ("large_3x3_one_over", "large_5x5", "large_1x1", "large_1x1_stride", "large_depthwise", "large_deep", "large_volume")
+    return [
+        case(f"{name}_{f}", **({**SHAPES, **LARGE}[name] | {"activation": number}), exact=0, x=small)
+        for number, f in enumerate(FUNCTIONS)
+        for name in names
+        if number
+    ]
 
 
 def specials(rng, shape, dtype):
@@ -165,6 +180,7 @@ CASES = {
     "conv": [
         *convolutions(exact=1),
         *fast(),
+        *activated(),
         case("no_bias", **SHAPES["square"], exact=1, b=None),
         case("no_bias_large", **LARGE["large_1x1"], exact=1, b=None),
         case("nan", **SPECIAL, exact=1, x=specials),

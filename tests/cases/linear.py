@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from hotloops.kernels.reference.activation import FUNCTIONS
+
 from . import case
-from .activation import with_special
+from .activation import small, with_special
 
 # M, N, K of a layer: one, vector tails, few rows, one column, beyond a block, enough for several threads.
 SIZES = {
@@ -38,7 +40,13 @@ def on_off(id, **values):
 
 
 CASES = {
-    "linear": [*LAYERS, *(case(f"{c.id}_no_bias", b=None, **c.values) for c in LAYERS), case("empty_sum", M=3, N=4, K=0)],
+    "linear": [
+        *(case(c.id, activation=0, **c.values) for c in LAYERS),
+        *(case(f"{c.id}_no_bias", b=None, activation=0, **c.values) for c in LAYERS),
+        *(case(f"{c.id}_{f}", activation=k, x=small, **c.values) for c in LAYERS for k, f in enumerate(FUNCTIONS) if k),
+        case("empty_sum", M=3, N=4, K=0, activation=0),
+        case("empty_sum_sigmoid", M=3, N=4, K=0, activation=3),
+    ],
     "linear_grad_weight": LAYERS + NAN,
     "linear_grad_input": LAYERS + NAN,
     "linear_grad_bias": [case(c.id, M=c.values["M"], N=c.values["N"]) for c in LAYERS]
