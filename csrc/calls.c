@@ -4,7 +4,7 @@
 #include <Python.h>
 #include <stddef.h>
 
-enum { MAX_RESULTS = 4, MAX_POINTERS = 12, ABSENT = -1 };
+enum { MAX_RESULTS = 4, MAX_POINTERS = 15, ABSENT = -1 };
 
 typedef struct {
     PyObject ob_base;
@@ -33,6 +33,9 @@ typedef struct {
 #define T10 T9, void *
 #define T11 T10, void *
 #define T12 T11, void *
+#define T13 T12, void *
+#define T14 T13, void *
+#define T15 T14, void *
 #define P1 p[0]
 #define P2 P1, p[1]
 #define P3 P2, p[2]
@@ -45,12 +48,17 @@ typedef struct {
 #define P10 P9, p[9]
 #define P11 P10, p[10]
 #define P12 P11, p[11]
+#define P13 P12, p[12]
+#define P14 P13, p[13]
+#define P15 P14, p[14]
 #define CASE(n) \
     case n: return ((int (*)(const void *, T##n))kernel)(plan, P##n);
 static int run(void *kernel, const void *plan, void **p, Py_ssize_t count)
 {
     switch (count) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(1)
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+            CASE(15)
     }
     return -1;
 }

@@ -165,6 +165,38 @@ def test_plan_gives_what_the_long_way_gives():
 
 
 @needs_c
+def test_repeated_layers_and_attention():
+    """The second call of the same shapes takes the plan; the graph never does."""
+
+    def draw(*shape):
+        return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+    x, h, c = draw(3, 2, 4), draw(1, 2, 5), draw(1, 2, 5) + 1
+    for kind, gates in (("lstm", 4), ("gru", 3), ("rnn", 1)):
+        w = [draw(gates * 5, 4), draw(gates * 5, 5), draw(gates * 5), draw(gates * 5) + 1]
+        op, cell = getattr(hl, kind), getattr(hl, f"{kind}_cell")
+        for hx, states in (((h, c), (h[0], c[0])), (None, None)):
+            if kind != "lstm" and hx:
+                hx, states = h, h[0]
+            for scale in (1, 2, 3):
+                y, _ = op(scale * x, hx, w)
+                np.testing.assert_array_equal(y, hl.vjp(lambda v: op(v, hx, w)[0], scale * x)[0])  # noqa: B023
+                one = cell(scale * x[0], states, *w)
+                np.testing.assert_array_equal(one[0] if kind == "lstm" else one, y[0])
+            with pytest.raises(ValueError, match="input"):
+                op(x[0, 0], hx, w)
+    q, k, v = draw(2, 3, 4), draw(2, 5, 4), draw(2, 5, 6)
+    mask = np.ones((3, 5), bool)
+    attend = hl.scaled_dot_product_attention
+    for key in range(5):
+        mask[:, key] = False
+        y, scores = attend(q, k, v, mask, return_scores=True)
+        np.testing.assert_array_equal(attend(q, k, v, mask), y)
+        assert not scores[..., : key + 1].any()
+    assert len({attend(q, k, v, None, 0.5).tobytes() for _ in range(8)}) > 4
+
+
+@needs_c
 def test_plans_are_used_and_bounded():
     from hotloops import _plan
 
@@ -201,7 +233,7 @@ def test_prepared_calls_refuse_what_does_not_fit():
         "arguments": 1,
         "returns_tuple": False,
     }
-    for wrong in ({"made": ()}, {"sources": (1, -2)}, {"sources": (0, -3)}, {"sources": (0,) * 13}, {"made": ((np.empty, (2,)),)}):
+    for wrong in ({"made": ()}, {"sources": (1, -2)}, {"sources": (0, -3)}, {"sources": (0,) * 16}, {"made": ((np.empty, (2,)),)}):
         with pytest.raises(ValueError, match="cannot be prepared"):
             Call(**{**good, **wrong})
     for wrong in ({"sources": ("x", -2)}, {"made": None}):

@@ -197,6 +197,8 @@ class Call:
     def __init__(self, op: str, out: Any = None):
         self.op, self.out = op, out
         self.space = "host"
+        self.once = False  # True: what this call runs with is random, it makes no plan
+        self.constants: list[Any] = []
         self.dtype: np.dtype[Any] = np.dtype(np.float64)
         self.compute: np.dtype[Any] = self.dtype
         self._inputs: list[Any] = []
@@ -349,8 +351,10 @@ class Call:
         return _memory.empty(shape, dtype)
 
     def zeros(self, shape: Sequence[int]) -> Any:
-        """A fresh array of zeros in the call's memory and float type."""
-        return self.put(np.zeros(size(self.op, "an array of the call", shape, self.compute.itemsize), self.compute))
+        """An array of zeros in the call's memory and float type, to be read."""
+        array = self.put(np.zeros(size(self.op, "an array of the call", shape, self.compute.itemsize), self.compute))
+        self.constants.append(array)
+        return array
 
     def transposed(self, array: Any, axes: tuple[int, ...]) -> Any:
         """A contiguous copy with its axes in another order."""

@@ -9,6 +9,7 @@ next call with the same key (same shapes, types, options, backend choice) goes s
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -88,9 +89,10 @@ def _place(array: np.ndarray) -> tuple[int, int]:
 
 def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[..., Any] | None:
     [call] = log
-    if call.space != "host" or call.dtype != call.compute or call.out is not None or len(call.runs) != 1:
+    if call.once or call.space != "host" or call.dtype != call.compute or call.out is not None or len(call.runs) != 1:
         return None
     name, arrays, scalars = call.runs[0]
+    arguments = (*call.constants, *arguments)
     sources: dict[tuple[int, int], int] = {}  # where a pointer comes from: argument i, or result -2 - i; -1: it is absent
     for i, value in enumerate(arguments):
         if isinstance(value, _ndarray):
@@ -109,7 +111,7 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
     read = {_place(array) for array in arrays if array is not None} - written
     if written != fresh.keys() or read != sources.keys():  # an array that no kernel reads is an option: its values matter
         return None
-    return _dispatch.prepared_call(
+    prepared = _dispatch.prepared_call(
         name,
         arrays,
         scalars,
@@ -118,3 +120,4 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
         arguments=len(arguments),
         returns_tuple=type(result) is tuple,
     )
+    return functools.partial(prepared, *call.constants) if prepared and call.constants else prepared

@@ -12,7 +12,11 @@ from ._check import Call, op
 from .linear import drop_scalars, linear
 
 
-@op
+def _results(y: Any, lse: Any, *weights: Any) -> Any:
+    return (y, *weights) if weights else y
+
+
+@op(repeats=True, then=_results)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -85,7 +89,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"{_NAME}: out cannot be given with return_scores, which has two results")
     a = _Attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, window, rng, out)
     y, lse = a.forward()
-    return (y, a.weights(lse)) if return_scores else y
+    return (y, lse, a.weights(lse)) if return_scores else (y, lse)
 
 
 _NAME = "scaled_dot_product_attention"
@@ -128,6 +132,7 @@ class _Attention:
             right = 0
         p = _check.number(_NAME, "dropout_p", dropout_p, 0.0, 1.0)
         drop, keep_scale = drop_scalars(p)
+        call.once = drop > 0
         self.scores = {
             "scale": 1 / math.sqrt(max(D, 1)) if scale is None else _check.number(_NAME, "scale", scale),
             "softcap": 0.0 if softcap in (None, math.inf) else _check.number(_NAME, "softcap", softcap, 0.0),

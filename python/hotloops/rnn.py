@@ -6,6 +6,7 @@ input, weights and biases are then products over all steps at once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ class _Run:
     batch_first: bool
     unbatched: bool
     biases: int  # bias arrays of a layer: 0 or 2
+    output: Any = None  # of a cell, [1, N, H]: its h once more
 
 
 def _start(kind: str, op: str, a: Any, options: dict[str, Any]) -> _Run:
@@ -104,7 +106,7 @@ def _start(kind: str, op: str, a: Any, options: dict[str, Any]) -> _Run:
         raise ValueError(f"{op}: the hidden size of weights[1] is 0, at least 1 is needed")
     count = layers * directions
     states = []
-    for name, state in (("h0", h0), ("c0", c0)):
+    for name, state in (("h0", h0), ("c0", c0))[: 1 + (kind == "lstm")]:
         shape = (count, H) if unbatched else (count, N, H)
         if state is None:
             states.append(call.zeros((count, N, H)))
@@ -136,7 +138,8 @@ def _start(kind: str, op: str, a: Any, options: dict[str, Any]) -> _Run:
                 raise ValueError(f"{op}: weights[{k * each + j}] ({name}) has the shape {tuple(array.shape)}, {shape} is needed")
         b_ih, b_hh = w[2:] if biases else (None, None)
         layer_peephole = None if peephole is None else peephole[k]
-        made.append(_Layer(w[0], w[1], b_ih, b_hh, layer_peephole, states[0][k], states[1][k], k % directions))
+        h0, c0 = (*(s[k] for s in states), None)[:2]
+        made.append(_Layer(w[0], w[1], b_ih, b_hh, layer_peephole, h0, c0, k % directions))
     run = _Run(call, kind, made, directions, steps, options, T, N, H, batch_first, unbatched, biases)
     made[0].x = x
     _check.size(op, "the gates", (T, N, G * H), call.compute.itemsize)
@@ -228,7 +231,10 @@ def _backward(run: _Run, gy: Any, gh_n: Any, gc_n: Any) -> tuple[Any, Any, Any, 
             if run.biases:
                 gb_ih, gb_hh = call.empty((G * H,)), call.empty((G * H,))
                 call.run("linear_grad_bias", gpre, gb_ih)
-                call.run("linear_grad_bias", ghidden, gb_hh)
+                if run.kind == "gru":
+                    call.run("linear_grad_bias", ghidden, gb_hh)
+                else:
+                    gb_hh[:] = gb_ih  # ghidden is gpre
                 weights[at + 2 : at + 4] = gb_ih, gb_hh
             mine = call.empty((T, N, D))
             call.run("linear_grad_input", gpre, layer.w_ih, mine.reshape((rows, D)))
@@ -297,6 +303,33 @@ def _rnn_forward(a: Any, training: bool = True) -> tuple[Any, _Run]:
     return _sequence("rnn", a, {"relu": int(relu)}, training)
 
 
+def _call(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """(output, last states ...) of the op `name`. Where that can be, each array becomes an argument of its own: calls that
+    repeat are then seen (see `_plan`)."""
+    pair, hx, weights = name.startswith("lstm"), arguments["hx"], arguments.get("weights", ())
+    states = (hx,) if not pair else (None, None) if hx is None else hx
+    if {type(states), type(weights)} <= {tuple, list} and len(states) == 1 + pair and arguments.get("lengths") is None:
+        others = (v for n, v in arguments.items() if n not in ("hx", "weights"))
+        return _flat_call(name, *others, *states, *weights)
+    return _results(name, SimpleNamespace(**arguments))
+
+
+@op(repeats=True)
+def _flat_call(name: str, *flat: Any) -> tuple[Any, ...]:
+    names = [n for n in inspect.signature(globals()[name]).parameters if n not in ("hx", "weights")]
+    a, rest, count = SimpleNamespace(), flat[len(names) :], 1 + name.startswith("lstm")
+    a.__dict__.update(zip(names, flat, strict=False))
+    states, a.weights = rest[:count], rest[count:]
+    a.hx = None if all(s is None for s in states) else states if count == 2 else states[0]
+    return _results(name, a)
+
+
+def _results(name: str, a: Any) -> tuple[Any, ...]:
+    result, run = globals()[f"_{name}_forward"](a, training=False)
+    output, states = (run.output, result) if name.endswith("_cell") else result
+    return (output, *states) if run.kind == "lstm" else (output, states)
+
+
 @op
 def lstm(
     input: Any,
@@ -354,7 +387,8 @@ def lstm(
     >>> output.shape, h.shape
     ((5, 2, 4), (1, 2, 4))
     """
-    return _lstm_forward(SimpleNamespace(**locals()), training=False)[0]
+    output, *states = _call("lstm", locals())
+    return output, tuple(states)
 
 
 @op
@@ -405,7 +439,7 @@ def gru(
     >>> output.shape
     (5, 2, 4)
     """
-    return _gru_forward(SimpleNamespace(**locals()), training=False)[0]
+    return _call("gru", locals())
 
 
 @op
@@ -455,7 +489,7 @@ def rnn(
     >>> output.any()
     np.False_
     """
-    return _rnn_forward(SimpleNamespace(**locals()), training=False)[0]
+    return _call("rnn", locals())
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
@@ -496,7 +530,7 @@ def _cell(kind: str, a: Any, options: dict[str, Any], training: bool) -> tuple[A
         lengths=None,
     )
     run = _start(kind, op, layer, options)
-    _, h_n, c_n = _forward(run, training)
+    run.output, h_n, c_n = _forward(run, training)
     shape = (run.H,) if run.unbatched else (run.N, run.H)
     h = run.call.finish(h_n.reshape(shape))
     return (h, run.call.finish(c_n.reshape(shape))) if pair else h, run
@@ -556,7 +590,7 @@ def lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh:
     >>> h.shape
     (2, 4)
     """
-    return _lstm_cell_forward(SimpleNamespace(**locals()), training=False)[0]
+    return _call("lstm_cell", locals())[1:]
 
 
 @op
@@ -592,7 +626,7 @@ def gru_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: 
     >>> hl.gru_cell(np.zeros((2, 3)), None, np.ones((12, 3)), np.ones((12, 4))).shape
     (2, 4)
     """
-    return _gru_cell_forward(SimpleNamespace(**locals()), training=False)[0]
+    return _call("gru_cell", locals())[1]
 
 
 @op
@@ -627,7 +661,7 @@ def rnn_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: 
     >>> hl.rnn_cell(np.zeros(3), None, np.ones((2, 3)), np.ones((2, 2)), np.zeros(2), np.zeros(2))
     array([0., 0.])
     """
-    return _rnn_cell_forward(SimpleNamespace(**locals()), training=False)[0]
+    return _call("rnn_cell", locals())[1]
 
 
 # -------------------------------------------------------------------------------------------------- orders of the gates
