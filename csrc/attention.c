@@ -36,6 +36,16 @@ static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L 
 
 /* ---- products ---- */
 
+/* What is read or written after a product and is on its way while that is summed, a share with each register tile. All at
+ * once its lines would wait for each other, and the processor for them. */
+typedef struct {
+    const real *x;
+    int64_t lines;
+} soon;
+
+enum { LINE = 64 / (int)sizeof(real) };
+static soon fetched(const real *x, int64_t n) { return (soon){x, n / LINE}; }
+
 /* c[m * c_row + n] = (add ? c : 0) + the sum over k < depth of a[m * a_row + k * a_step] b[k * b_row + n]. */
 typedef struct {
     int64_t depth;
@@ -46,6 +56,7 @@ typedef struct {
     real *c;
     int64_t c_row;
     int add;
+    soon soon;
 } operands;
 
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const operands *o)
@@ -103,12 +114,15 @@ static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
 /* M x N results, N whole vectors. A panel of b stays in the first cache while a goes by. */
 static void product(int64_t M, int64_t N, operands o)
 {
+    int64_t share = o.soon.lines * GEMM_ROWS / max64(M, 1) + 1;
     for (int64_t n = 0, columns; n < N; n += columns) {
         columns = gemm_columns(N - n);
         operands t = o;
         t.b += n, t.c += n;
         for (int64_t m = 0, rows; m < M; m += rows) {
             rows = gemm_rows(M - m);
+            for (int64_t i = min64(share, o.soon.lines); i > 0; i--, o.soon.lines--, o.soon.x += LINE)
+                __builtin_prefetch(o.soon.x);
             tiles[columns / LANES - 1][rows - 1](&t);
             t.a += rows * o.a_row, t.c += rows * o.c_row;
         }
@@ -122,6 +136,7 @@ typedef struct {
     int64_t row, rows, width;    /* width: rows rounded up to whole vectors; queries beyond are 0 and lead nowhere */
     int64_t low, high;           /* the places l in [0, L) that they cover */
     int64_t head, begin, end;    /* of keys; those outside [begin, end) are hidden by the window */
+    soon next;                   /* the queries of the next block */
 } block;
 
 static block block_at(const job *j, int64_t row, int64_t rows)
@@ -154,16 +169,9 @@ static int64_t tile_keys(int64_t begin, int64_t end)
     return count ? min64(round_up((end - begin + count - 1) / count, GEMM_ROWS), KEYS) : 0;
 }
 
-/* Asks for all lines of x at once, instead of one after the other when they are read or written. */
-static void fetch(const real *x, int64_t n)
-{
-    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(x + i, 1);
-}
-
 /* turned[d][i] = x[row i][d] factor, 0 for the queries that are not there. */
 static void turn(const block *b, const real *x, int64_t D, real factor, real *turned)
 {
-    fetch(x + b->row * D, b->rows * D);
     gemm_transpose(b->rows, D, x + b->row * D, D, turned, QUERIES);
     for (int64_t d = 0; d < D; d++) {
         real *t = turned + d * QUERIES;
@@ -218,7 +226,8 @@ static void make_scores(const job *j, const block *b, const real *turned, int64_
                        .b = turned,
                        .b_row = QUERIES,
                        .c = w->scores,
-                       .c_row = QUERIES});
+                       .c_row = QUERIES,
+                       .soon = s0 == b->begin ? b->next : (soon){0}});
     if (j->softcap > 0)
         for (int64_t s = 0; s < n; s++)
             for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
@@ -489,11 +498,14 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
         if (few) status = few_queries(j, b.row + b.rows - few, few, scratch);
         if (few == b.rows) continue;
         b = block_at(j, b.row, b.rows - few);
+        if (task + 1 < block_count(j)) {
+            block next = block_of_task(j, task + 1);
+            b.next = fetched(j->q + next.row * D, next.rows * D);
+        }
         real top[QUERIES], total[QUERIES];
         for (int64_t i = 0; i < QUERIES; i++) top[i] = (real)-INFINITY, total[i] = 0;
         if (b.begin >= b.end) memset(sums, 0, (size_t)(E * QUERIES) * sizeof(real));
         else turn(&b, j->q, D, query_factor(j), turned);
-        fetch(j->y + b.row * E, b.rows * E);
         int64_t step = tile_keys(b.begin, b.end);
         for (int64_t s0 = b.begin, n; s0 < b.end; s0 += n) {
             n = min64(step, b.end - s0);
@@ -517,7 +529,8 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
                                .b_row = QUERIES,
                                .c = sums,
                                .c_row = QUERIES,
-                               .add = s0 > b.begin});
+                               .add = s0 > b.begin,
+                               .soon = s0 + n < b.end ? (soon){0} : fetched(j->y + b.row * E, b.rows * E)});
         }
         for (int64_t i = 0; i < b.width; i += LANES) {
             vreal sum = load(total + i), zero = splat((real)0), share = blend(sum == zero, zero, splat((real)1) / sum);
@@ -764,9 +777,9 @@ static int key_parts(int64_t begin, int64_t end, void *context)
                 n = min64(step, last - s0);
                 score_gradient(j, &b, s0, n, &g);
                 if (j->softcap > 0) multiply_tile(n, g.ds, g.slopes);
-                operands of_v = {b.rows, g.w.scores, QUERIES, 1, gy, EW, gv + (s0 - from) * EW, EW, 1};
-                operands of_k = {b.rows, g.ds, QUERIES, 1, q, DW, gk + (s0 - from) * DW, DW, 1};
-                operands of_q = {n, j->k + (head * S + s0) * D, 1, D, g.ds, QUERIES, g.gq, QUERIES, s0 > first};
+                operands of_v = {b.rows, g.w.scores, QUERIES, 1, gy, EW, gv + (s0 - from) * EW, EW, 1, {0}};
+                operands of_k = {b.rows, g.ds, QUERIES, 1, q, DW, gk + (s0 - from) * DW, DW, 1, {0}};
+                operands of_q = {n, j->k + (head * S + s0) * D, 1, D, g.ds, QUERIES, g.gq, QUERIES, s0 > first, {0}};
                 if (careful) {
                     product_of_seen(n, EW, &of_v, 0);
                     product_of_seen(n, DW, &of_k, 0);

@@ -52,13 +52,25 @@ typedef struct {
 #define P14 P13, p[13]
 #define P15 P14, p[14]
 #define CASE(n) \
-    case n: return ((int (*)(const void *, T##n))kernel)(plan, P##n);
+    case n: return ((int (*)(const void *, T##n))kernel)(plan, P##n)
 static int run(void *kernel, const void *plan, void **p, Py_ssize_t count)
 {
     switch (count) {
-        CASE(1)
-        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-            CASE(15)
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+        CASE(9);
+        CASE(10);
+        CASE(11);
+        CASE(12);
+        CASE(13);
+        CASE(14);
+        CASE(15);
     }
     return -1;
 }
