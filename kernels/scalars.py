@@ -9,28 +9,32 @@ from .compile import inline, real
 
 
 # exp(x) within 2 units in the last place: n = round(x / ln 2), a polynomial for the rest, two scalings by powers of two, so
-# that results below the smallest normal number are right too. NaN stays NaN. math.exp is a call per element on the CPU.
+# that results below the smallest normal number are right too. n is rounded by adding 1.5 * 2^23 (2^52), which leaves it in the
+# low bits of the sum as well. The bounds let a NaN pass. math.exp is a call per element on the CPU.
 @inline(ordered=True)
 def exp(x):
-    c = min(max(x, np.float32(-103.972084)), np.float32(89.0))
-    n = np.floor(c * np.float32(1.44269504) + np.float32(0.5))
+    c = np.float32(-103.972084) if x < np.float32(-103.972084) else x
+    c = np.float32(89.0) if c > np.float32(89.0) else c
+    shifted = c * np.float32(1.44269504) + np.float32(12582912.0)
+    n = shifted - np.float32(12582912.0)
     r = c - n * np.float32(0.693145752) - n * np.float32(1.42860677e-6)
     p = np.float32(8.3687453e-3) + r * np.float32(1.381454e-3)
     p = np.float32(4.1668391e-2) + r * p
     p = np.float32(1.666652e-1) + r * p
     p = np.float32(4.9999993e-1) + r * p
-    k = np.int32(n)
-    half = k >> np.int32(1)
+    k = np.float32(shifted).view(np.int32) - np.float32(12582912.0).view(np.int32)
+    half = np.int32(k >> np.int32(1))
     a = np.int32((half + np.int32(127)) << np.int32(23)).view(np.float32)
     b = np.int32((k - half + np.int32(127)) << np.int32(23)).view(np.float32)
-    y = ((r * r * p + r) + np.float32(1)) * a * b
-    return y if x == x else x
+    return ((r * r * p + r) + np.float32(1)) * a * b
 
 
 @exp.float64
 def exp(x):
-    c = min(max(x, -745.14), 710.0)
-    n = np.floor(c * 1.4426950408889634 + 0.5)
+    c = -745.14 if x < -745.14 else x
+    c = 710.0 if c > 710.0 else c
+    shifted = c * 1.4426950408889634 + 6755399441055744.0
+    n = shifted - 6755399441055744.0
     r = c - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10
     p = 1 / 479001600 + r * (1 / 6227020800)
     p = 1 / 39916800 + r * p
@@ -43,12 +47,31 @@ def exp(x):
     p = 1 / 24 + r * p
     p = 1 / 6 + r * p
     p = 0.5 + r * p
-    k = np.int64(n)
+    k = np.float64(shifted).view(np.int64) - np.float64(6755399441055744.0).view(np.int64)
     half = k >> 1
     a = np.int64((half + 1023) << 52).view(np.float64)
     b = np.int64((k - half + 1023) << 52).view(np.float64)
-    y = ((r * r * p + r) + 1.0) * a * b
-    return y if x == x else x
+    return ((r * r * p + r) + 1.0) * a * b
+
+
+# exp(x) for an x of at most 0, or NaN, for weights that are normalised by their sum: what is below the smallest normal number
+# may be 0, so that one scaling will do; at most 4 units in the last place (2 above exp(-30)).
+@inline(ordered=True)
+def exp_below(x):
+    c = np.float32(-88.02969) if x < np.float32(-88.02969) else x  # -127 ln 2: the scale is 0 there
+    shifted = c * np.float32(1.44269504) + np.float32(12583039.0)  # the exponent's bias, 127, comes along
+    n = shifted - np.float32(12583039.0)
+    r = c - n * np.float32(0.693145752) - n * np.float32(1.42860677e-6)
+    p = np.float32(4.18981607e-2) + r * np.float32(8.29027201e-3)
+    p = np.float32(1.66676381e-1) + r * p
+    p = np.float32(4.99991478e-1) + r * p
+    p = np.float32(9.99999706e-1) + r * p
+    return (np.float32(1) + r * p) * np.int32(np.float32(shifted).view(np.int32) << np.int32(23)).view(np.float32)
+
+
+@exp_below.float64
+def exp_below(x):
+    return exp(x)
 
 
 @exp.cuda

@@ -6,123 +6,179 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import activate as activated
-from ..scalars import activation_slope, exp
+from ..scalars import activation_slope, exp, exp_below
+from .panels import U
 
-# Each kernel has two loops. I = 1: a row lies in one piece, the loops run along it. I > 1: the positions i lie side by side,
-# so K is walked in the outer loop and sums for all i of a slice are kept in a row of scratch.
+# Each kernel has two loops. I = 1: a row lies in one piece, the loops run along it. I > 1: the positions i lie side by side;
+# BLOCK of them are walked down K, their maxima and sums in rows of scratch. Short rows of softmax are turned, LANES of them at
+# a time, and walked in the same way.
 
-LANES = 64
+LANES, PART = 64, 16
+SHORT = 32
+BLOCK = 2048
 
 
-# The maximum of row m, LANES of them side by side: a single one would wait for each comparison. A NaN may be passed over.
+# Python's max looks for a NaN in ways that no vector has; it may be passed over here.
 @inline
-def row_max(rows, m, lanes):
-    K = rows.shape[1]
-    whole, high = K // LANES * LANES, rows[m, 0]
-    if whole:
+def larger(a, b):
+    return b if b > a else a
+
+
+# The maximum of a row, LANES of them side by side: a single one would wait for each comparison.
+@inline
+def row_max(row, lanes):
+    K, high = len(row), real(-math.inf)
+    wide, narrow = K // LANES * LANES, K // PART * PART
+    for i in range(LANES):
+        lanes[i] = high
+    for k in range(0, wide, LANES):
+        part = row[k : k + LANES]
         for i in range(LANES):
-            lanes[i] = rows[m, i]
-        for k in range(LANES, whole, LANES):
-            for i in range(LANES):
-                lanes[i] = max(lanes[i], rows[m, k + i])
-        for i in range(LANES):
-            high = max(high, lanes[i])
-    for k in range(whole, K):
-        high = max(high, rows[m, k])
+            lanes[i] = larger(lanes[i], part[i])
+    for k in range(wide, narrow, PART):
+        part = row[k : k + PART]
+        for i in range(PART):
+            lanes[i] = larger(lanes[i], part[i])
+    for i in range(32):
+        lanes[i] = larger(lanes[i], lanes[i + 32])
+    for i in range(16):
+        lanes[i] = larger(lanes[i], lanes[i + 16])
+    for i in range(8):
+        high = larger(high, larger(lanes[i], lanes[i + 8]))
+    for k in range(narrow, K):
+        high = larger(high, row[k])
     return high
 
 
-# Parallel over M. Reads x twice, writes y twice (the second time from cache when I = 1).
+# The maxima of n columns of K values, `pitch` apart, the first at `at`.
+@inline
+def column_max(x, at, K, pitch, n, top):
+    for i in range(n):
+        top[i] = x[U(at) + U(i)]
+    for k in range(1, K):
+        a = U(at + k * pitch)
+        for i in range(n):
+            top[i] = larger(top[i], x[a + U(i)])
+
+
+@inline
+def softmax_columns(x, y, at, K, pitch, n, top, total):
+    column_max(x, at, K, pitch, n, top)
+    for i in range(n):
+        total[i] = real(0)
+    for k in range(K):
+        a = U(at + k * pitch)
+        for i in range(n):
+            e = exp_below(x[a + U(i)] - top[i])
+            y[a + U(i)] = e
+            total[i] += e
+    for i in range(n):
+        total[i] = real(1) / total[i]
+    for k in range(K):
+        a = U(at + k * pitch)
+        for i in range(n):
+            y[a + U(i)] *= total[i]
+
+
+# Parallel over M. Reads x twice, writes y twice (the second time from cache).
 # A NaN that the maximum passes over comes back in the sum; in a row of -inf, -inf - -inf makes it.
 @cpu(over="M")
 def softmax(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
+    top, total, lanes = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.empty(LANES, x.dtype)
+    turned, done = np.zeros(SHORT * LANES, x.dtype), np.empty(SHORT * LANES, x.dtype)
+    x1, y1 = x.reshape(x.size), y.reshape(y.size)
     rows, out = x.reshape(x.shape[0], K * I), y.reshape(x.shape[0], K * I)
-    for m in range(begin, end):
-        if I == 1:
-            high, s = row_max(rows, m, lanes), real(0)
+    if I > 1:
+        for m in range(begin, end):
+            for i in range(0, I, BLOCK):
+                softmax_columns(x1, y1, m * K * I + i, K, I, min(BLOCK, I - i), top, total)
+    elif K <= SHORT:
+        for first in range(begin, end, LANES):
+            count = min(LANES, end - first)
+            for r in range(count):
+                for k in range(K):
+                    turned[k * LANES + r] = rows[first + r, k]
+            softmax_columns(turned, done, 0, K, LANES, LANES, top, total)
+            for r in range(count):
+                for k in range(K):
+                    out[first + r, k] = done[k * LANES + r]
+    else:
+        for m in range(begin, end):
+            high, s = row_max(rows[m], lanes), real(0)
             for k in range(K):
-                e = exp(rows[m, k] - high)
+                e = exp_below(rows[m, k] - high)
                 out[m, k] = e
                 s += e
             s = real(1) / s
             for k in range(K):
                 out[m, k] *= s
-        else:
-            for i in range(I):
-                top[i], total[i] = x[m, 0, i], real(0)
-            for k in range(1, K):
-                for i in range(I):
-                    top[i] = max(top[i], x[m, k, i])
-            for k in range(K):
-                for i in range(I):
-                    e = exp(x[m, k, i] - top[i])
-                    y[m, k, i] = e
-                    total[i] += e
-            for i in range(I):
-                total[i] = real(1) / total[i]
-            for k in range(K):
-                for i in range(I):
-                    y[m, k, i] *= total[i]
 
 
 # Parallel over M. Reads x three times, writes y once.
 @cpu(over="M")
 def log_softmax(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
+    top, total, lanes = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.empty(LANES, x.dtype)
     rows, out = x.reshape(x.shape[0], K * I), y.reshape(x.shape[0], K * I)
+    x1, y1 = x.reshape(x.size), y.reshape(y.size)
     for m in range(begin, end):
         if I == 1:
-            high, s = row_max(rows, m, lanes), real(0)
+            high, s = row_max(rows[m], lanes), real(0)
             for k in range(K):
-                s += exp(rows[m, k] - high)
+                s += exp_below(rows[m, k] - high)
             s = math.log(s)
             for k in range(K):
                 out[m, k] = (rows[m, k] - high) - s
         else:
-            for i in range(I):
-                top[i], total[i] = x[m, 0, i], real(0)
-            for k in range(1, K):
-                for i in range(I):
-                    top[i] = max(top[i], x[m, k, i])
-            for k in range(K):
-                for i in range(I):
-                    total[i] += exp(x[m, k, i] - top[i])
-            for i in range(I):
-                total[i] = math.log(total[i])
-            for k in range(K):
-                for i in range(I):
-                    y[m, k, i] = (x[m, k, i] - top[i]) - total[i]
+            for first in range(0, I, BLOCK):
+                at, n = m * K * I + first, min(BLOCK, I - first)
+                column_max(x1, at, K, I, n, top)
+                for i in range(n):
+                    total[i] = real(0)
+                for k in range(K):
+                    a = U(at + k * I)
+                    for i in range(n):
+                        total[i] += exp_below(x1[a + U(i)] - top[i])
+                for i in range(n):
+                    total[i] = math.log(total[i])
+                for k in range(K):
+                    a = U(at + k * I)
+                    for i in range(n):
+                        y1[a + U(i)] = (x1[a + U(i)] - top[i]) - total[i]
 
 
-# Parallel over M. Reads x twice, writes y once. An infinite maximum is not subtracted: exp and log take it to the result.
+# Parallel over M. Reads x twice, writes y once. An infinite maximum is not subtracted: what lies above 0 then counts as 1, like
+# every maximum.
 @cpu(over="M")
 def logsumexp(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total, lanes = np.empty(I, x.dtype), np.empty(I, x.dtype), np.empty(LANES, x.dtype)
-    rows = x.reshape(x.shape[0], K * I)
+    top, total, lanes = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.empty(LANES, x.dtype)
+    rows, x1 = x.reshape(x.shape[0], K * I), x.reshape(x.size)
     for m in range(begin, end):
-        if I == 1 and K > 0:
-            high, s = row_max(rows, m, lanes), real(0)
-            high = real(0) if abs(high) == real(math.inf) else high
+        if K == 0:
+            for i in range(I):
+                y[m, i] = real(-math.inf)
+        elif I == 1:
+            high, s = row_max(rows[m], lanes), real(0)
+            base = real(0) if abs(high) == real(math.inf) else high
             for k in range(K):
-                s += exp(rows[m, k] - high)
+                v = rows[m, k] - base
+                s += exp_below(real(0) if v > real(0) else v)
             y[m, 0] = high + math.log(s)
         else:
-            for i in range(I):
-                top[i], total[i] = real(-math.inf), real(0)
-            for k in range(K):
-                for i in range(I):
-                    top[i] = max(top[i], x[m, k, i])
-            for i in range(I):
-                top[i] = real(0) if abs(top[i]) == real(math.inf) else top[i]
-            for k in range(K):
-                for i in range(I):
-                    total[i] += exp(x[m, k, i] - top[i])
-            for i in range(I):
-                y[m, i] = top[i] + math.log(total[i])
+            for first in range(0, I, BLOCK):
+                at, n = m * K * I + first, min(BLOCK, I - first)
+                column_max(x1, at, K, I, n, top)
+                for i in range(n):
+                    total[i] = real(0)
+                for k in range(K):
+                    a = U(at + k * I)
+                    for i in range(n):
+                        v = x1[a + U(i)] - (real(0) if abs(top[i]) == real(math.inf) else top[i])
+                        total[i] += exp_below(real(0) if v > real(0) else v)
+                for i in range(n):
+                    y[m, first + i] = top[i] + math.log(total[i])
 
 
 # Parallel over M. Reads gy and y twice, writes gx once.
@@ -174,9 +230,14 @@ def log_softmax_backward(begin, end, gy, y, gx):
 def logsumexp_backward(begin, end, gy, x, y, gx):
     K, I = x.shape[1], x.shape[2]
     for m in range(begin, end):
-        for k in range(K):
-            for i in range(I):
-                gx[m, k, i] = gy[m, i] * exp(x[m, k, i] - y[m, i])
+        if I == 1:
+            g, base = gy[m, 0], y[m, 0]
+            for k in range(K):
+                gx[m, k, 0] = g * exp(x[m, k, 0] - base)
+        else:
+            for k in range(K):
+                for i in range(I):
+                    gx[m, k, i] = gy[m, i] * exp(x[m, k, i] - y[m, i])
 
 
 # Parallel over elements. Reads x once, writes y once.
