@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
+from .panels import U
 
 # ------------------------------------------------------------------------------------------------------------ one box
 
@@ -577,44 +578,143 @@ def _largest(plane, ys, ly, xs, lx, outside):
     return best, which
 
 
-# Parallel over RoIs: the samples of a RoI are found once for all channels. Reads 4 pixels a sample, writes each bin once.
-# Source: He et al., Mask R-CNN (2017), section 3.
-@cpu(over="K", exact=True)
+@inline(exact=True)
+def _region(box, scale, ratio, aligned, PH, PW):
+    """Where a RoI begins, its size, and the samples along one side of its bins: along y, along x."""
+    offset = real(0.5) if aligned else real(0)
+    x1, y1 = box[1] * scale - offset, box[2] * scale - offset
+    w, h = box[3] * scale - offset - x1, box[4] * scale - offset - y1
+    if not aligned:
+        w, h = real(1) if w < real(1) else w, real(1) if h < real(1) else h
+    if not math.isfinite(x1 + y1 + w + h):
+        return (y1, h, 0), (x1, w, 0), False
+    return (y1, h, _grid(h, PH, ratio)), (x1, w, _grid(w, PW, ratio)), True
+
+
+@inline(exact=True)
+def _most_samples(boxes, scale, ratio, aligned, PH, PW, H, W):
+    """More samples than any RoI has along y, along x."""
+    most_y, most_x = 1, 1
+    for k in range(boxes.shape[0]):
+        (_, h, gh), (_, w, gw), finite = _region(boxes[k], scale, ratio, aligned, PH, PW)
+        if finite:
+            most_y, most_x = max(most_y, _room(h, PH, H, gh)), max(most_x, _room(w, PW, W, gw))
+    return most_y, most_x
+
+
+@inline(exact=True)
+def _merge(starts, low, upper, size, begins, pixels, weights):
+    """The pixels that each bin reads along one axis, and how much they count: samples of one bin often share a pixel."""
+    n = 0
+    for p in range(len(starts) - 1):
+        begins[p] = n
+        for i in range(starts[p], starts[p + 1]):
+            pixel, after = low[i], min(low[i] + 1, size - 1)
+            at = n - 1 if n > begins[p] and pixels[n - 1] == pixel else n - 2
+            if at >= begins[p] and pixels[at] == pixel:
+                weights[at] += real(1) - upper[i]
+            else:
+                pixels[n], weights[n] = pixel, real(1) - upper[i]
+                n += 1
+            if pixels[n - 1] == after:
+                weights[n - 1] += upper[i]
+            else:
+                pixels[n], weights[n] = after, upper[i]
+                n += 1
+    begins[len(starts) - 1] = n
+
+
+LANES = 64  # channels side by side: a constant; a loop over fewer would be unrolled and not become vectors
+PARTS = 8  # of the RoIs: units of work, where there are few channels
+
+
+@inline(exact=True)
+def _channels_last(planes, slab):
+    """Up to LANES planes [C, H, W] as slab[pixel, channel], flat."""
+    C, H, W = planes.shape
+    for c in range(C):
+        plane = planes[c].reshape(H * W)
+        for i in range(H * W):
+            slab[U(i) * U(LANES) + U(c)] = plane[i]
+
+
+@inline(exact=True)
+def _channels_first(bins, planes):
+    """Bins of LANES channels each to up to LANES planes [C, PH, PW]."""
+    C, PH, PW = planes.shape
+    for c in range(C):
+        plane = planes[c].reshape(PH * PW)
+        for i in range(PH * PW):
+            plane[i] = bins[U(i) * U(LANES) + U(c)]
+
+
+@inline(exact=True)
+def _add_pixel(source, pixel, weight, to, at):
+    """to[at] += weight * source[pixel], for LANES channels."""
+    a, b = U(pixel * LANES), U(at * LANES)
+    for c in range(LANES):
+        to[b + U(c)] += weight * source[a + U(c)]
+
+
+@inline(exact=True)
+def _largest_bins(planes, sy, ys, ly, gh, sx, xs, lx, gw, output):
+    """The largest sample of each bin of each channel."""
+    for c in range(output.shape[0]):
+        for p in range(output.shape[1]):
+            for q in range(output.shape[2]):
+                outside = sy[p + 1] - sy[p] < gh or sx[q + 1] - sx[q] < gw
+                ny, nx = slice(sy[p], sy[p + 1]), slice(sx[q], sx[q + 1])
+                output[c, p, q] = _largest(planes[c], ys[ny], ly[ny], xs[nx], lx[nx], outside)[0]
+
+
+# Parallel over images x LANES channels x PARTS of the RoIs. The channels lie side by side: a pixel is a vector, its weights are
+# shared. For a row of bins the pixels of each column that a bin reads are summed along y, then those of each bin along x. Reads
+# the input once, cached pixels some ny * nx times a bin; writes each bin once. Source: He et al., Mask R-CNN (2017), section 3.
+@cpu(over="N*((C+63)//64)*8", exact=True)
 def roi_align(begin, end, input, boxes, output, bad, spatial_scale, sampling_ratio, aligned, maximum):
     N, C, H, W = input.shape
-    PH, PW = output.shape[2], output.shape[3]
+    K, PH, PW = output.shape[0], output.shape[2], output.shape[3]
     if _bad_image(boxes, N, bad):
         return
-    offset = real(0.5) if aligned else real(0)
-    for k in range(begin, end):
-        x1, y1 = boxes[k, 1] * spatial_scale - offset, boxes[k, 2] * spatial_scale - offset
-        w, h = boxes[k, 3] * spatial_scale - offset - x1, boxes[k, 4] * spatial_scale - offset - y1
-        if not aligned:
-            w, h = real(1) if w < real(1) else w, real(1) if h < real(1) else h
-        if not math.isfinite(x1 + y1 + w + h):
-            output[k] = real(np.nan)
-            continue
-        gh, gw = _grid(h, PH, sampling_ratio), _grid(w, PW, sampling_ratio)
-        ry, rx = _room(h, PH, H, gh), _room(w, PW, W, gw)
-        sy, sx = np.empty(PH + 1, np.int64), np.empty(PW + 1, np.int64)
-        ys, ly, xs, lx = np.empty(ry, np.int64), np.empty(ry, boxes.dtype), np.empty(rx, np.int64), np.empty(rx, boxes.dtype)
-        _taps(y1, h, PH, H, gh, sy, ys, ly)
-        _taps(x1, w, PW, W, gw, sx, xs, lx)
-        share = real(1) / real(max(gh * gw, 1))
-        for c in range(C):
-            plane = input[int(boxes[k, 0]), c]
+    most_y, most_x = _most_samples(boxes, spatial_scale, sampling_ratio, aligned, PH, PW, H, W)
+    sy, ys, ly = np.empty(PH + 1, np.int64), np.empty(most_y, np.int64), np.empty(most_y, boxes.dtype)
+    sx, xs, lx = np.empty(PW + 1, np.int64), np.empty(most_x, np.int64), np.empty(most_x, boxes.dtype)
+    begins_y, pixels_y, weights_y = np.empty_like(sy), np.empty(2 * most_y, np.int64), np.empty(2 * most_y, boxes.dtype)
+    begins_x, pixels_x, weights_x = np.empty_like(sx), np.empty(2 * most_x, np.int64), np.empty(2 * most_x, boxes.dtype)
+    slab, columns = np.zeros(H * W * LANES, input.dtype), np.empty(2 * most_x * LANES, input.dtype)
+    bins, groups = np.empty(PH * PW * LANES, input.dtype), (C + LANES - 1) // LANES
+    for unit in range(begin, end):
+        group, part = unit // PARTS, unit % PARTS
+        n, first = group // groups, group % groups * LANES
+        last = min(first + LANES, C)
+        if part == 0 or unit == begin:
+            _channels_last(input[n, first:last], slab)
+        for k in range(K * part // PARTS, K * (part + 1) // PARTS):
+            if boxes[k, 0] != n:
+                continue
+            (y1, h, gh), (x1, w, gw), finite = _region(boxes[k], spatial_scale, sampling_ratio, aligned, PH, PW)
+            if not finite:
+                output[k, first:last] = real(np.nan)
+                continue
+            _taps(y1, h, PH, H, gh, sy, ys, ly)
+            _taps(x1, w, PW, W, gw, sx, xs, lx)
+            if maximum:
+                _largest_bins(input[n, first:last], sy, ys, ly, gh, sx, xs, lx, gw, output[k, first:last])
+                continue
+            _merge(sy, ys, ly, H, begins_y, pixels_y, weights_y)
+            _merge(sx, xs, lx, W, begins_x, pixels_x, weights_x)
+            share = real(1) / real(max(gh * gw, 1))
+            bins[:] = real(0)
             for p in range(PH):
+                columns[: begins_x[PW] * LANES] = real(0)
+                for i in range(begins_y[p], begins_y[p + 1]):
+                    row, weight = pixels_y[i] * W, weights_y[i] * share
+                    for j in range(begins_x[PW]):
+                        _add_pixel(slab, row + pixels_x[j], weight, columns, j)
                 for q in range(PW):
-                    if maximum:
-                        outside = sy[p + 1] - sy[p] < gh or sx[q + 1] - sx[q] < gw
-                        ny, nx = slice(sy[p], sy[p + 1]), slice(sx[q], sx[q + 1])
-                        output[k, c, p, q] = _largest(plane, ys[ny], ly[ny], xs[nx], lx[nx], outside)[0]
-                    else:
-                        total = real(0)
-                        for i in range(sy[p], sy[p + 1]):
-                            for j in range(sx[q], sx[q + 1]):
-                                total += _sample(plane, ys[i], ly[i], xs[j], lx[j])
-                        output[k, c, p, q] = total * share
+                    for j in range(begins_x[q], begins_x[q + 1]):
+                        _add_pixel(columns, j, weights_x[j], bins, p * PW + q)
+            _channels_first(bins, output[k, first:last])
 
 
 @inline(exact=True)
@@ -636,15 +736,10 @@ def roi_align_grad(begin, end, grad, input, boxes, grad_input, bad, spatial_scal
     if _bad_image(boxes, N, bad):
         return
     grad_input[:, begin:end] = real(0)
-    offset = real(0.5) if aligned else real(0)
     for k in range(K):
-        x1, y1 = boxes[k, 1] * spatial_scale - offset, boxes[k, 2] * spatial_scale - offset
-        w, h = boxes[k, 3] * spatial_scale - offset - x1, boxes[k, 4] * spatial_scale - offset - y1
-        if not aligned:
-            w, h = real(1) if w < real(1) else w, real(1) if h < real(1) else h
-        if not math.isfinite(x1 + y1 + w + h):
+        (y1, h, gh), (x1, w, gw), finite = _region(boxes[k], spatial_scale, sampling_ratio, aligned, PH, PW)
+        if not finite:
             continue
-        gh, gw = _grid(h, PH, sampling_ratio), _grid(w, PW, sampling_ratio)
         ry, rx = _room(h, PH, H, gh), _room(w, PW, W, gw)
         sy, sx = np.empty(PH + 1, np.int64), np.empty(PW + 1, np.int64)
         ys, ly, xs, lx = np.empty(ry, np.int64), np.empty(ry, boxes.dtype), np.empty(rx, np.int64), np.empty(rx, boxes.dtype)
@@ -699,28 +794,51 @@ def _largest_pixel(plane, rows, cols):
     return row, col
 
 
-# Parallel over RoIs: edges are found once for all channels. Reads the pixels of each bin, writes it once.
-# Source: Girshick, Fast R-CNN (2015), section 2.1.
-@cpu(over="K", exact=True)
+@inline(exact=True)
+def _take_larger(source, at, n, best, to):
+    """best[to] is the larger of it and of source[at], for n numbers; a NaN stays."""
+    for i in range(n):
+        u, v = best[U(to) + U(i)], source[U(at) + U(i)]
+        best[U(to) + U(i)] = v if (not v <= u) & (u == u) else u
+
+
+# Parallel and laid out as roi_align: for a row of bins the maxima of all its columns, then those of each bin. Reads a cached
+# pixel once or twice, writes each bin once. Source: Girshick, Fast R-CNN (2015), section 2.1.
+@cpu(over="N*((C+63)//64)*8", exact=True)
 def roi_pool(begin, end, input, boxes, output, bad, spatial_scale):
     N, C, H, W = input.shape
-    PH, PW = output.shape[2], output.shape[3]
+    K, PH, PW = output.shape[0], output.shape[2], output.shape[3]
     if _bad_image(boxes, N, bad):
         return
     ys, xs = np.empty((PH, 2), np.int64), np.empty((PW, 2), np.int64)
-    for k in range(begin, end):
-        s = boxes[k] * spatial_scale
-        if s[1] != s[1] or s[2] != s[2] or s[3] != s[3] or s[4] != s[4]:
-            output[k] = real(np.nan)
-            continue
-        _edges(s[2], s[4], PH, H, ys)
-        _edges(s[1], s[3], PW, W, xs)
-        for c in range(C):
-            plane = input[int(boxes[k, 0]), c]
+    slab, columns = np.zeros(H * W * LANES, input.dtype), np.empty(W * LANES, input.dtype)
+    bins, groups = np.empty(PH * PW * LANES, input.dtype), (C + LANES - 1) // LANES
+    for unit in range(begin, end):
+        group, part = unit // PARTS, unit % PARTS
+        n, first = group // groups, group % groups * LANES
+        last = min(first + LANES, C)
+        if part == 0 or unit == begin:
+            _channels_last(input[n, first:last], slab)
+        for k in range(K * part // PARTS, K * (part + 1) // PARTS):
+            if boxes[k, 0] != n:
+                continue
+            s = boxes[k] * spatial_scale
+            if s[1] != s[1] or s[2] != s[2] or s[3] != s[3] or s[4] != s[4]:
+                output[k, first:last] = real(np.nan)
+                continue
+            _edges(s[2], s[4], PH, H, ys)
+            _edges(s[1], s[3], PW, W, xs)
+            left, width = xs[0, 0], xs[PW - 1, 1] - xs[0, 0]
             for p in range(PH):
+                columns[: width * LANES] = real(-np.inf)
+                for y in range(ys[p, 0], ys[p, 1]):
+                    _take_larger(slab, (y * W + left) * LANES, width * LANES, columns, 0)
                 for q in range(PW):
-                    y, x = _largest_pixel(plane, ys[p], xs[q])
-                    output[k, c, p, q] = plane[y, x] if y >= 0 else real(0)
+                    at, empty = (p * PW + q) * LANES, ys[p, 0] >= ys[p, 1] or xs[q, 0] >= xs[q, 1]
+                    bins[at : at + LANES] = real(0) if empty else real(-np.inf)
+                    for x in range(xs[q, 0], xs[q, 1] if not empty else 0):
+                        _take_larger(columns, (x - left) * LANES, LANES, bins, at)
+            _channels_first(bins, output[k, first:last])
 
 
 # Parallel over channels; each adds up the RoIs in their order.
