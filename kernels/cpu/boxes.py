@@ -338,28 +338,49 @@ def sparse_box_iou(begin, end, boxes1, boxes2, counts, rows, cols, iou, threshol
 
 
 @inline(exact=True)
-def _by_score(scores, order):
-    """Sorts the indices by decreasing score, NaN last, equal ones as they stand (merge sort)."""
-    n, width = len(order), 1
-    source, target = order, np.empty_like(order)
-    while width < n:
-        for low in range(0, n, 2 * width):
-            middle, high = min(low + width, n), min(low + 2 * width, n)
-            p, q = low, middle
-            for at in range(low, high):
-                take = p >= middle
-                if not take and q < high:
-                    s, t = scores[source[p]], scores[source[q]]
-                    take = t > s or (s != s and t == t)
-                if take:
-                    target[at] = source[q]
-                    q += 1
-                else:
-                    target[at] = source[p]
-                    p += 1
-        source, target = target, source
-        width *= 2
-    return source
+def _score_key(score):
+    """Ascending where scores descend: both zeros alike, NaN last."""
+    bits, sign = U(np.float32(score + np.float32(0)).view(np.uint32)), U(1 << 31)
+    return (bits if bits & sign else bits ^ (sign - U(1))) if score == score else U((1 << 32) - 1)
+
+
+@_score_key.float64
+def _score_key(score):
+    bits, sign = np.float64(score + 0.0).view(np.uint64), U(1 << 63)
+    return (bits if bits & sign else bits ^ (sign - U(1))) if score == score else U((1 << 64) - 1)
+
+
+@inline(exact=True)
+def _sort(keys, items):
+    """The items by ascending keys, equal ones as they stand: byte by byte, as many as the largest key has."""
+    n, highest = len(keys), U(0)
+    for i in range(n):
+        highest = max(highest, keys[i])
+    other_keys, others, starts, shift = np.empty_like(keys), np.empty_like(items), np.empty(257, np.int64), 0
+    while shift < 64 and highest >> U(shift):
+        starts[:] = 0
+        for i in range(n):
+            starts[((keys[i] >> U(shift)) & U(255)) + U(1)] += 1
+        for digit in range(255):
+            starts[digit + 1] += starts[digit]
+        for i in range(n):
+            digit = (keys[i] >> U(shift)) & U(255)
+            at = starts[digit]
+            starts[digit] = at + 1
+            other_keys[at], others[at] = keys[i], items[i]
+        keys, other_keys, items, others = other_keys, keys, others, items
+        shift += 8
+    return items
+
+
+@inline(exact=True)
+def _sort_sample(sample, n):
+    for i in range(1, n):
+        v, k = sample[i], i
+        while k > 0 and sample[k - 1] > v:
+            sample[k] = sample[k - 1]
+            k -= 1
+        sample[k] = v
 
 
 @inline(exact=True)
@@ -369,68 +390,128 @@ def _cell(centre, low, scale, cells):
 
 
 @inline(exact=True)
-def _divide(centres, sizes, reach):
-    """Origin, scale and number of the cells of a grid along one axis: about the reach of a middling box each."""
-    low, high = np.percentile(centres, 2), np.percentile(centres, 98)
-    cells = min(max((high - low) / max(reach * np.median(sizes), 1e-300), 1.0), math.sqrt(len(centres)) / 4 + 1)
-    return low, (int(cells) / (high - low) if high > low else 0.0), int(cells)
+def _regular(area):
+    return (area > real(0)) & (area < real(np.inf))
 
 
 @inline(exact=True)
-def _suppress(boxes, order, alive, threshold, limit):
-    """alive for the boxes of one group, in order of score. A kept box is looked at where its centre lies within the reach of
-    the one that is asked about (see csrc/boxes.c); the cells of a grid hold the kept boxes as chains."""
-    n, t = len(order), float(threshold)
-    reach = (1 - t) * max(1.0, 0.5 / t) if t > 0.05 and t < 1 else 0.0
-    x1, y1, x2, y2, area = (
-        np.empty(n, boxes.dtype),
-        np.empty(n, boxes.dtype),
-        np.empty(n, boxes.dtype),
-        np.empty(n, boxes.dtype),
-        np.empty(n, boxes.dtype),
-    )
-    low_x, scale_x, cells_x, low_y, scale_y, cells_y = 0.0, 0.0, 1, 0.0, 0.0, 1
-    smallest, eps = real(1e-30), 2.4e-7
-    for i in range(n):
-        b = boxes[order[i]]
-        x1[i], y1[i], x2[i], y2[i], area[i] = b[0], b[1], b[2], b[3], _area(b[0], b[1], b[2], b[3])
-    regular = (area > real(0)) & (area < real(np.inf))
-    if reach > 0 and n > 64 and regular.sum() > 64 and area[regular].min() > smallest:
-        cx = 0.5 * x1[regular].astype(np.float64) + 0.5 * x2[regular].astype(np.float64)
-        cy = 0.5 * y1[regular].astype(np.float64) + 0.5 * y2[regular].astype(np.float64)
-        low_x, scale_x, cells_x = _divide(cx, x2[regular].astype(np.float64) - x1[regular], reach)
-        low_y, scale_y, cells_y = _divide(cy, y2[regular].astype(np.float64) - y1[regular], reach)
-    first, following = np.full(cells_x * cells_y, -1, np.int64), np.empty(n, np.int64)
-    kept = 0
-    for i in range(n):
-        if kept == limit:
-            alive[i:] = 0
+def _middle(low, high):
+    return 0.5 * float(low) + 0.5 * float(high)
+
+
+@inline(exact=True)
+def _divide(low, high, area, begin, end, reach):
+    """Origin, scale and number of the cells of a grid along one axis, from a sample: about the reach of a middling box each."""
+    centres, sizes, n = np.empty(64), np.empty(64), 0
+    for i in range(begin, end, (end - begin) // 63 + 1):
+        if _regular(area[i]):
+            centres[n], sizes[n] = _middle(low[i], high[i]), float(high[i]) - float(low[i])
+            n += 1
+    if n < 8:
+        return 0.0, 0.0, 1
+    _sort_sample(centres, n)
+    _sort_sample(sizes, n)
+    extent = centres[n - 2] - centres[1]
+    cells = min(max(extent / max(reach * sizes[n // 2], 1e-300), 1.0), math.sqrt(end - begin) / 4 + 1)
+    return centres[1], (int(cells) / extent if extent > 0 else 0.0), int(cells)
+
+
+FEW = 384  # kept boxes: to look at so many costs no more than to find those near by
+
+
+@inline(exact=True)
+def _is_hit(kept, first, last, a, b, c, d, own, threshold):
+    """Whether one of the kept boxes [first, last) overlaps more."""
+    x1, y1, x2, y2, area = kept
+    for begin in range(first, last, 64):
+        hits = 0
+        for i in range(begin, min(begin + 64, last)):
+            j = U(i)
+            hits |= _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
+        if hits:
+            return True
+    return False
+
+
+@inline(exact=True)
+def _keep(kept, at, planes, i):
+    for k in range(5):
+        kept[k][at] = planes[k][i]
+
+
+@inline(exact=True)
+def _suppress_all(planes, begin, end, alive, threshold, limit, kept, most):
+    """Each box against all kept before it, until more than `most` are; returns the first box that is left."""
+    n = listed = 0
+    for i in range(begin, end):
+        if n == limit:
+            alive[i:end] = 0
             break
-        a, b, c, d, own = x1[i], y1[i], x2[i], y2[i], area[i]
-        hit, cell = False, 0
-        if regular[i] or threshold < 0:
-            from_x, to_x, from_y, to_y = 0, cells_x - 1, 0, cells_y - 1
-            if cells_x * cells_y > 1:
+        if listed > most:
+            return i
+        own = planes[4][i]
+        alive[i] = not _is_hit(kept, 0, listed, planes[0][i], planes[1][i], planes[2][i], planes[3][i], own, threshold)
+        n += alive[i]
+        if alive[i] and (_regular(own) or threshold < 0):  # an empty or infinite box overlaps nothing
+            _keep(kept, listed, planes, i)
+            listed += 1
+    return end
+
+
+@inline(exact=True)
+def _suppress(planes, begin, end, alive, threshold, limit, kept):
+    """alive for the boxes of one group, in order of score. Where many are kept, one is looked at where its centre lies within
+    the reach of the one that is asked about (see csrc/boxes.c); the cells of a grid hold the kept ones."""
+    x1, y1, x2, y2, area = planes
+    t, first = float(threshold), _suppress_all(planes, begin, end, alive, threshold, limit, kept, FEW)
+    if first == end:
+        return
+    cells_x = cells_y = 1
+    if t > 0.05 and t < 1:
+        reach = (1 - t) * max(1.0, 0.5 / t)
+        low_x, scale_x, cells_x = _divide(x1, x2, area, begin, end, reach)
+        low_y, scale_y, cells_y = _divide(y1, y2, area, begin, end, reach)
+    tiny = False  # rounding may make any overlap of such a box
+    for i in range(begin, end):
+        tiny |= (area[i] > real(0)) & (area[i] < real(1e-30))
+    if tiny or cells_x * cells_y < 4:
+        _suppress_all(planes, begin, end, alive, threshold, limit, kept, end)
+        return
+    cell, used = np.empty(end - begin, np.int64), np.zeros(cells_x * cells_y, np.int64)
+    for i in range(begin, end):
+        cell[i - begin] = -1
+        if _regular(area[i]):
+            x, y = _cell(_middle(x1[i], x2[i]), low_x, scale_x, cells_x), _cell(_middle(y1[i], y2[i]), low_y, scale_y, cells_y)
+            cell[i - begin] = y * cells_x + x
+            used[y * cells_x + x] += 1
+    starts = np.zeros(cells_x * cells_y + 1, np.int64)
+    for at in range(cells_x * cells_y):
+        starts[at + 1] = starts[at] + used[at]
+        used[at] = 0
+    n = 0
+    for i in range(begin, end):
+        if n == limit:
+            alive[i:end] = 0
+            break
+        a, b, c, d, at = x1[i], y1[i], x2[i], y2[i], cell[i - begin]
+        if i >= first:
+            hit = at >= 0 and _is_hit(kept, starts[at], starts[at] + used[at], a, b, c, d, area[i], threshold)  # most are
+            if at >= 0 and not hit:
                 w, h = float(c) - float(a), float(d) - float(b)
-                u, v = 0.5 * float(a) + 0.5 * float(c), 0.5 * float(b) + 0.5 * float(d)
-                cell = _cell(v, low_y, scale_y, cells_y) * cells_x + _cell(u, low_x, scale_x, cells_x)
-                r = reach * w * 1.001 + 64 * eps * (abs(float(a)) + abs(float(c)) + w / t)
-                from_x, to_x = _cell(u - r, low_x, scale_x, cells_x), _cell(u + r, low_x, scale_x, cells_x)
-                r = reach * h * 1.001 + 64 * eps * (abs(float(b)) + abs(float(d)) + h / t)
-                from_y, to_y = _cell(v - r, low_y, scale_y, cells_y), _cell(v + r, low_y, scale_y, cells_y)
-            for y in range(from_y, to_y + 1):
-                for x in range(from_x, to_x + 1):
-                    j = first[y * cells_x + x]
-                    while j >= 0 and not hit:
-                        hit = _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
-                        j = following[j]
-                if hit:
-                    break
-        alive[i] = not hit
-        if not hit:
-            kept += 1
-            if regular[i] or threshold < 0:
-                following[i], first[cell] = first[cell], i
+                r = reach * w * 1.001 + 1.6e-5 * (abs(float(a)) + abs(float(c)) + w / t)
+                from_x = _cell(_middle(a, c) - r, low_x, scale_x, cells_x)
+                to_x = _cell(_middle(a, c) + r, low_x, scale_x, cells_x)
+                r = reach * h * 1.001 + 1.6e-5 * (abs(float(b)) + abs(float(d)) + h / t)
+                from_y = _cell(_middle(b, d) - r, low_y, scale_y, cells_y)
+                to_y = _cell(_middle(b, d) + r, low_y, scale_y, cells_y)
+                for y in range(from_y, to_y + 1):
+                    for near in range(y * cells_x + from_x, y * cells_x + to_x + 1):
+                        hit = hit or _is_hit(kept, starts[near], starts[near] + used[near], a, b, c, d, area[i], threshold)
+            alive[i] = not hit
+        n += alive[i]
+        if alive[i] and at >= 0:
+            _keep(kept, starts[at] + used[at], planes, i)
+            used[at] += 1
 
 
 # One thread. Sorts by score, then stably by group; a group meets only itself. Reads each box once, and per box the kept ones
@@ -439,33 +520,47 @@ def _suppress(boxes, order, alive, threshold, limit):
 def nms(begin, end, boxes, scores, groups, keep, count, iou_threshold, score_threshold, max_output):
     keep[:] = -1
     count[0] = 0
-    chosen = np.empty(len(scores), np.int64)
+    order, keys = np.empty(len(scores), np.int64), np.empty(len(scores), np.uint64)
     n = 0
     for i in range(len(scores)):
-        chosen[n] = i
+        order[n], keys[n] = i, _score_key(scores[i])
         n += score_threshold == -np.inf or scores[i] > score_threshold
     if n == 0 or max_output <= 0:
         return
-    order = _by_score(scores, chosen[:n])
-    alive = np.empty(n, np.uint8)
-    if len(groups) == 0:
-        _suppress(boxes, order, alive, iou_threshold, max_output)
-    else:
-        member = groups[order]
-        rank = np.argsort(member, kind="mergesort")
-        part, low = np.empty(n, np.uint8), 0
-        for i in range(1, n + 1):
-            if i == n or member[rank[i]] != member[rank[low]]:
-                _suppress(boxes, order[rank[low:i]], part[low:i], iou_threshold, max_output)
-                low = i
+    order = _sort(keys[:n], order[:n])
+    rank, starts, segments = np.arange(n), np.zeros(n + 1, np.int64), 0
+    if len(groups):
+        lowest = groups[order[0]]
         for i in range(n):
-            alive[rank[i]] = part[i]
-    kept = 0
+            lowest = min(lowest, groups[order[i]])
+        for i in range(n):
+            keys[i] = U(groups[order[i]]) - U(lowest)
+        rank = _sort(keys[:n], rank)
+        for i in range(1, n):
+            if groups[order[rank[i]]] != groups[order[rank[i - 1]]]:
+                segments += 1
+                starts[segments] = i
+    starts[segments + 1] = n
+    planes = (np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype),
+              np.empty(n, boxes.dtype))  # fmt: skip
+    kept = (np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype),
+            np.empty(n, boxes.dtype))  # fmt: skip
     for i in range(n):
-        if alive[i] and kept < max_output:
-            keep[kept] = order[i]
-            kept += 1
-    count[0] = kept
+        box = order[rank[i]]
+        for k in range(4):
+            planes[k][i] = boxes[box, k]
+        planes[4][i] = _area(boxes[box, 0], boxes[box, 1], boxes[box, 2], boxes[box, 3])
+    alive, chosen = np.empty(n, np.uint8), np.empty(n, np.uint8)
+    for segment in range(segments + 1):
+        _suppress(planes, starts[segment], starts[segment + 1], alive, iou_threshold, max_output, kept)
+    for i in range(n):
+        chosen[rank[i]] = alive[i]
+    n = 0
+    for i in range(len(chosen)):
+        if chosen[i] and n < max_output:
+            keep[n] = order[i]
+            n += 1
+    count[0] = n
 
 
 # One thread. One pass lowers the scores, drops what fell below the threshold and finds the next best. Reads 6 values, writes
