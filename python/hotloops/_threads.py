@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 256
 _wanted = 0
+_found = 0  # what `run_ranges` found when nothing was wanted: files of the system say how many, too slow for every call
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 _listeners: list[Callable[[int], object]] = []
@@ -125,9 +126,13 @@ VECTORS = 64  # elements, a multiple of what one round of a compiled loop takes 
 
 def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None:
     """Calls work(begin, end) on ranges that cover [0, n), on several threads when `parallel` says that it pays."""
-    global _pool
-    threads = min(get_num_threads(), n)
-    if threads <= 1 or not parallel or getattr(_inside, "yes", False):
+    global _found, _pool
+    if not parallel or getattr(_inside, "yes", False):
+        work(0, n)
+        return
+    _found = _found or get_num_threads()
+    threads = min(_wanted or _found, n)
+    if threads <= 1:
         work(0, n)
         return
     with _lock:
