@@ -21,32 +21,62 @@ typedef struct {
 } pointers;
 typedef void (*column_fn)(pointers p, int64_t K, int64_t stride, int64_t n);
 
-static inline vreal column_max(const real *x, int64_t K, int64_t stride, int64_t n)
+/* Vectors that are walked down side by side: long reads, of which memory can tell the next. */
+enum { ACROSS = 4096 / HL_VLEN };
+
+/* The j-th vector of n values. */
+static inline vreal across(const real *p, int64_t j, int64_t n)
 {
-    vreal top = take(x, n, (real)0);
-    for (int64_t k = 1; k < K; k++) top = vmax(top, take(x + k * stride, n, (real)0));
-    return top;
+    return take(p + j * LANES, min64(n - j * LANES, LANES), (real)0);
+}
+static inline __attribute__((always_inline)) void put_across(real *p, int64_t j, int64_t n, vreal v)
+{
+    put(p + j * LANES, min64(n - j * LANES, LANES), v);
 }
 
-static void softmax_column(pointers p, int64_t K, int64_t stride, int64_t n)
+/* Over the vectors of n values; a single one is kept in registers. */
+#define EACH(j) for (int64_t j = 0; one ? j < 1 : j * LANES < n; j++)
+#define COLUMNS(name) \
+    static void name##_column(pointers p, int64_t K, int64_t stride, int64_t n) { name##_down(p, K, stride, n, 1); } \
+    static void name##_columns(pointers p, int64_t K, int64_t stride, int64_t n) { name##_down(p, K, stride, n, 0); }
+
+static inline __attribute__((always_inline)) void column_max(const real *x, int64_t K, int64_t stride, int64_t n,
+                                                             int one, vreal top[ACROSS])
 {
-    vreal top = column_max(p.a, K, stride, n), sum = splat((real)0);
-    for (int64_t k = 0; k < K; k++) {
-        vreal e = vexp_below(take(p.a + k * stride, n, (real)0) - top);
-        put(p.y + k * stride, n, e);
-        sum += e;
-    }
-    vreal scale = splat((real)1) / sum;
-    for (int64_t k = 0; k < K; k++) put(p.y + k * stride, n, take(p.y + k * stride, n, (real)0) * scale);
+    EACH(j) top[j] = across(x, j, n);
+    for (int64_t k = 1; k < K; k++) EACH(j) top[j] = vmax(top[j], across(x + k * stride, j, n));
 }
 
-static void log_softmax_column(pointers p, int64_t K, int64_t stride, int64_t n)
+static inline __attribute__((always_inline)) void softmax_down(pointers p, int64_t K, int64_t stride, int64_t n,
+                                                               int one)
 {
-    vreal top = column_max(p.a, K, stride, n), sum = splat((real)0);
-    for (int64_t k = 0; k < K; k++) sum += vexp_below(take(p.a + k * stride, n, (real)0) - top);
-    sum = vlog(sum);
-    for (int64_t k = 0; k < K; k++) put(p.y + k * stride, n, (take(p.a + k * stride, n, (real)0) - top) - sum);
+    vreal top[ACROSS], sum[ACROSS];
+    column_max(p.a, K, stride, n, one, top);
+    EACH(j) sum[j] = splat((real)0);
+    for (int64_t k = 0; k < K; k++) EACH(j)
+        {
+            vreal e = vexp_below(across(p.a + k * stride, j, n) - top[j]);
+            put_across(p.y + k * stride, j, n, e);
+            sum[j] += e;
+        }
+    EACH(j) sum[j] = splat((real)1) / sum[j];
+    for (int64_t k = 0; k < K; k++) EACH(j)
+    put_across(p.y + k * stride, j, n, across(p.y + k * stride, j, n) * sum[j]);
 }
+COLUMNS(softmax)
+
+static inline __attribute__((always_inline)) void log_softmax_down(pointers p, int64_t K, int64_t stride, int64_t n,
+                                                                   int one)
+{
+    vreal top[ACROSS], sum[ACROSS];
+    column_max(p.a, K, stride, n, one, top);
+    EACH(j) sum[j] = splat((real)0);
+    for (int64_t k = 0; k < K; k++) EACH(j) sum[j] += vexp_below(across(p.a + k * stride, j, n) - top[j]);
+    EACH(j) sum[j] = vlog(sum[j]);
+    for (int64_t k = 0; k < K; k++) EACH(j)
+    put_across(p.y + k * stride, j, n, (across(p.a + k * stride, j, n) - top[j]) - sum[j]);
+}
+COLUMNS(log_softmax)
 
 /* For slices whose maximum may be infinite: base(top) is 0 then, and what lies above it counts as 1, like every maximum. */
 static inline vreal base(vreal top) { return blend(vabs(top) == splat((real)INFINITY), splat((real)0), top); }
@@ -55,32 +85,49 @@ static inline __attribute__((always_inline)) vreal bounded_exp(vreal x, vreal ba
     return vexp_below(vmin(x - base, splat((real)0)));
 }
 
-static void logsumexp_column(pointers p, int64_t K, int64_t stride, int64_t n)
+static inline __attribute__((always_inline)) void logsumexp_down(pointers p, int64_t K, int64_t stride, int64_t n,
+                                                                 int one)
 {
-    vreal top = K ? column_max(p.a, K, stride, n) : splat((real)-INFINITY), low = base(top), sum = splat((real)0);
-    for (int64_t k = 0; k < K; k++) sum += bounded_exp(take(p.a + k * stride, n, (real)0), low);
-    put(p.y, n, top + vlog(sum));
-}
-
-static void softmax_backward_column(pointers p, int64_t K, int64_t stride, int64_t n)
-{
-    vreal sum = splat((real)0);
-    for (int64_t k = 0; k < K; k++) sum += take(p.a + k * stride, n, (real)0) * take(p.b + k * stride, n, (real)0);
-    for (int64_t k = 0; k < K; k++) {
-        vreal y = take(p.b + k * stride, n, (real)0);
-        put(p.y + k * stride, n, y * (take(p.a + k * stride, n, (real)0) - sum));
+    vreal top[ACROSS], sum[ACROSS];
+    if (K) column_max(p.a, K, stride, n, one, top);
+    EACH(j)
+    {
+        if (!K) top[j] = splat((real)-INFINITY);
+        sum[j] = splat((real)0);
     }
+    for (int64_t k = 0; k < K; k++) EACH(j) sum[j] += bounded_exp(across(p.a + k * stride, j, n), base(top[j]));
+    EACH(j) put_across(p.y, j, n, top[j] + vlog(sum[j]));
 }
+COLUMNS(logsumexp)
 
-static void log_softmax_backward_column(pointers p, int64_t K, int64_t stride, int64_t n)
+static inline __attribute__((always_inline)) void softmax_backward_down(pointers p, int64_t K, int64_t stride,
+                                                                        int64_t n, int one)
 {
-    vreal sum = splat((real)0);
-    for (int64_t k = 0; k < K; k++) sum += take(p.a + k * stride, n, (real)0);
-    for (int64_t k = 0; k < K; k++) {
-        vreal y = vexp(take(p.b + k * stride, n, (real)0));
-        put(p.y + k * stride, n, take(p.a + k * stride, n, (real)0) - y * sum);
-    }
+    vreal sum[ACROSS];
+    EACH(j) sum[j] = splat((real)0);
+    for (int64_t k = 0; k < K; k++) EACH(j)
+    sum[j] += across(p.a + k * stride, j, n) * across(p.b + k * stride, j, n);
+    for (int64_t k = 0; k < K; k++) EACH(j)
+        {
+            vreal y = across(p.b + k * stride, j, n);
+            put_across(p.y + k * stride, j, n, y * (across(p.a + k * stride, j, n) - sum[j]));
+        }
 }
+COLUMNS(softmax_backward)
+
+static inline __attribute__((always_inline)) void log_softmax_backward_down(pointers p, int64_t K, int64_t stride,
+                                                                            int64_t n, int one)
+{
+    vreal sum[ACROSS];
+    EACH(j) sum[j] = splat((real)0);
+    for (int64_t k = 0; k < K; k++) EACH(j) sum[j] += across(p.a + k * stride, j, n);
+    for (int64_t k = 0; k < K; k++) EACH(j)
+        {
+            vreal y = vexp(across(p.b + k * stride, j, n));
+            put_across(p.y + k * stride, j, n, across(p.a + k * stride, j, n) - y * sum[j]);
+        }
+}
+COLUMNS(log_softmax_backward)
 
 /* ---- rows: K values side by side ---- */
 
@@ -208,7 +255,8 @@ typedef struct {
     pointers p;
     int reduces; /* y is [M, I] */
     rows_fn rows;
-    column_fn column;
+    column_fn column, columns; /* a vector, or as many as ACROSS */
+    int64_t width;             /* positions i that are walked down together */
 } slices_job;
 
 /* Rows up to this long are turned, LANES of them at a time, so that a vector holds one value of each: transposing a vector
@@ -251,16 +299,17 @@ static int long_rows(int64_t begin, int64_t end, void *context)
 static int columns(int64_t begin, int64_t end, void *context)
 {
     const slices_job *j = context;
-    int64_t per_slice = (j->I + LANES - 1) / LANES;
+    int64_t per_slice = (j->I + j->width - 1) / j->width;
     for (int64_t block = begin; block < end; block++) {
-        int64_t i = block % per_slice * LANES;
+        int64_t i = block % per_slice * j->width;
         pointers p = pointers_at(j, block / per_slice);
-        j->column((pointers){p.a + i, p.b ? p.b + i : NULL, p.y + i}, j->K, j->I, min64(LANES, j->I - i));
+        (j->width > LANES ? j->columns : j->column)((pointers){p.a + i, p.b ? p.b + i : NULL, p.y + i}, j->K, j->I,
+                                                    min64(j->width, j->I - i));
     }
     return HL_OK;
 }
 
-/* Parallel over rows (I = 1; LANES short ones together) or over LANES positions i of a slice. A slice is read once from
+/* Parallel over rows (I = 1; LANES short ones together) or over `width` positions i of a slice. A slice is read once from
  * memory, then from the nearest caches; each result is written once. Source: the shifted exponential, Goodfellow et al., Deep
  * Learning (2016), section 4.1. */
 static int slices(slices_job *j)
@@ -268,33 +317,53 @@ static int slices(slices_job *j)
     double work = 8.0 * (double)j->K;
     if (j->I == 1 && j->K > SHORT) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
     if (j->I == 1 && j->K) return hl_parallel_for((j->M + LANES - 1) / LANES, hl_grain(work * LANES), short_rows, j);
-    return hl_parallel_for(j->M * ((j->I + LANES - 1) / LANES), hl_grain(work * LANES), columns, j);
+    j->width = j->I > ACROSS * LANES / 4 ? ACROSS * LANES : LANES; /* one after the other reads every cache line, too */
+    while (j->width > 4 * LANES && j->M * (j->I / j->width) < 16) j->width /= 2; /* something for every thread */
+    return hl_parallel_for(j->M * ((j->I + j->width - 1) / j->width), hl_grain(work * (double)j->width), columns, j);
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_rows, softmax_column});
+    return slices(
+        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_rows, softmax_column, softmax_columns, LANES});
 }
 
 int HL(log_softmax)(const hl_log_softmax_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_rows, log_softmax_column});
+    return slices(&(slices_job){
+        p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_rows, log_softmax_column, log_softmax_columns, LANES});
 }
 
 int HL(logsumexp)(const hl_logsumexp_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_rows, logsumexp_column});
+    return slices(
+        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_rows, logsumexp_column, logsumexp_columns, LANES});
 }
 
 int HL(softmax_backward)(const hl_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
 {
-    return slices(&(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, softmax_backward_rows, softmax_backward_column});
+    return slices(&(slices_job){p->M,
+                                p->K,
+                                p->I,
+                                {gy, y, gx},
+                                0,
+                                softmax_backward_rows,
+                                softmax_backward_column,
+                                softmax_backward_columns,
+                                LANES});
 }
 
 int HL(log_softmax_backward)(const hl_log_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
 {
-    return slices(
-        &(slices_job){p->M, p->K, p->I, {gy, y, gx}, 0, log_softmax_backward_rows, log_softmax_backward_column});
+    return slices(&(slices_job){p->M,
+                                p->K,
+                                p->I,
+                                {gy, y, gx},
+                                0,
+                                log_softmax_backward_rows,
+                                log_softmax_backward_column,
+                                log_softmax_backward_columns,
+                                LANES});
 }
 
 typedef struct {

@@ -25,6 +25,7 @@ from .panels import (
     multiply,
     multiply_narrow,
 )
+from .winograd import is_winograd, winograd
 
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
 
@@ -220,6 +221,10 @@ def conv(
     if FG < 4:
         _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation)
         return
+    if is_winograd(x, y, (KD, KH, KW), stride, pad, dilation, CG, FG, exact):
+        units = groups * ((N * y.shape[3] * y.shape[4] + TILE - 1) // TILE) * ((FG + FILTERS - 1) // FILTERS)
+        winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, False)
+        return
     if _is_flat(taps, stride_d * stride_h * stride_w) and x.shape[2:] == y.shape[2:] and pad_d == pad_h == pad_w == 0:
         x = x.reshape((N, x.shape[1], 1, 1, x.shape[2] * x.shape[3] * x.shape[4]))
         y = y.reshape((N, F, 1, 1, y.shape[2] * y.shape[3] * y.shape[4]))
@@ -341,6 +346,9 @@ def conv_grad_input(
     stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
     if FG < 4:
         _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation)
+        return
+    if is_winograd(gy, gx, (KD, KH, KW), stride, pad, dilation, FG, CG, exact):
+        winograd(begin, end, N * groups * ((CG + 15) // 16), gy, w, b, gx, groups, 2 - pad_h, 2 - pad_w, True)
         return
     if _is_flat(taps, stride_d * stride_h * stride_w) and gx.shape[2:] == gy.shape[2:] and pad_d == pad_h == pad_w == 0:
         gx = gx.reshape((N, gx.shape[1], 1, 1, gx.shape[2] * gx.shape[3] * gx.shape[4]))

@@ -14,8 +14,9 @@ NARROW = 64  # of a panel with fewer
 DEPTH = 1024  # rows of a panel: 512 KiB in float32, half of a second-level cache
 
 
-def _product(width):
-    """The product of four rows with a panel whose rows are `width` long: a constant, so that sweeps need no tail."""
+def _product(width, pitch):
+    """The product of four rows with the first `width` columns of a panel whose rows (and those of the sums) are `pitch` long:
+    constants, so that sweeps need no tail."""
 
     @inline
     def multiply(row0, row1, row2, row3, depth, panel, sums):
@@ -29,19 +30,20 @@ def _product(width):
             b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
             c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
             d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-            p = panel[k * width : (k + 4) * width]
+            p = panel[k * pitch : (k + 4) * pitch]
             for t in range(width):
-                p0, p1, p2, p3 = p[t], p[t + width], p[t + 2 * width], p[t + 3 * width]
+                p0, p1, p2, p3 = p[t], p[t + pitch], p[t + 2 * pitch], p[t + 3 * pitch]
                 sums[t] += a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
-                sums[t + width] += b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
-                sums[t + 2 * width] += c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
-                sums[t + 3 * width] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
+                sums[t + pitch] += b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
+                sums[t + 2 * pitch] += c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
+                sums[t + 3 * pitch] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
 
     return multiply
 
 
-multiply = _product(TILE)
-multiply_narrow = _product(NARROW)
+multiply = _product(TILE, TILE)
+multiply_narrow = _product(NARROW, NARROW)
+multiply_half = _product(NARROW // 2, NARROW)
 
 
 @inline
