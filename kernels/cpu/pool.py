@@ -205,7 +205,7 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
             width = min(columns, OW - left)
             across = _cut(left, width, W, kernel[2], stride[2], pad[2], dilation[2])
             pitch = across[3]
-            n, lines_n = rows * pitch, down[4] * down[3] * pitch
+            n, lines_n, at = rows * pitch, down[4] * down[3] * pitch, row * OW + left
             _shifts(down, across, stride, dilation, by_line, by_tap)
             if with_places:
                 _first_places(top, rows, H, kernel[1], stride[1], pad[1], dilation[1], unit[1], row_places)
@@ -221,7 +221,6 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
                     _find_in_lines(lines, line_places, by_line, down[1], d * unit[0], unit[1], n, best, places)
                 else:
                     _maximize(lines, by_line, down[1], n, best, d == 0)
-            at = row * OW + left
             copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
             if counts_taps:
                 first = (kd * kernel[1] + down[0]) * kernel[2] + across[0]
@@ -354,18 +353,18 @@ def _raise(x, norm, n):
 
 
 @inline
-def _finish(sums, pitch, row_factors, column_factors, left, norm, rows, columns, to):
-    """to = the roots of the sums over their factors."""
+def _finish(sums, pitch, row_factors, column_factors, left, norm, rows, columns, to, at, to_pitch):
+    """to[at + r * to_pitch + q] = the roots of the sums over their factors."""
     for r in range(rows):
-        a, factor = U(r * pitch), row_factors[r]
+        a, b, factor = U(r * pitch), U(at + r * to_pitch), row_factors[r]
         for q in range(columns):
-            to[a + U(q)] = sums[a + U(q)] / (factor * column_factors[U(left) + U(q)])
-    if norm == real(2):
-        for i in range(rows * pitch):
-            to[i] = math.sqrt(to[i])
-    elif norm != real(1):
-        for i in range(rows * pitch):
-            to[i] = to[i] ** (real(1) / norm)
+            to[b + U(q)] = sums[a + U(q)] / (factor * column_factors[U(left) + U(q)])
+        if norm == real(2):
+            for q in range(columns):
+                to[b + U(q)] = math.sqrt(to[b + U(q)])
+        elif norm != real(1):
+            for q in range(columns):
+                to[b + U(q)] = to[b + U(q)] ** (real(1) / norm)
 
 
 @inline
@@ -398,9 +397,7 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
                 _raise(sheet, norm, across[4] * lines_n)
                 _add(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
                 _add(lines, by_line, down[1], n, sums, d == 0)
-            _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, lines)
-            at = row * OW + left
-            copy_block(lines, 0, pitch, 1, y1, at, OW, rows, width)
+            _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, y1, row * OW + left, OW)
         row += rows
 
 
