@@ -223,7 +223,7 @@ def conv(
         return
     if is_winograd(x, y, (KD, KH, KW), stride, pad, dilation, CG, FG, exact):
         units = groups * ((N * y.shape[3] * y.shape[4] + TILE - 1) // TILE) * ((FG + FILTERS - 1) // FILTERS)
-        winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, False)
+        winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, False, activation)
         return
     if _is_flat(taps, stride_d * stride_h * stride_w) and x.shape[2:] == y.shape[2:] and pad_d == pad_h == pad_w == 0:
         x = x.reshape((N, x.shape[1], 1, 1, x.shape[2] * x.shape[3] * x.shape[4]))
@@ -348,7 +348,7 @@ def conv_grad_input(
         _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation)
         return
     if is_winograd(gy, gx, (KD, KH, KW), stride, pad, dilation, FG, CG, exact):
-        winograd(begin, end, N * groups * ((CG + 15) // 16), gy, w, b, gx, groups, 2 - pad_h, 2 - pad_w, True)
+        winograd(begin, end, N * groups * ((CG + 15) // 16), gy, w, b, gx, groups, 2 - pad_h, 2 - pad_w, True, 0)
         return
     if _is_flat(taps, stride_d * stride_h * stride_w) and gx.shape[2:] == gy.shape[2:] and pad_d == pad_h == pad_w == 0:
         gx = gx.reshape((N, gx.shape[1], 1, 1, gx.shape[2] * gx.shape[3] * gx.shape[4]))

@@ -8,6 +8,7 @@ Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016)
 import numpy as np
 
 from ..compile import inline, real
+from ..scalars import activate
 from .panels import NARROW, U, copy_block, fill_block, fours, inside, multiply_half, multiply_narrow
 
 TILES = NARROW
@@ -110,7 +111,7 @@ def is_winograd(x, y, taps, stride, pad, dilation, C, F, exact):
 
 
 @inline
-def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint):
+def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activation):
     """The part [begin, end) of `units` of the convolution; with `adjoint` by the filters' transpose."""
     N, _, _, H, W = x.shape
     OH, OW, C, F = y.shape[3], y.shape[4], x.shape[1] // groups, y.shape[1] // groups
@@ -161,16 +162,21 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint):
                     outputs_down(products[at : at + 6 * DOWN], j * ACROSS, points)
                 for k in range(4):
                     outputs_across(points, k * DOWN, patch)
-                _write_tiles(patch, y, channel, b[channel] if len(b) else real(0), p * TILES, count, high, wide)
+                bias = b[channel] if len(b) else real(0)
+                for t in range(4 * DOWN):
+                    patch[t] += bias
+                for t in range(4 * DOWN if activation else 0):
+                    patch[t] = activate(patch[t], activation)
+                _write_tiles(patch, y, channel, p * TILES, count, high, wide)
 
 
 @winograd.float64
-def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint):
+def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activation):
     """Never asked for."""
 
 
 @inline
-def _write_tiles(patch, y, channel, bias, first, count, high, wide):
+def _write_tiles(patch, y, channel, first, count, high, wide):
     OH, OW = y.shape[3], y.shape[4]
     for t in range(count):
         tw, row = (first + t) % wide, (first + t) // wide
@@ -179,8 +185,8 @@ def _write_tiles(patch, y, channel, bias, first, count, high, wide):
             for i in range(4):
                 line = plane[top + i, left : left + 4]
                 for j in range(4):
-                    line[j] = patch[U(i * DOWN + j * ACROSS + t)] + bias
+                    line[j] = patch[U(i * DOWN + j * ACROSS + t)]
         else:
             for i in range(min(4, OH - top)):
                 for j in range(min(4, OW - left)):
-                    plane[top + i, left + j] = patch[U(i * DOWN + j * ACROSS + t)] + bias
+                    plane[top + i, left + j] = patch[U(i * DOWN + j * ACROSS + t)]
