@@ -7,6 +7,7 @@
  * their weights stay in its own cache. Reads x once, the weights once per step (from the cache, as long as they fit);
  * writes y once, and gates, cells and states where they are kept. */
 #include "gemm.h"
+#include "prepack.h"
 #include "vmath.h"
 
 /* Samples that share a pass over the packed weights, and steps' samples that share one over the input's weights: four
@@ -120,7 +121,7 @@ struct layer {
     /* Made by run_layer. */
     int64_t blocks, groups, ahead; /* of units, of samples; steps of one product over the input */
     real *other; /* [N,H], the state by turns with hn */
-    real *packed_ih, *packed_hh; /* per block what pack_gates makes of its rows, the passes one after the other */
+    hl_pack ih, hh; /* per block what pack_gates makes of its rows, the passes one after the other */
     real *bias; /* [gates][width] per block */
     real *input; /* [ahead * rows][gates][width] per block and group */
 };
@@ -167,9 +168,12 @@ static int pack_blocks(int64_t begin, int64_t end, void *context)
     for (int64_t b = begin; b < end; b++) {
         range units = block_units(l, b);
         int64_t width = round_up(units.end - units.begin, LANES), before = l->count * units.begin;
-        pack_gates(l->w_ih, H, D, all, units, width, l->packed_ih + before * D);
-        pack_gates(l->w_hh, H, H, early, units, width, l->packed_hh + before * H);
-        pack_gates(l->w_hh, H, H, late, units, width, l->packed_hh + (before + l->early * width) * H);
+        if (!l->ih.ready) pack_gates(l->w_ih, H, D, all, units, width, (real *)l->ih.data + before * D);
+        if (!l->hh.ready) {
+            real *packed = (real *)l->hh.data + before * H;
+            pack_gates(l->w_hh, H, H, early, units, width, packed);
+            pack_gates(l->w_hh, H, H, late, units, width, packed + l->early * width * H);
+        }
         clear(l->bias + before, l->count * width);
         for (int64_t gate = 0; gate < l->count; gate++)
             for (int64_t u = units.begin; u < units.end; u++) {
@@ -194,7 +198,7 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
     gemm_call call = {.a_col = 1, .M = n * steps, .N = row, .K = l->D, .a_row = l->D, .c = input, .c_row = row};
     if (turn == 0 && pass == 0) {
         call.a = l->x + ((l->w.reverse ? t - (steps - 1) : t) * N + rows.begin) * l->D;
-        call.packed_b = l->packed_ih + before * l->D;
+        call.packed_b = (real *)l->ih.data + before * l->D;
         call.column_bias = l->bias + before;
         int status = gemm(&call);
         if (status != HL_OK) return status;
@@ -206,7 +210,7 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
         .a_col = 1, .M = n, .N = (pass ? l->count - l->early : l->early) * width, .K = H, .a_row = H, .c = u};
     call.c_row = call.N;
     call.a = (pass ? l->middle : h) + rows.begin * H;
-    call.packed_b = l->packed_hh + (before + (pass ? l->early * width : 0)) * H;
+    call.packed_b = (real *)l->hh.data + (before + (pass ? l->early * width : 0)) * H;
     int status = gemm(&call);
     l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, width, h, next);
     return status;
@@ -219,6 +223,14 @@ static int one_item(int64_t turn, int64_t item, void *context)
     return advance(l, turn / passes, (int)(turn % passes), item / l->groups, item % l->groups);
 }
 
+/* Memory for the packed w[count * H, K], the gates from `early` on apart. */
+static hl_pack begin_gates(const layer *l, const real *w, int64_t K, int64_t early)
+{
+    const int64_t key[] = {HL_PACK_GATES, sizeof(real), LANES, l->count, early, l->w.H, K};
+    size_t size = (size_t)(l->count * round_up(l->w.H, LANES) * K);
+    return hl_pack_begin(w, size * sizeof(real), key, sizeof key / sizeof *key);
+}
+
 /* Walks the whole sequence. */
 static int run_layer(layer *l)
 {
@@ -227,19 +239,26 @@ static int run_layer(layer *l)
     l->groups = (N + GROUP - 1) / GROUP;
     l->ahead = min64(T, max64(GROUP / N, 1));
     l->blocks = (H + UNITS - 1) / UNITS;
-    int64_t columns = G * round_up(H, LANES),
-            sizes[] = {columns * D, columns * H, N * columns * l->ahead, columns, N * H};
-    int64_t total = 0;
-    for (int i = 0; i < 5; i++) total += round_up(sizes[i], LANES);
-    real *scratch = hl_take((size_t)total * sizeof(real)),
-         **parts[] = {&l->packed_ih, &l->packed_hh, &l->input, &l->bias, &l->other};
-    if (!scratch) return HL_NOMEM;
-    for (int64_t i = 0, at = 0; i < 5; at += round_up(sizes[i++], LANES)) *parts[i] = scratch + at;
-    int status = parallel_even(l->blocks, (double)(columns * (D + H) / l->blocks), pack_blocks, l);
-    /* 16 multiplications cost what counts as one operation; of few samples reading the weights costs more. */
-    double work = (double)max64(N, 4) / 16 * (double)columns * (double)H / (double)(l->blocks * l->groups);
-    if (status == HL_OK)
+    int64_t columns = G * round_up(H, LANES), sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
+    for (int i = 0; i < 3; i++) total += round_up(sizes[i], LANES);
+    real *scratch = hl_take((size_t)total * sizeof(real)), **parts[] = {&l->input, &l->bias, &l->other};
+    l->ih = begin_gates(l, l->w_ih, D, G);
+    l->hh = begin_gates(l, l->w_hh, H, l->early);
+    int status = scratch && l->ih.data && l->hh.data ? HL_OK : HL_NOMEM;
+    if (status == HL_OK) {
+        for (int64_t i = 0, at = 0; i < 3; at += round_up(sizes[i++], LANES)) *parts[i] = scratch + at;
+        int64_t reads = 1 + (l->ih.ready ? 0 : D) + (l->hh.ready ? 0 : H);
+        status = parallel_even(l->blocks, (double)(columns * reads / l->blocks), pack_blocks, l);
+    }
+    if (status == HL_OK) {
+        if (!l->ih.ready) hl_pack_ready(&l->ih);
+        if (!l->hh.ready) hl_pack_ready(&l->hh);
+        /* 16 multiplications cost what counts as one operation; of few samples reading the weights costs more. */
+        double work = (double)max64(N, 4) / 16 * (double)columns * (double)H / (double)(l->blocks * l->groups);
         status = hl_parallel_steps(T * (l->early < G ? 2 : 1), l->blocks * l->groups, work, one_item, l);
+    }
+    hl_pack_end(&l->ih);
+    hl_pack_end(&l->hh);
     hl_give(scratch);
     return status;
 }

@@ -58,6 +58,25 @@ def test_the_bits_of_plain_weights(name, variant, dtype):
 
 
 @needs_c
+@pytest.mark.parametrize(("kind", "gates"), [("lstm", 4), ("gru", 3), ("rnn", 1)])
+def test_recurrent_layers_pack_once(kind, gates):
+    D, H = 9, 37
+    weights = [draw(gates * H, D), draw(gates * H, H), draw(gates * H), draw(gates * H, seed=1)]
+    op, packed = getattr(hl, kind), hl.prepack(getattr(hl, kind), weights)
+    options = [{}, {"reset_after": False}] if kind == "gru" else [{}]
+    kept = []
+    with hl.backend("c"):
+        for _ in range(2):
+            for chosen in options:
+                for x in (draw(1, 1, D), draw(5, 3, D), draw(40, 1, D)):
+                    assert_same_bits(op(x, None, packed, **chosen)[0], op(x, None, weights, **chosen)[0], f"{kind}, {chosen}")
+            kept.append([w.packed_bytes for w in packed[:2]])
+    assert kept[0] == kept[1]
+    assert kept[0][0] >= 4 * gates * H * D
+    assert kept[0][1] >= 4 * gates * H * H * len(options)
+
+
+@needs_c
 @pytest.mark.parametrize("name", CALLS)
 def test_it_is_packed_once(name):
     op, inputs, shape, options = CALLS[name]
