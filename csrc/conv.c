@@ -731,7 +731,7 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
         for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
             real *y = j->y + row_target(j, &b, 0) + f * j->y_channel;
             direct_rows(j, &b, &l, source, pitch, first, rows, around, t->packed + f * K, j->bias ? j->bias[f] : 0, y);
-            activate_rows(j->activation, b.size[1], b.size[2], y, b.size[2]);
+            activate_rows(j->activation, 1, b.size[1] * b.size[2], y, 0);
         }
     }
     hl_give(everywhere);
