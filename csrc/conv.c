@@ -175,6 +175,26 @@ static inline __attribute__((always_inline)) void copy_row(const real *from, int
     }
 }
 
+/* Rows of a channel, `step` apart, to copy; the next channel's, `channel` on, are fetched meanwhile. */
+typedef struct {
+    const real *from;
+    int64_t step, channel, columns, rows;
+    vint inside;     /* lanes of the last vector */
+    const real *end; /* of memory, or NULL where no copy comes near it */
+} lines_copy;
+
+static inline __attribute__((always_inline)) void copy_rows(const lines_copy *c, const int64_t stride,
+                                                            const int bounded, real *to, int64_t pitch)
+{
+    const real *from = c->from, *end = bounded ? c->end : NULL;
+    for (int64_t r = 0; r < c->rows; r++, from += c->step, to += pitch) {
+        for (int64_t i = 0; i < c->columns * stride; i += 64 / (int64_t)sizeof(real))
+            __builtin_prefetch(from + c->channel + i);
+        if (c->columns <= LANES) copy_row(from, 1, stride, c->inside, end, to);
+        else copy_row(from, c->columns, stride, c->inside, end, to);
+    }
+}
+
 /* Copies channels into planes that are zero where no input lies: all of them, the first time. Rows go up in memory, so
  * that the zeros behind a row are there before the next row. */
 static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_t group, int64_t first,
@@ -195,22 +215,29 @@ static void fill_planes(const conv_job *j, const box *b, const planes *p, int64_
                 int64_t high = w < W->inputs ? min64((W->inputs - 1 - w) / stride + 1, p->pitch[2]) : 0;
                 int64_t columns = high - low, touched = round_up(columns, LANES) * min64(stride, 2); /* by copy_row */
                 vint inside = lanes_before((columns - 1) % LANES + 1);
-                for (int64_t rd = 0; rd < p->pitch[0]; rd++)
-                    for (int64_t rh = 0; rh < p->pitch[1]; rh++, row += p->pitch[2]) {
-                        int64_t d = d0 + rd * D->stride, h = h0 + rh * H->stride;
-                        if (d < 0 || d >= D->inputs || h < 0 || h >= H->inputs || columns <= 0) continue;
-                        const real *from = x + (d * H->inputs + h) * W->inputs + w + low * stride;
-                        const real *limit = end - from >= touched ? NULL : end;
-                        /* The next channel's row is on its way. */
-                        for (int64_t i = 0; i < min64(columns * stride, W->inputs); i += 64 / (int64_t)sizeof(real))
-                            __builtin_prefetch(from + x_channel + i);
-                        if (stride == 1 && !limit) copy_row(from, columns, 1, inside, NULL, row + low);
-                        else if (stride == 2 && !limit) copy_row(from, columns, 2, inside, NULL, row + low);
-                        else if (stride == 1) copy_row(from, columns, 1, inside, limit, row + low);
-                        else if (stride == 2) copy_row(from, columns, 2, inside, limit, row + low);
-                        else
-                            for (int64_t i = 0; i < columns; i++) row[low + i] = from[i * stride];
-                    }
+                int64_t above = h0 < 0 ? min64(ceil_div(-h0, H->stride), p->pitch[1]) : 0;
+                int64_t below = h0 < H->inputs ? min64((H->inputs - 1 - h0) / H->stride + 1, p->pitch[1]) : 0;
+                for (int64_t rd = 0; rd < p->pitch[0]; rd++, row += p->pitch[1] * p->pitch[2]) {
+                    int64_t d = d0 + rd * D->stride, rows = below - above;
+                    if (d < 0 || d >= D->inputs || rows <= 0 || columns <= 0) continue;
+                    const real *from = x + (d * H->inputs + h0 + above * H->stride) * W->inputs + w + low * stride;
+                    int64_t step = H->stride * W->inputs;
+                    lines_copy c = {from,
+                                    step,
+                                    x_channel,
+                                    columns,
+                                    rows,
+                                    inside,
+                                    end - (from + (rows - 1) * step) >= touched ? NULL : end};
+                    real *to = row + above * p->pitch[2] + low;
+                    if (stride == 1 && !c.end) copy_rows(&c, 1, 0, to, p->pitch[2]);
+                    else if (stride == 2 && !c.end) copy_rows(&c, 2, 0, to, p->pitch[2]);
+                    else if (stride == 1) copy_rows(&c, 1, 1, to, p->pitch[2]);
+                    else if (stride == 2) copy_rows(&c, 2, 1, to, p->pitch[2]);
+                    else
+                        for (int64_t r = 0; r < rows; r++)
+                            for (int64_t i = 0; i < columns; i++) to[r * p->pitch[2] + i] = from[r * step + i * stride];
+                }
             }
         }
 }
@@ -220,20 +247,20 @@ static void fill_offsets(const conv_job *j, const planes *p, int64_t begin, int6
                          int64_t *offsets)
 {
     const axis *x = j->axes;
-    int64_t tap[3] = {begin / x[2].taps / x[1].taps % x[0].taps, begin / x[2].taps % x[1].taps, begin % x[2].taps};
-    int64_t c = begin / taps_of(j) - first;
-    for (int64_t k = begin; k < end; k++) {
+    int64_t taps = taps_of(j);
+    for (int64_t k = begin; k < end; k++, offsets++) {
+        if (k - begin >= taps) { /* the same tap of the next channel */
+            *offsets = offsets[-taps] + p->channel;
+            continue;
+        }
+        int64_t tap[3] = {k / x[2].taps / x[1].taps % x[0].taps, k / x[2].taps % x[1].taps, k % x[2].taps};
         int64_t phase = 0, shift = 0;
         for (int a = 0; a < 3; a++) {
             int64_t t = tap[a] * x[a].dilation;
             phase = phase * p->phases[a] + (p->apart[a] ? tap[a] : t % x[a].stride);
             shift = shift * p->pitch[a] + (p->apart[a] ? 0 : t / x[a].stride);
         }
-        *offsets++ = c * p->channel + phase * p->volume + shift;
-        for (int a = 2; a >= 0 && ++tap[a] == x[a].taps; a--) {
-            tap[a] = 0;
-            if (a == 0) c++;
-        }
+        *offsets = (k / taps - first) * p->channel + phase * p->volume + shift;
     }
 }
 
@@ -399,7 +426,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     box largest = box_at(j, &t->grid, 0);
     int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
     planes p = make_planes(j, &largest, channels_max);
-    int dense = is_dense(j) && t->grid.split >= 0, flat = t->flat && t->grid.split >= 0;
+    int single = t->grid.split >= 0 || t->grid.per == 1; /* one image a box */
+    int dense = is_dense(j) && single, flat = t->flat && single;
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
     size_t plane_size = flat ? 0 : planes_size(&largest, &p);
     size_t panel_size = (size_t)(t->depth * (flat ? round_up(positions, LANES) : GEMM_COLUMNS) + LANES);
@@ -787,18 +815,27 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+/* Whether conv_direct can go by rows, and rows fill more than one vector, and mostly. */
+static int is_by_rows(const conv_job *j)
+{
+    const axis *D = &j->axes[0], *H = &j->axes[1];
+    int64_t W = j->axes[2].outputs;
+    return j->filters <= 2 && j->channels == 1 && D->taps == 1 && D->outputs == 1 && H->stride == 1 &&
+           H->dilation == 1 && (H->taps == 3 || H->taps == 5 || H->taps == 7) && is_dense(j) && W > LANES &&
+           W * 4 >= round_up(W, LANES) * 3;
+}
+
 /* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
  * x is copied to planes once per tile of filters and read from the first cache once per tap; y is written once.
  * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
 static int conv_direct(const conv_job *j)
 {
-    int64_t taps = taps_of(j), K = j->channels * taps, KH = j->axes[1].taps;
+    int64_t taps = taps_of(j), K = j->channels * taps;
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
     /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
     direct t = {.j = j, .depth = part_depth(j->channels, taps)};
     int64_t W = j->axes[2].outputs, rows = j->axes[1].outputs, positions = 4096 / gemm_rows(j->filters);
-    t.by_rows = j->filters <= 2 && j->channels == 1 && j->axes[0].taps == 1 && (KH == 3 || KH == 5 || KH == 7) &&
-                j->axes[1].stride == 1 && j->axes[1].dilation == 1 && is_dense(j) && j->axes[0].outputs == 1;
+    t.by_rows = is_by_rows(j);
     /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
     if (t.by_rows)
         positions = j->axes[2].stride == 1 && j->images * j->groups >= 64 ? outputs_of(j) : max64(4096, 16 * W);
@@ -807,9 +844,8 @@ static int conv_direct(const conv_job *j)
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
-    /* Rows pay where they fill their vectors; narrower images go on from row to row. */
     int64_t shortest = t.grid.split == 1 ? rows - (t.grid.ranges - 1) * t.grid.per : rows;
-    t.by_rows = t.by_rows && shortest >= 4 && W * 4 >= round_up(W, LANES) * 3;
+    t.by_rows = t.by_rows && shortest >= 4;
     hl_pack weights;
     int status = HL_OK;
     if (t.by_rows) {
@@ -835,6 +871,7 @@ static int conv_direct(const conv_job *j)
 
 /* ---- kernels ---- */
 
+#include "depthwise.h"
 #if HL_F32
 #include "winograd.h"
 #endif
@@ -851,6 +888,7 @@ static int run(conv_job *j, int exact)
 #else
     (void)exact;
 #endif
+    if (is_by_channels(j) && !is_by_rows(j)) return conv_by_channels(j);
     if (j->filters <= DIRECT_FILTERS && !is_flat(j)) return conv_direct(j);
     return conv_product(j);
 }

@@ -4,7 +4,14 @@
 #include "hotloops.h"
 
 /* Who made a pack, the first number of its key; then what its contents depend on besides the weights. */
-enum hl_packer { HL_PACK_PRODUCT = 1, HL_PACK_CONV, HL_PACK_CONV_ROWS, HL_PACK_WINOGRAD, HL_PACK_GATES };
+enum hl_packer {
+    HL_PACK_PRODUCT = 1,
+    HL_PACK_CONV,
+    HL_PACK_CONV_ROWS,
+    HL_PACK_CONV_LANES,
+    HL_PACK_WINOGRAD,
+    HL_PACK_GATES
+};
 enum { HL_PACK_KEY = 20 };
 
 /* Memory that a kernel fills from weights: hl_pack_begin, then, unless it is `ready`, fill it and say hl_pack_ready; at
