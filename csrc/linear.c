@@ -317,7 +317,7 @@ static void dot_range(const gemm_call *g, int64_t begin, int64_t end)
 }
 
 /* One row against a B whose rows are contiguous: C gathers AXPY_ROWS rows of B a pass and stays in the first cache. */
-enum { AXPY_ROWS = 8 };
+enum { AXPY_ROWS = 4 };
 static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
 {
     for (int64_t j = begin; j < end && !g->accumulate; j++)
@@ -331,7 +331,9 @@ static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
         for (int64_t j = 0; j < body; j += LANES) {
             vreal s = load(c + begin + j);
 #pragma GCC unroll 8
-            for (int i = 0; i < AXPY_ROWS; i++) s += splat(a[i]) * load(b + i * g->b_row + j);
+            for (int i = 0; i < AXPY_ROWS; i++) {
+                s += splat(a[i]) * load(b + i * g->b_row + j);
+            }
             store(c + begin + j, s);
         }
         for (int64_t j = body; j < n; j++)
@@ -435,6 +437,11 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
 static void choose_blocks(gemm_job *j)
 {
     const gemm_call *g = j->call;
+    if (is_axpy(g)) { /* each column has its own sum, however they are cut; B is best read in long pieces of rows */
+        j->row_blocks = 1;
+        j->column_blocks = max64(min64(g->N / 1024, hl_num_threads(0)), 1);
+        return;
+    }
     double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
     j->row_blocks = max64(g->M / 192, 1);
     j->column_blocks = max64(g->N / 384, 1);
@@ -509,8 +516,9 @@ static int gemm_batched(gemm_job *j)
         g.packed_b = pack.data;
     }
     int64_t tasks = j->batches * j->row_blocks * j->column_blocks;
-    /* 16 multiplications cost what hl_grain counts as one operation. */
-    double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / 16;
+    /* 16 multiplications cost what hl_grain counts as one operation; 4, where each waits for its element of B. */
+    double each = is_dot(&g) || is_axpy(&g) ? 4 : 16;
+    double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / each;
     int status = parallel_even(tasks, work, gemm_blocks, j);
     hl_pack_end(&pack);
     return status;
