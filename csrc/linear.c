@@ -439,7 +439,7 @@ static void choose_blocks(gemm_job *j)
     const gemm_call *g = j->call;
     if (is_axpy(g)) { /* each column has its own sum, however they are cut; B is best read in long pieces of rows */
         j->row_blocks = 1;
-        j->column_blocks = max64(min64(g->N / 1024, hl_num_threads(0)), 1);
+        j->column_blocks = max64(min64(g->N / 256, hl_num_threads(0)), 1);
         return;
     }
     double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
@@ -516,8 +516,8 @@ static int gemm_batched(gemm_job *j)
         g.packed_b = pack.data;
     }
     int64_t tasks = j->batches * j->row_blocks * j->column_blocks;
-    /* 16 multiplications cost what hl_grain counts as one operation; 4, where each waits for its element of B. */
-    double each = is_dot(&g) || is_axpy(&g) ? 4 : 16;
+    /* 16 multiplications cost what hl_grain counts as one operation; 2, where each waits for its element of B. */
+    double each = is_dot(&g) || is_axpy(&g) ? 2 : 16;
     double work = (double)g.M * (double)g.N * (double)(g.K + 1) * (double)j->batches / (double)tasks / each;
     int status = parallel_even(tasks, work, gemm_blocks, j);
     hl_pack_end(&pack);
