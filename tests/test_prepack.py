@@ -92,6 +92,54 @@ def test_it_is_packed_once(name):
     assert first >= packed.nbytes or name == "linear, one output"  # a vector is read as it is
 
 
+def recurrent(kind, dtype=np.float32, layers=2):
+    gates, I, H = {"lstm": 4, "gru": 3, "rnn": 1}[kind], 5, 20
+    weights = []
+    for layer in range(layers):
+        for direction in range(2):
+            shapes = (gates * H, 2 * H if layer else I), (gates * H, H), (gates * H,), (gates * H,)
+            weights += [draw(*s, seed=layer * 2 + direction, dtype=dtype) / 4 for s in shapes]
+    return weights
+
+
+@pytest.mark.parametrize("variant", ["reference", *variants()])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_recurrent_layers(kind, variant):
+    if variant == "cuda":
+        pytest.skip("weights in GPU memory are not packed")
+    op, weights = getattr(hl, kind), recurrent(kind)
+    packed = hl.prepack(op, weights)
+    assert [isinstance(w, hl.PackedWeight) for w in packed] == [w.ndim == 2 for w in weights]
+    with running(variant):
+        for _ in range(2):
+            for T, N in ((7, 3), (1, 1), (3, 40)):
+                x = draw(T, N, 5)
+                for a, b in zip(
+                    leaves(op(x, None, packed, bidirectional=True)), leaves(op(x, None, weights, bidirectional=True)), strict=True
+                ):
+                    assert_same_bits(a, b, f"{kind}, T {T}, N {N}")
+
+
+def leaves(result):
+    return [result] if isinstance(result, np.ndarray) else [leaf for part in result for leaf in leaves(part)]
+
+
+@needs_c
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_recurrent_weights_are_packed_once(kind):
+    op, cell = getattr(hl, kind), getattr(hl, f"{kind}_cell")
+    with hl.backend("c"):
+        packed = hl.prepack(op, recurrent(kind), (7, 3, 5), bidirectional=True)
+        first = [w.packed_bytes for w in packed if w.ndim == 2]
+        op(draw(9, 2, 5), None, packed, bidirectional=True)
+        assert [w.packed_bytes for w in packed if w.ndim == 2] == first
+        assert min(first) > 0
+        one = hl.prepack(cell, recurrent(kind, layers=1)[:4], (3, 5))
+        assert one[0].packed_bytes > 0
+        for a, b in zip(leaves(cell(draw(3, 5), None, *one)), leaves(cell(draw(3, 5), None, *map(np.array, one))), strict=True):
+            assert_same_bits(a, b, f"{kind}_cell")
+
+
 @needs_c
 def test_one_call_ahead_packs():
     with hl.backend("c"):
