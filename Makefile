@@ -57,7 +57,7 @@ neon: $(VENV)/.test neon-tools
 	  meson setup build/neon --cross-file csrc/aarch64.ini -Dbuildtype=release -Dwerror=true -Dckernels=enabled -Dtest_server=true
 	meson compile -C build/neon
 	HOTLOOPS_SERVER="qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/csrc/server" \
-	  $(BIN)/python -m pytest tests/test_kernels.py tests/test_emulated.py -k emulated $(ARGS)
+	  $(BIN)/python -m pytest tests/test_kernels.py tests/test_elementary.py tests/test_emulated.py -k emulated $(ARGS)
 
 neon-tools:
 	@there() { command -v qemu-aarch64 && command -v aarch64-linux-gnu-gcc && test -e /usr/aarch64-linux-gnu/lib/libc.so; } >/dev/null; \

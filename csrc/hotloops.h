@@ -450,6 +450,22 @@ typedef struct { int64_t B, M, K, N; } hl_matmul_plan;
 int hl_matmul_f32(const hl_matmul_plan *plan, const float *a, const float *b, float *y);
 int hl_matmul_f64(const hl_matmul_plan *plan, const double *a, const double *b, double *y);
 
+/* ---- elementary functions as the kernels have them, for tests; no kernel of the specification ---- */
+
+/* y[N] = function(x[N]); EXP_BELOW is for x <= 0, EXP2 for x < 127, the GATEs err more than their namesakes. */
+#define HL_EXP 0
+#define HL_EXP_BELOW 1
+#define HL_EXP2 2
+#define HL_LOG 3
+#define HL_TANH 4
+#define HL_SIGMOID 5
+#define HL_ERF 6
+#define HL_TANH_GATE 7
+#define HL_SIGMOID_GATE 8
+typedef struct { int64_t N, function; } hl_elementary_plan;
+int hl_elementary_f32(const hl_elementary_plan *plan, const float *x, float *y);
+int hl_elementary_f64(const hl_elementary_plan *plan, const double *x, double *y);
+
 /* ---- peak: the roofs of this machine, for benchmarks; no kernels of the specification ---- */
 
 /* `chunks` times `count` multiply-adds (a multiple of 384) in registers; sums[chunks]. */

@@ -48,33 +48,29 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
 }
 
 /* exp for an x of at most 0, or NaN, for weights that are normalised by their sum: no overflow to look for, what is below the
- * smallest normal number may be 0, at most 4 units in the last place (2 above exp(-30)). */
+ * smallest normal number may be 0. The polynomial errs by as many units in the last place above 1 as below. */
 static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
 {
 #if HL_F32
     const vreal bottom = splat(-88.02969f); /* -127 ln 2: the scale is 0 there */
-    const vreal log2e = splat(1.44269504f), magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
-    static const real c[] = {8.29027201e-3f, 4.18981607e-2f, 1.66676381e-1f, 4.99991478e-1f, 9.99999706e-1f, 1.0f};
+    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
+    const vreal magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
+    static const real c[] = {8.24512169e-3f, 4.19046097e-2f, 1.66684821e-1f, 4.99990791e-1f, 9.99999344e-1f, 1.0f};
     vreal t = vmax(x, bottom), shifted = t * log2e + magic, n = shifted - magic;
-#if defined(__FMA__) || defined(__aarch64__) /* products are not rounded: ln 2 need not be exact in few bits */
-    vreal r = t - n * splat(0.693147181f);
-#else
-    vreal r = t - n * splat(0.693145752f) - n * splat(1.42860677e-6f);
-#endif
-    return POLYNOMIAL(r, c) * (vreal)((vuint)shifted << 23);
+    return POLYNOMIAL(t - n * ln2_hi - n * ln2_lo, c) * (vreal)((vuint)shifted << 23);
 #else
     return vexp(x);
 #endif
 }
 
-/* 2^x for an x below 127, or NaN; what is below the smallest normal number counts as 0. For weights that are normalised by
- * their sum: the factor ln 2 goes into what x is made from, and half a unit of error in x's last place is x's own. */
+/* 2^x for an x below 127, or NaN; what is below the smallest normal number may be 0. For weights that are normalised by
+ * their sum: the factor ln 2 goes into what x is made from. The polynomial is fitted as that of vexp_below. */
 static inline __attribute__((always_inline)) vreal vexp2(vreal x)
 {
 #if HL_F32
     enum { BIAS = 127, SHIFT = 23 };
     const vreal magic = splat(12582912.0f + BIAS);
-    static const real c[] = {1.3276468e-3f, 9.6755413e-3f, 5.5507133e-2f, 2.4022120e-1f, 6.9314697e-1f, 1.0f};
+    static const real c[] = {1.31727569e-3f, 9.67274327e-3f, 5.55106737e-2f, 2.40222156e-1f, 6.93146706e-1f, 1.0f};
 #else
     enum { BIAS = 1023, SHIFT = 52 };
     const vreal magic = splat(6755399441055744.0 + BIAS);
