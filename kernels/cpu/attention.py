@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
-from ..scalars import cap, exp, random24
+from ..scalars import cap, exp, exp_below, random24
+from .activation import LANES, larger, row_max
 
 ROWS, KEYS = 32, 128
 
@@ -103,6 +104,7 @@ def attention(begin, end, q, k, v, bias, allowed, y, lse, scale, softcap, left, 
     blocks = (L + ROWS - 1) // ROWS
     tile = np.empty((q.shape[3], KEYS), q.dtype)
     p, top, total = np.empty((ROWS, KEYS), q.dtype), np.empty(ROWS, q.dtype), np.empty(ROWS, q.dtype)
+    lanes = np.empty(LANES, q.dtype)
     for task in range(begin, end):
         b, h, first = task // (blocks * H), task // blocks % H, task % blocks * ROWS
         g, last = h // (H // G), min(first + ROWS, L)
@@ -118,13 +120,11 @@ def attention(begin, end, q, k, v, bias, allowed, y, lse, scale, softcap, left, 
             product(q[b, h, first:last], tile, p, 0, rows, 0, 0, q.shape[3])
             finish_scores(p, p, rows, n, bias, allowed, mb, mh, first, s0, scale, softcap, left, right)
             for i in range(rows):
-                high = top[i]
-                for s in range(KEYS):
-                    high = max(high, p[i, s])
+                high = larger(top[i], row_max(p[i], lanes))
                 base = high if high != real(-math.inf) else real(0)
-                shrink, more = exp(top[i] - base), real(0)
+                shrink, more = exp_below(top[i] - base), real(0)
                 for s in range(KEYS):
-                    e = exp(p[i, s] - base)
+                    e = exp_below(p[i, s] - base)
                     p[i, s] = e
                     more += e
                 top[i], total[i] = high, total[i] * shrink + more
