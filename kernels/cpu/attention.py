@@ -12,7 +12,7 @@ from ..compile import cpu, inline, real
 from ..scalars import cap, exp, exp_below, random24
 from .activation import LANES, larger, row_max
 
-ROWS, KEYS = 32, 128
+ROWS, KEYS, FEW = 32, 128, 4
 
 
 # tile[d, s] = x[s0 + s, d] for s < n, 0 beyond.
@@ -58,6 +58,17 @@ def product_of_seen(a, b, c, rows, b0, depth):
             if a[m, k] != real(0):
                 for n in range(c.shape[1]):
                     c[m, n] += a[m, k] * b[b0 + k, n]
+
+
+# The products of few queries, whose keys are not worth turning: as they lie in memory.
+@inline
+def dots(q, k, s0, n, p):
+    for i in range(q.shape[0]):
+        for s in range(n):
+            total = real(0)
+            for e in range(q.shape[1]):
+                total += q[i, e] * k[s0 + s, e]
+            p[i, s] = total
 
 
 @inline
@@ -115,9 +126,12 @@ def attention(begin, end, q, k, v, bias, allowed, y, lse, scale, softcap, left, 
         top[:], total[:] = real(-math.inf), real(0)
         for s0 in range(max(first - left, 0) // KEYS * KEYS, min(last + right, S), KEYS):
             n = min(KEYS, S - s0)
-            turn(k[b, g], s0, n, tile)
-            p[:, :] = real(0)
-            product(q[b, h, first:last], tile, p, 0, rows, 0, 0, q.shape[3])
+            if rows < FEW:
+                dots(q[b, h, first:last], k[b, g], s0, n, p)
+            else:
+                turn(k[b, g], s0, n, tile)
+                p[:, :] = real(0)
+                product(q[b, h, first:last], tile, p, 0, rows, 0, 0, q.shape[3])
             finish_scores(p, p, rows, n, bias, allowed, mb, mh, first, s0, scale, softcap, left, right)
             for i in range(rows):
                 high = larger(top[i], row_max(p[i], lanes))
