@@ -154,7 +154,7 @@ def _conv_few(
     y[q] = activate(total, activation)
 
 
-def _run(x, w, b, y, groups, rows, channels, w_row, w_channel, axes, activation):
+def _run(x, w, b, y, groups, rows, channels, w_row, w_channel, axes, activation=0):
     """Both kernels take the arrays as rows of memory: x[N, groups, channels, *], y[N, groups, rows, *]."""
     N, size = y.shape[0], y.shape[2] * y.shape[3] * y.shape[4]
     if not y.size:
@@ -181,7 +181,7 @@ def conv_grad_input(
 ):  # fmt: skip
     axes = (1, 1, 1, pad_d, pad_h, pad_w, -dilation_d, -dilation_h, -dilation_w, stride_d, stride_h, stride_w)
     taps = w.shape[2] * w.shape[3] * w.shape[4]
-    _run(gy, w, b, gx, groups, w.shape[1], w.shape[0] // groups, taps, w.shape[1] * taps, axes, 0)
+    _run(gy, w, b, gx, groups, w.shape[1], w.shape[0] // groups, taps, w.shape[1] * taps, axes)
 
 
 # Parallel over tiles of TILE filters x TILE (channel, tap)s x runs of positions; PER x PER sums in registers.

@@ -119,7 +119,7 @@ def _inputs(x, w_ih, b_ih, gates):
     if not gates.size:
         gates = cuda.device_array((T, N, w_ih.shape[0]), x.dtype)
     if gates.size:
-        linear(x.reshape((T * N, D)), w_ih, b_ih, gates.reshape((T * N, w_ih.shape[0])))
+        linear(x.reshape((T * N, D)), w_ih, b_ih, gates.reshape((T * N, w_ih.shape[0])), 0)
     return gates
 
 
