@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+from compare import assert_same_bits
 from conftest import SIMULATED, host_backends
 
 import hotloops as hl
@@ -254,6 +255,15 @@ def test_same_array_twice_does_not_become_a_plan_for_two():
     hl.box_iou(a, a)
     assert not hl.box_iou(a, b).any()
     assert not hl.box_iou(b, a).any()
+
+
+@needs_c
+def test_same_array_twice_takes_the_short_way_too(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((1, 2, 9, 7)).astype(np.float32)
+    with hl.backend("c"):
+        expected = hl.scaled_dot_product_attention(x, x, x)
+        monkeypatch.setattr(_dispatch, "run", None)  # the long way goes through it
+        assert_same_bits(hl.scaled_dot_product_attention(x, x, x), expected, "self-attention")
 
 
 # ------------------------------------------------------------------------------------------------ memory for results

@@ -54,9 +54,9 @@ def check_samples(
 ) -> int:
     """Compares values, and gradients by every float input; returns how many samples there were. `terms` says how many
     products a result sums, from the arguments, for the tolerance."""
+    op, count = torch_op(name), 0
     import torch
 
-    op, count = torch_op(name), 0
     for sample in op.sample_inputs("cpu", getattr(torch, dtype), requires_grad=gradients):
         tensors = [sample.input, *sample.args]
         expected = op(*tensors, **sample.kwargs)

@@ -69,6 +69,9 @@ def new_pattern(patterns: list[tuple[Any, dict[Any, Any]]], values: tuple[Any, .
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(the result of the call, its plan; NO_PLAN where there can be none, None where it is these arrays that are unusual)."""
+    if kwargs.get("out") is None:
+        seen: set[tuple[int, int]] = set()
+        args, kwargs = tuple(_apart(v, seen) for v in args), {k: _apart(v, seen) for k, v in kwargs.items()}
     before = getattr(recording, "log", None)
     log: list[Any] = []
     recording.log = log
@@ -81,6 +84,16 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return result, None
     plan = _plan(log, values, result) if len(log) == 1 else None
     return result, plan or NO_PLAN
+
+
+def _apart(value: Any, seen: set[tuple[int, int]]) -> Any:
+    """The value; of an array that came before a copy, so that each pointer tells which argument it comes from."""
+    if not isinstance(value, _ndarray) or not value.flags.c_contiguous:
+        return value
+    if _place(value) in seen:
+        return value.copy()
+    seen.add(_place(value))
+    return value
 
 
 def _place(array: np.ndarray) -> tuple[int, int]:
