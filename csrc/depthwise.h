@@ -16,13 +16,14 @@ static int64_t span(const axis *x, int64_t outputs)
     return (outputs - 1) * x->stride + (x->taps - 1) * x->dilation + 1;
 }
 
-/* Whether it applies: planes of the nearest caches, and lanes that are mostly taken. */
+/* Whether it applies: planes of the nearest caches, few inputs beside them, and lanes that are mostly taken. */
 enum { WIDEST = 256, TALLEST = 64 };
 static int is_by_channels(const conv_job *j)
 {
     const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
     return j->channels == 1 && D->outputs == 1 && D->inputs == 1 && D->taps == 1 && !D->pad && is_dense(j) &&
-           j->groups * 2 > LANES && span(W, W->outputs) <= WIDEST && span(H, 1) <= TALLEST && H->stride <= TALLEST;
+           j->groups * 2 > LANES && span(W, W->outputs) <= WIDEST && W->inputs <= 2 * WIDEST && span(H, 1) <= TALLEST &&
+           H->stride <= TALLEST;
 }
 
 /* LANES groups from g on of an image as plane[row][column][LANES], zero where no input lies. */

@@ -20,6 +20,7 @@ import numpy as np
 from hotloops.bench import runner
 from hotloops.kernels import spec
 
+EXACT = np.longdouble  # float64 has 11 bits less where this is x87's; where it is float64 itself, half a unit is the truth's own
 TINY = {np.dtype(np.float32): 1e-37, np.dtype(np.float64): 1e-300, np.dtype(np.float16): 6e-8}
 
 
@@ -64,6 +65,22 @@ def assert_within(actual: Any, truth: Any, error: str, names: dict[str, Any], wh
     assert distance[worst] <= allowed[worst], (
         f"{what}: at {tuple(int(i) for i in worst)} {actual[worst]!r}, expected {truth[worst]!r} +- {allowed[worst]:.3g}"
     )
+
+
+def assert_units(actual: Any, truth: Any, allowed: float, what: str, *, flushed: bool) -> None:
+    """At most so many units in the last place of each true value, which is `EXACT` (below the smallest normal number: of that).
+    `flushed`: what is below it may be 0."""
+    info = np.finfo(actual.dtype)
+    with np.errstate(over="ignore"):
+        rounded = truth.astype(actual.dtype)
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(actual[~finite], rounded[~finite], err_msg=what)
+    actual, truth = actual[finite], truth[finite]
+    unit = np.ldexp(EXACT(1), np.maximum(np.frexp(truth)[1] - 1, info.minexp) - info.nmant)
+    off = np.abs(actual.astype(EXACT) - truth) / unit
+    off[flushed & (np.abs(truth) < info.tiny) & (np.abs(actual) <= info.tiny)] = 0
+    worst = np.argmax(off)
+    assert off[worst] <= allowed, f"{what}: {actual[worst]!r} is {float(off[worst]):.2f} units off {truth[worst]!r}"
 
 
 def assert_agrees(actual: Any, expected: Any, choices: Iterable[Any], what: str) -> None:

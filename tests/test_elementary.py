@@ -8,10 +8,10 @@ import struct
 import emulated
 import numpy as np
 import pytest
+from compare import EXACT, assert_units
 from conftest import adapter, kernel_variants, running
 
 VARIANTS = [v for v in kernel_variants() if v.startswith(("c-", "emulated"))]
-EXACT = np.longdouble  # float64 has 11 bits less where this is x87's; where it is float64 itself, half a unit is the truth's own
 
 
 def erf(x):
@@ -60,16 +60,6 @@ def sweep(dtype):
     return np.concatenate([patterns.astype(integer).view(dtype), np.concatenate(near).astype(dtype)])
 
 
-def units_off(y, truth, flushed):
-    """The distance from the truth, in units in its last place (below the smallest normal number, of that)."""
-    info = np.finfo(y.dtype)
-    unit = np.ldexp(EXACT(1), np.maximum(np.frexp(truth)[1] - 1, info.minexp) - info.nmant)
-    with np.errstate(invalid="ignore"):
-        off = np.abs(y.astype(EXACT) - truth) / unit
-    off[y.astype(EXACT) == truth] = 0
-    return np.where(flushed & (np.abs(truth) < info.tiny) & (np.abs(y) <= info.tiny), 0, off)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -80,13 +70,7 @@ def test_units_in_the_last_place(name, variant, dtype):
     wide = np.float64 if dtype == np.float32 else EXACT
     with np.errstate(all="ignore"):
         truth = np.asarray(function(x.astype(wide)), EXACT)
-        rounded = truth.astype(dtype)
-    y = evaluate(variant, number, x)
-    finite = np.isfinite(rounded)
-    np.testing.assert_array_equal(y[~finite], rounded[~finite], err_msg=name)
-    off = units_off(y[finite], truth[finite], flushed)
-    worst = np.argmax(off)
-    assert off[worst] <= allowed, f"{name}({x[finite][worst]!r}) = {y[finite][worst]!r} is {float(off[worst]):.2f} units off"
+    assert_units(evaluate(variant, number, x), truth, allowed, name, flushed=flushed)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -19,6 +19,7 @@ SIZES = {
     "blocks": (210, 170, 130),
     "wide": (20, 900, 40),
     "outer": (30, 40, 1),
+    "one_wide_row": (1, 1200, 500),
 }
 
 LAYERS = [case(name, M=M, N=N, K=K) for name, (M, N, K) in SIZES.items()]
