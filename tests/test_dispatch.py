@@ -20,6 +20,7 @@ from hotloops._errors import BackendUnavailableError
 
 X = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
 HAVE_C = "c" in host_backends()
+COMPILED = [name for name in host_backends() if name != "reference"]
 needs_c = pytest.mark.skipif(not HAVE_C, reason="no C kernels here")
 
 
@@ -219,7 +220,6 @@ def test_plans_are_used_and_bounded():
 
 
 @needs_c
-@needs_c
 def test_prepared_calls_refuse_what_does_not_fit():
     from hotloops._calls import Call
 
@@ -257,13 +257,27 @@ def test_same_array_twice_does_not_become_a_plan_for_two():
     assert not hl.box_iou(b, a).any()
 
 
-@needs_c
-def test_same_array_twice_takes_the_short_way_too(monkeypatch):
+@pytest.mark.parametrize("name", COMPILED)
+def test_same_array_twice_takes_the_short_way_too(name, monkeypatch):
     x = np.random.default_rng(0).standard_normal((1, 2, 9, 7)).astype(np.float32)
-    with hl.backend("c"):
+    with hl.backend(name):
         expected = hl.scaled_dot_product_attention(x, x, x)
         monkeypatch.setattr(_dispatch, "run", None)  # the long way goes through it
         assert_same_bits(hl.scaled_dot_product_attention(x, x, x), expected, "self-attention")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_plans_refuse_layouts_that_kernels_cannot_read(name):
+    base = np.random.default_rng(0).standard_normal((4, 20)).astype(np.float32)
+    misaligned = np.frombuffer(b"x" + base.tobytes(), np.uint8)[1:].view(np.float32).reshape(base.shape)
+    reversed_rows, read_only = base[::-1], base.copy()
+    read_only.flags.writeable = False
+    with hl.backend(name):
+        expected = hl.softmax(base)
+        assert not misaligned.flags.aligned
+        for x in (misaligned, read_only, np.asfortranarray(base)):
+            assert_same_bits(hl.softmax(x), expected, "softmax")
+        assert_same_bits(hl.softmax(reversed_rows), expected[::-1], "softmax of rows backwards")
 
 
 # ------------------------------------------------------------------------------------------------ memory for results

@@ -202,12 +202,11 @@ def context() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
 
 
 def prepared_call(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], **how: Any) -> Callable[..., Any] | None:
-    """The call of this kernel with new arrays of the same sizes, where the C backend runs it: see `_backends.c.prepared_call`."""
+    """The call of this kernel with new arrays of the same sizes, where its backend has one: see `_backends.c.prepared_call`."""
     record = spec.find(name)
     dtype = _real_type(record, arrays)
-    if _trace.get() is not None or select(name, dtype, "host")[1] != "c":
-        return None
-    return adapter("c").prepared_call(record, dtype, record.bind(arrays), scalars, **how)
+    prepare = getattr(adapter(select(name, dtype, "host")[1]), "prepared_call", None)
+    return None if prepare is None or _trace.get() is not None else prepare(record, dtype, arrays, scalars, **how)
 
 
 # ------------------------------------------------------------------------------------------------------- explanation

@@ -1,8 +1,8 @@
 """Calls that repeat: the checks are paid once, not dropped.
 
 An op marked `@op(repeats=True)` depends on its arrays through their shapes and element types alone. Its first call on given
-shapes, types and options runs as written while its `Call` keeps a log. Where that log is one C kernel reading arguments and
-writing fresh results, it becomes a plan: the plan struct, which argument each pointer comes from, what to allocate. The
+shapes, types and options runs as written while its `Call` keeps a log. Where that log is one C or Numba kernel reading arguments
+and writing fresh results, it becomes a plan: sizes and options, which argument each pointer comes from, what to allocate. The
 next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel. Whatever is unusual
 (strided or misaligned arrays, subclasses, `out=`, float16, graphs, GPU arrays, `explain`) takes the long way each time.
 """

@@ -57,6 +57,17 @@ def find(record: Any) -> Any:
     return getattr(module, record.name, None)
 
 
+def _arrange(
+    record: Any, kernel: Any, dtype: np.dtype, arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]
+) -> tuple[list[Any], list[Any], int, bool]:
+    """(what stands for each array where it is left out, the scalars, the size of the outermost loop, whether threads pay)."""
+    absent = [np.empty((0,) * len(a.dims), _ELEMENTS.get(a.dtype, dtype)) for a in record.arrays]
+    options = [scalars[s.name] if s.type == "int" else dtype.type(scalars[s.name]) for s in record.scalars]
+    moved = sum(a.nbytes for a in arrays if a is not None)
+    parallel = moved + record.count_flops(sizes, scalars) / 4 >= MIN_BYTES
+    return absent, options, int(spec.evaluate(kernel.over, {**sizes, **scalars})), parallel
+
+
 def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
     if status() or dtype not in _REAL:
         return None
@@ -64,15 +75,34 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
     if kernel is None:
         return None
     function = kernel.compiled(dtype)
-    absent = [np.empty((0,) * len(a.dims), _ELEMENTS.get(a.dtype, dtype)) for a in record.arrays]
-    scalar_types = [(s.name, int if s.type == "int" else dtype.type) for s in record.scalars]
 
     def call(arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> None:
-        arguments = [none if a is None else a for a, none in zip(arrays, absent, strict=True)]
-        arguments += [convert(scalars[name]) for name, convert in scalar_types]
-        n = int(spec.evaluate(kernel.over, {**sizes, **scalars}))
-        moved = sum(a.nbytes for a in arrays if a is not None)
-        parallel = moved + record.count_flops(sizes, scalars) / 4 >= MIN_BYTES
-        _threads.run_ranges(lambda begin, end: function(begin, end, *arguments), n, parallel)
+        absent, options, n, parallel = _arrange(record, kernel, dtype, arrays, sizes, scalars)
+        given = [none if a is None else a for a, none in zip(arrays, absent, strict=True)]
+        _threads.run_ranges(lambda begin, end: function(begin, end, *given, *options), n, parallel)
+
+    return call
+
+
+def prepared_call(
+    record: Any, dtype: np.dtype, arrays: tuple[Any, ...], scalars: dict[str, Any], *, made: Any, sources: Any, **how: Any
+) -> Callable[..., Any]:
+    """The kernel's call with all but its arrays fixed, as that of the C backend (see csrc/calls.c). It raises a ValueError for an
+    array that is not contiguous or not aligned."""
+    kernel, sizes = find(record), record.bind(arrays)
+    absent, options, n, parallel = _arrange(record, kernel, dtype, arrays, sizes, scalars)
+    function, returns_tuple = kernel.compiled(dtype), how["returns_tuple"]
+    forms = [(s, none.shape if a is None else a.shape, none.dtype) for s, a, none in zip(sources, arrays, absent, strict=True)]
+
+    def call(*values: Any) -> Any:
+        results = [make(shape, element) for make, shape, element in made]
+        given = []
+        for source, shape, element in forms:  # the same memory in the kernel's shape
+            array: Any = values[source] if source >= 0 else results[-2 - source] if source < -1 else None
+            if source >= 0 and not (array.flags.c_contiguous and array.flags.aligned):
+                raise ValueError(f"{record.name}: an array is not contiguous, or does not lie at a multiple of its element size")
+            given.append(np.ndarray(shape, element, array))
+        _threads.run_ranges(lambda begin, end: function(begin, end, *given, *options), n, parallel)
+        return tuple(results) if returns_tuple else results[0]
 
     return call
