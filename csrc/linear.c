@@ -103,20 +103,22 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
         for (int64_t i = width; i < step; i++) panel[k * step + i] = 0;
 }
 
-/* Columns of A that lie side by side: four panels at a time, so that a cache line is used whole while it is near. */
+/* Columns of A that lie side by side: all panels at a time, so that a cache line is used whole while it is near. Each k
+ * may lie on another page, where nothing but a prefetch looks ahead. */
 static void pack_rows(int64_t rows, int64_t depth, const real *a, int64_t a_row, int64_t a_col, real *packed)
 {
     for (int64_t m = 0, n; m < rows; m += n) {
         int64_t panels = 0;
-        for (int64_t left = rows - m; a_row == 1 && panels < 4 && left >= GEMM_ROWS && gemm_rows(left) == GEMM_ROWS;
-             panels++)
+        for (int64_t left = rows - m; a_row == 1 && left >= GEMM_ROWS && gemm_rows(left) == GEMM_ROWS; panels++)
             left -= GEMM_ROWS;
         n = panels ? panels * GEMM_ROWS : gemm_rows(rows - m);
         if (!panels) gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
         for (int64_t k = 0; k < depth && panels; k++)
-            for (int64_t p = 0; p < panels; p++)
-                memcpy(packed + (m + p * GEMM_ROWS) * depth + k * GEMM_ROWS, a + m + p * GEMM_ROWS + k * a_col,
-                       GEMM_ROWS * sizeof(real));
+            for (int64_t p = 0; p < panels; p++) {
+                const real *from = a + m + p * GEMM_ROWS + k * a_col;
+                __builtin_prefetch(from + 8 * a_col);
+                memcpy(packed + (m + p * GEMM_ROWS) * depth + k * GEMM_ROWS, from, GEMM_ROWS * sizeof(real));
+            }
     }
 }
 static void pack_columns(int64_t columns, int64_t depth, const real *b, int64_t b_row, int64_t b_col, real *packed)
@@ -433,7 +435,8 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
 }
 
 /* Blocks of about 192 x 384 repay their packing; smaller ones, so that there are 16 for the threads, or 32 of a large
- * product, as long as a block stays above two million operations (20 us). */
+ * product, as long as a block stays above two million operations (20 us). Columns of A are packed once per block: for as
+ * many columns of C as one packing serves, by whole cache lines. */
 static void choose_blocks(gemm_job *j)
 {
     const gemm_call *g = j->call;
@@ -442,15 +445,17 @@ static void choose_blocks(gemm_job *j)
         j->column_blocks = max64(min64(g->N / 256, hl_num_threads(0)), 1);
         return;
     }
+    int packs = g->a_col != 1;
+    int64_t least = (packs ? 8 : 2) * GEMM_ROWS;
     double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
     j->row_blocks = max64(g->M / 192, 1);
-    j->column_blocks = max64(g->N / 384, 1);
+    j->column_blocks = max64(g->N / (packs ? BLOCK_COLUMNS : 384), 1);
     for (;;) {
         double tasks = (double)j->row_blocks * (double)j->column_blocks * (double)j->batches;
         if (tasks >= 32 || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
         int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
-        if (columns >= rows && columns >= 4 * GEMM_COLUMNS) j->column_blocks *= 2;
-        else if (rows >= (g->a_col == 1 ? 4 : 16) * GEMM_ROWS) j->row_blocks *= 2; /* packed by whole cache lines */
+        if (columns >= 4 * GEMM_COLUMNS && (packs ? rows < 2 * least : columns >= rows)) j->column_blocks *= 2;
+        else if (rows >= 2 * least) j->row_blocks *= 2;
         else return;
     }
 }
