@@ -29,6 +29,17 @@ static int64_t outputs_of(const conv_job *j) { return j->axes[0].outputs * j->ax
 static int64_t inputs_of(const conv_job *j) { return j->axes[0].inputs * j->axes[1].inputs * j->axes[2].inputs; }
 static int64_t taps_of(const conv_job *j) { return j->axes[0].taps * j->axes[1].taps * j->axes[2].taps; }
 
+/* One tap on each input: the image is one long row, and x is its own plane. */
+static int is_pointwise(const conv_job *j)
+{
+    for (int a = 0; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        if (x->taps != 1 || x->stride != 1 || x->pad || x->inputs != x->outputs) return 0;
+    }
+    return 1;
+}
+static int is_flat(const conv_job *j) { return is_pointwise(j) && j->axes[0].outputs == 1 && j->axes[1].outputs == 1; }
+
 /* ---- boxes of outputs ---- */
 
 /* Some whole images, or a range of one dimension of one image with all of the dimensions inside it. */
@@ -60,10 +71,13 @@ static grid make_grid(const conv_job *j, int64_t positions)
 }
 
 /* Of the grids with boxes of at most 16 full panels, and a sixteenth of all outputs where that leaves four, the one that
- * does least: whole vectors of outputs, and rows of the input, of which boxes side by side both read `reach`. */
+ * does least: whole vectors of outputs, and rows of the input, of which boxes side by side both read `reach`. 8 panels
+ * where x is read with no planes between: the next box is fetched during the products of one, and the second cache holds
+ * both. */
 static grid make_product_grid(const conv_job *j)
 {
-    int64_t total = j->images * outputs_of(j), most = min64(16 * GEMM_COLUMNS, max64(total / 16, 4 * GEMM_COLUMNS));
+    int64_t total = j->images * outputs_of(j),
+            most = min64((is_flat(j) ? 8 : 16) * GEMM_COLUMNS, max64(total / 16, 4 * GEMM_COLUMNS));
     grid best = make_grid(j, most);
     double least = 0;
     int64_t inside = total / max64(best.boxes / best.ranges, 1),
@@ -285,16 +299,6 @@ static int is_dense(const conv_job *j)
     return j->y_step[2] == 1 && j->y_step[1] == j->axes[2].outputs && j->y_step[0] == j->axes[1].outputs * j->y_step[1];
 }
 
-/* One tap on each input: the image is one long row, and x is its own plane. */
-static int is_pointwise(const conv_job *j)
-{
-    for (int a = 0; a < 3; a++) {
-        const axis *x = &j->axes[a];
-        if (x->taps != 1 || x->stride != 1 || x->pad || x->inputs != x->outputs) return 0;
-    }
-    return 1;
-}
-static int is_flat(const conv_job *j) { return is_pointwise(j) && j->axes[0].outputs == 1 && j->axes[1].outputs == 1; }
 static void flatten(conv_job *j)
 {
     if (!is_dense(j) || !is_pointwise(j)) return;
@@ -403,12 +407,16 @@ static int64_t list_copies(const box *b, const planes *p, int64_t s, int64_t wid
     }
     return n;
 }
+/* `end`: of what may be read. */
 static void pack_patches(int64_t depth, const int64_t *offsets, const copy *copies, int64_t n, const real *from,
-                         int64_t step, real *panel)
+                         const real *end, int64_t step, real *panel)
 {
     for (int64_t k = 0; k < depth; k++, panel += step) {
         const real *source = from + offsets[k];
-        for (int64_t i = 0; i < n; i++) store(panel + copies[i].to, load(source + copies[i].from));
+        if (end - source >= copies[n - 1].from + LANES)
+            for (int64_t i = 0; i < n; i++) store(panel + copies[i].to, load(source + copies[i].from));
+        else
+            for (int64_t i = 0; i < n; i++) store(panel + copies[i].to, load_before(source + copies[i].from, end));
     }
 }
 
@@ -418,25 +426,35 @@ static int64_t filter_cut(const product *t, int64_t i)
     return i == t->filter_blocks ? F : F / t->filter_blocks * i / GEMM_ROWS * GEMM_ROWS;
 }
 
+/* Where the box of a task begins in x, which is its own plane. */
+static const real *flat_source(const product *t, int64_t task)
+{
+    const conv_job *j = t->j;
+    int64_t group = task / t->filter_blocks % j->groups;
+    box b = box_at(j, &t->grid, task / t->filter_blocks / j->groups);
+    return j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + b.first[2];
+}
+
 static int product_tasks(int64_t begin, int64_t end, void *context)
 {
     const product *t = context;
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps, S = inputs_of(j);
+    const real *x_end = j->x + j->images * j->groups * j->channels * S;
     box largest = box_at(j, &t->grid, 0);
     int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
-    planes p = make_planes(j, &largest, channels_max);
-    int single = t->grid.split >= 0 || t->grid.per == 1; /* one image a box */
-    int dense = is_dense(j) && single, flat = t->flat && single;
+    planes p = t->flat ? (planes){.image = j->groups * j->channels * S} : make_planes(j, &largest, channels_max);
+    int dense = is_dense(j) && (t->grid.split >= 0 || t->grid.per == 1); /* in one image */
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
-    size_t plane_size = flat ? 0 : planes_size(&largest, &p);
-    size_t panel_size = (size_t)(t->depth * (flat ? round_up(positions, LANES) : GEMM_COLUMNS) + LANES);
+    size_t plane_size = t->flat ? 0 : planes_size(&largest, &p);
+    size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
     real *scratch =
         hl_take((plane_size + panel_size + result_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
     real *panel = scratch + plane_size, *result = panel + panel_size;
     int64_t *offsets = (int64_t *)(result + result_size);
+    for (int64_t k = 0; k < t->depth && t->flat; k++) offsets[k] = k * S;
     copy copies[GEMM_COLUMNS + GEMM_VECTORS];
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / t->filter_blocks % j->groups, f0 = filter_cut(t, i % t->filter_blocks);
@@ -446,7 +464,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         real *y = dense ? j->y + row_target(j, &b, 0) + (group * j->filters + f0) * j->y_channel : result;
         int64_t y_row = dense ? j->y_channel : positions;
         const real *bias = j->bias ? j->bias + group * j->filters + f0 : NULL;
-        if (!flat) {
+        int64_t next = i + 1 < end ? i + 1 : i + 1 + (hl_num_threads(0) - 1) * (end - begin);
+        if (!t->flat) {
             p = make_planes(j, &b, channels_max);
             memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
         }
@@ -454,29 +473,30 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         do { /* once for K = 0 */
             int64_t depth = min64(t->depth, K - k), c0 = k / taps, channels = ceil_div(k + depth, taps) - c0;
             const real *a = t->packed + (group * K + k) * j->filters + f0 * depth;
-            const real *x = j->x + ((b.image * j->groups + group) * j->channels + c0) * S + b.first[2];
-            if (!flat) {
+            const real *from = t->flat ? flat_source(t, i) + k * S : scratch, *stop = t->flat ? x_end : panel;
+            const real *soon = !t->flat          ? NULL
+                               : k + depth < K   ? from + depth * S
+                               : next < t->tasks ? flat_source(t, next)
+                                                 : NULL;
+            if (!t->flat) {
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, k, k + depth, c0, offsets);
             }
-            if (flat) /* eight channels across the whole box: long runs of memory */
-                for (int64_t r = 0; r < depth; r += 8)
-                    for (int64_t s = 0, step; s < positions; s += step) {
-                        step = gemm_columns(positions - s);
-                        gemm_pack_panel(min64(step, positions - s), step, min64(8, depth - r), x + r * S + s, 1, S,
-                                        panel + s * depth + r * step);
-                    }
             for (int64_t s = 0, step; s < positions; s += step) {
                 step = gemm_columns(positions - s);
                 int64_t width = min64(step, positions - s);
-                if (!flat)
-                    pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), scratch, step, panel);
+                pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), from, stop, step, panel);
                 gemm_out out = {.c = y + s, .c_row = y_row};
+                if (soon) {
+                    out.ahead = soon + copies[0].from;
+                    out.ahead_row = S;
+                    out.ahead_lines = step * (int64_t)sizeof(real) / 64;
+                }
                 if (k) {
                     out.add = out.c;
                     out.add_row = y_row;
                 } else out.row_bias = bias;
-                gemm_block(filters, width, depth, a, flat ? panel + s * depth : panel, &out);
+                gemm_block(filters, width, depth, a, panel, &out);
                 if (k + depth >= K) activate_rows(j->activation, filters, width, y + s, y_row);
             }
             k += depth;

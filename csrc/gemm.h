@@ -96,6 +96,9 @@ typedef struct {
     const real *add; /* add[m * add_row + n]: C itself, a bias over n (add_row 0), or NULL */
     int64_t add_row;
     const real *row_bias; /* [rows] or NULL */
+    /* What is packed next: tile number t fetches line t of each of `depth` rows, for the first `ahead_lines` tiles. */
+    const real *ahead;
+    int64_t ahead_row, ahead_lines;
 } gemm_out;
 
 /* One block of C from packed panels: a holds the row panels one after the other ([row][depth] in size), b the column
