@@ -8,6 +8,9 @@ import math
 import numpy as np
 
 from ..compile import cpu, inline, real
+from ..scalars import exp
+from .activation import LANES as MAXIMA
+from .activation import row_max
 from .panels import U
 
 # ------------------------------------------------------------------------------------------------------------ one box
@@ -419,16 +422,19 @@ def _divide(low, high, area, begin, end, reach):
 FEW = 384  # kept boxes: to look at so many costs no more than to find those near by
 
 
+SIDE = 16  # kept boxes that are looked at side by side
+
+
 @inline(exact=True)
 def _is_hit(kept, first, last, a, b, c, d, own, threshold):
-    """Whether one of the kept boxes [first, last) overlaps more."""
+    """Whether one of the kept boxes [first, last) overlaps more; those up to a multiple of SIDE more may be looked at, too."""
     x1, y1, x2, y2, area = kept
-    for begin in range(first, last, 64):
-        hits = 0
-        for i in range(begin, min(begin + 64, last)):
-            j = U(i)
-            hits |= _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
-        if hits:
+    for begin in range(first, last, SIDE):
+        hit = False
+        for i in range(SIDE):
+            j = U(begin) + U(i)
+            hit |= _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
+        if hit:
             return True
     return False
 
@@ -443,6 +449,7 @@ def _keep(kept, at, planes, i):
 def _suppress_all(planes, begin, end, alive, threshold, limit, kept, most):
     """Each box against all kept before it, until more than `most` are; returns the first box that is left."""
     n = listed = 0
+    kept[4][: end - begin + SIDE] = real(np.nan)  # the area of no box: it overlaps nothing
     for i in range(begin, end):
         if n == limit:
             alive[i:end] = 0
@@ -543,8 +550,9 @@ def nms(begin, end, boxes, scores, groups, keep, count, iou_threshold, score_thr
     starts[segments + 1] = n
     planes = (np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype),
               np.empty(n, boxes.dtype))  # fmt: skip
-    kept = (np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype),
-            np.empty(n, boxes.dtype))  # fmt: skip
+    m = n + SIDE
+    kept = (np.empty(m, boxes.dtype), np.empty(m, boxes.dtype), np.empty(m, boxes.dtype), np.empty(m, boxes.dtype),
+            np.empty(m, boxes.dtype))  # fmt: skip
     for i in range(n):
         box = order[rank[i]]
         for k in range(4):
@@ -563,36 +571,34 @@ def nms(begin, end, boxes, scores, groups, keep, count, iou_threshold, score_thr
     count[0] = n
 
 
-# One thread. One pass lowers the scores, drops what fell below the threshold and finds the next best. Reads 6 values, writes
-# 1 a box for each box taken. Source: Bodla et al., Soft-NMS (2017).
+@inline(exact=True)
+def _lower(left, planes, box, gaussian, iou_threshold, sigma, score_threshold):
+    """Lowers the scores that are left by the overlap with a box, to -inf where they are then not above the threshold."""
+    x1, y1, x2, y2, area = planes[0], planes[1], planes[2], planes[3], planes[4]
+    a, b, c, d, own = x1[box], y1[box], x2[box], y2[box], area[box]
+    for i in range(len(left)):
+        iou = _iou(a, b, c, d, own, x1[i], y1[i], x2[i], y2[i], area[i])
+        lowered = exp(-(iou * iou) / sigma) if gaussian else real(1) - iou if iou > iou_threshold else real(1)
+        s = left[i] * (lowered if iou == iou else real(1))
+        left[i] = s if s > score_threshold else real(-np.inf)
+
+
+# One thread. One pass lowers the scores and drops what fell below the threshold, two short ones find the next best. Reads 7
+# values, writes 1 a box for each box taken. Source: Bodla et al., Soft-NMS (2017).
 @cpu(over="1", exact=True)
 def soft_nms(begin, end, boxes, scores, keep, kept_scores, count, gaussian, iou_threshold, sigma, score_threshold):
-    N = len(scores)
-    planes, left = _planes(boxes, 0), scores.copy()
-    x1, y1, x2, y2, area = planes[0], planes[1], planes[2], planes[3], planes[4]
-    dead = real(-np.inf)
+    N, n = len(scores), 0
+    planes, left, lanes = _planes(boxes, 0), np.empty(N, scores.dtype), np.empty(MAXIMA, scores.dtype)
     for i in range(N):
-        left[i] = left[i] if left[i] > score_threshold else dead
-    n = 0
+        left[i] = scores[i] if scores[i] > score_threshold else real(-np.inf)
     for n in range(N + 1):
-        taken, best = -1, dead
-        for i in range(N):
-            if left[i] > best:
-                taken, best = i, left[i]
-        if taken < 0:
+        best, taken = row_max(left, lanes), 0
+        if not best > real(-np.inf):
             break
-        keep[n], kept_scores[n], left[taken] = taken, best, dead
-        a, b, c, d, own = x1[taken], y1[taken], x2[taken], y2[taken], area[taken]
-        for i in range(N):
-            iou = _iou(a, b, c, d, own, x1[i], y1[i], x2[i], y2[i], area[i])
-            lowered = real(1)
-            if gaussian:
-                if iou == iou and left[i] > dead:
-                    lowered = real(math.exp(-(iou * iou) / sigma))
-            elif iou > iou_threshold:
-                lowered = real(1) - iou
-            s = left[i] * lowered
-            left[i] = s if s > score_threshold else dead
+        while left[taken] != best:
+            taken += 1
+        keep[n], kept_scores[n], left[taken] = taken, best, real(-np.inf)
+        _lower(left, planes, taken, gaussian, iou_threshold, sigma, score_threshold)
     count[0] = n
     keep[n:] = -1
     kept_scores[n:] = real(0)
