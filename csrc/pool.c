@@ -334,10 +334,9 @@ static real largest(const real *x, const ireal *line, int64_t n, int64_t dilatio
     for (int64_t k = 1; k < n; k++) {
         real v = x[k * dilation];
         ireal tap = line[k * dilation] + first + (ireal)k;
-        if (v > best || (v == best && tap < *id)) {
-            best = v;
-            *id = tap;
-        }
+        int better = (v > best) | ((v == best) & (tap < *id)); /* without branches, which nothing could foretell */
+        best = better ? v : best;
+        *id = better ? tap : *id;
     }
     return best;
 }
@@ -394,6 +393,17 @@ static void max_row(const windows *w, const row_space *s, real *y, const real *l
     else max_across(w->kernel[2], w, s, y, limit);
 }
 
+/* Numbers of taps as bytes, GROUP together; the last ones twice where groups do not fill the row. */
+static inline void narrow(const ireal *restrict id, int64_t n, uint8_t *restrict to)
+{
+    enum { GROUP = 16 };
+    for (int64_t o = 0; o < n && n >= GROUP; o += GROUP) {
+        o = min64(o, n - GROUP);
+        for (int k = 0; k < GROUP; k++) to[o + k] = (uint8_t)id[o + k];
+    }
+    for (int64_t o = 0; o < n && n < GROUP; o++) to[o] = (uint8_t)id[o];
+}
+
 static int max_rows(int64_t begin, int64_t end, void *context)
 {
     const max_job *j = context;
@@ -422,8 +432,7 @@ static int max_rows(int64_t begin, int64_t end, void *context)
             continue;
         }
         max_row_with_places(w, &s, j->y + at, j->y + end * OW);
-        if (j->offsets)
-            for (int64_t o = 0; o < OW; o++) j->offsets[at + o] = (uint8_t)s.id[o];
+        if (j->offsets) narrow(s.id, OW, j->offsets + at);
         if (j->indices)
             for (int64_t o = 0; o < OW; o++) {
                 int64_t first = start + s.taps[2][o].at - s.taps[2][o].first * w->dilation[2];
@@ -465,13 +474,15 @@ typedef struct {
     const real *gy;
     const uint8_t *offsets;
     real *gx;
+    int past_cache;
 } max_backward_job;
 
-/* Two lines of gx from a row of windows of 2 x 2 that lie side by side: written once, whole vectors at a time. */
+/* Two lines of gx from a row of windows of 2 x 2 that lie side by side: written once, whole vectors at a time, the last ones
+ * twice where vectors do not fill the row. */
 static void pairs_back(const real *g, const uint8_t *offset, real *gx, int64_t W, int64_t OW)
 {
-    int64_t o = 0;
-    for (; o + LANES <= OW; o += LANES) {
+    for (int64_t o = 0; o < OW; o += LANES) {
+        o = min64(o, OW - LANES);
         vint at, value = (vint)load(g + o);
         for (int k = 0; k < LANES; k++) ((ireal *)&at)[k] = offset[o + k];
         for (int h = 0; h < 2; h++) {
@@ -480,8 +491,25 @@ static void pairs_back(const real *g, const uint8_t *offset, real *gx, int64_t W
             store(gx + h * W + 2 * o + LANES, zip_high(left, right));
         }
     }
-    for (; o < OW; o++)
-        for (int k = 0; k < 4; k++) gx[k / 2 * W + 2 * o + k % 2] = offset[o] == k ? g[o] : (real)0;
+}
+
+/* Rows of windows of 2 x 2 that lie side by side: windows, rows and planes follow each other without gaps. */
+static int pairs_rows(int64_t begin, int64_t end, void *context)
+{
+    const max_backward_job *j = context;
+    int64_t OW = j->w.out[2], together = j->past_cache ? max64(BUFFER / (4 * OW), 1) : end - begin;
+    real *buffer = j->past_cache ? hl_take((size_t)(together * 4 * OW) * sizeof(real)) : NULL;
+    if (j->past_cache && !buffer) return HL_NOMEM;
+    for (int64_t row = begin; row < end; row += together) {
+        int64_t n = min64(together, end - row);
+        real *gx = j->gx + row * 4 * OW, *to = buffer ? buffer : gx;
+        for (int64_t r = 0; r < n; r++)
+            pairs_back(j->gy + (row + r) * OW, j->offsets + (row + r) * OW, to + r * 4 * OW, 2 * OW, OW);
+        if (buffer) copy_past_cache(gx, buffer, n * 4 * OW);
+    }
+    if (buffer) stream_end();
+    hl_give(buffer);
+    return HL_OK;
 }
 
 static int max_backward_planes(int64_t begin, int64_t end, void *context)
@@ -491,16 +519,8 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], stride = w->stride[2],
             table[TABLE];
     fill_table(w, table);
-    int pairs =
-        w->kernel[0] == 1 && w->kernel[1] == 2 && w->kernel[2] == 2 && w->dilation[1] == 1 && w->dilation[2] == 1;
-    pairs = pairs && w->size[0] == OD && w->size[1] == 2 * OH && w->size[2] == 2 * OW && !(w->pad[1] | w->pad[2]);
     for (int64_t m = begin; m < end; m++) {
         real *gx = j->gx + m * inside;
-        if (pairs) {
-            for (int64_t r = m * OD * OH; r < (m + 1) * OD * OH; r++)
-                pairs_back(j->gy + r * OW, j->offsets + r * OW, j->gx + r * 4 * OW, 2 * OW, OW);
-            continue;
-        }
         memset(gx, 0, (size_t)inside * sizeof(real));
         for (int64_t r = 0; r < OD * OH; r++) {
             const real *g = j->gy + (m * OD * OH + r) * OW;
@@ -513,13 +533,20 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
- * One read and one write of an element of gx per output, besides the clearing. Source: the chain rule. */
+/* Parallel over rows of windows of 2 x 2 that lie side by side: their lines are written once, large results past the cache.
+ * Else over planes: a plane is cleared and then added to while it sits in cache; one read and one write of an element of gx
+ * per output, besides the clearing. gy and offsets stream through. Source: the chain rule. */
 int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, const uint8_t *offsets, real *gx)
 {
-    max_backward_job j = {{KERNEL(p), BEFORE(p)}, gy, offsets, gx};
-    return hl_parallel_for(p->M, hl_grain((double)volume(j.w.size) + 4 * (double)volume(j.w.out)), max_backward_planes,
-                           &j);
+    max_backward_job j = {{KERNEL(p), BEFORE(p)}, gy, offsets, gx, 0};
+    const windows *w = &j.w;
+    int64_t inside = volume(w->size);
+    j.past_cache = p->M * inside > CACHE_BYTES / (int64_t)sizeof(real);
+    if (w->kernel[0] == 1 && w->kernel[1] == 2 && w->kernel[2] == 2 && w->dilation[1] == 1 && w->dilation[2] == 1 &&
+        w->size[0] == w->out[0] && w->size[1] == 2 * w->out[1] && w->size[2] == 2 * w->out[2] &&
+        !(w->pad[1] | w->pad[2]) && w->out[2] >= LANES)
+        return hl_parallel_for(p->M * w->out[0] * w->out[1], hl_grain(5 * (double)w->out[2]), pairs_rows, &j);
+    return hl_parallel_for(p->M, hl_grain((double)inside + 4 * (double)volume(w->out)), max_backward_planes, &j);
 }
 
 /* ---- places given by indices ---- */
