@@ -75,9 +75,11 @@ static void transpose_square(const real *from, int64_t stride, real *to, int64_t
 void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
 {
     int64_t wide = width / LANES * LANES, deep = depth / LANES * LANES;
-    for (int64_t k = 0; k < deep; k += LANES)
-        for (int64_t i = 0; i < wide; i += LANES)
-            transpose_square(from + i * stride + k, stride, to + k * step + i, step);
+    enum { TOGETHER = 16 }; /* of 48 rows memory loses track when it looks ahead, of 8 it has too few */
+    for (int64_t first = 0; first < wide; first += TOGETHER)
+        for (int64_t k = 0; k < deep; k += LANES)
+            for (int64_t i = first; i < min64(first + TOGETHER, wide); i += LANES)
+                transpose_square(from + i * stride + k, stride, to + k * step + i, step);
     if (wide < width) transpose_rim(width - wide, deep, from + wide * stride, stride, to + wide, step);
     if (deep < depth) transpose_rim(width, depth - deep, from + deep, stride, to + deep * step, step);
 }
