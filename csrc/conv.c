@@ -426,13 +426,44 @@ static int64_t filter_cut(const product *t, int64_t i)
     return i == t->filter_blocks ? F : F / t->filter_blocks * i / GEMM_ROWS * GEMM_ROWS;
 }
 
-/* Where the box of a task begins in x, which is its own plane. */
-static const real *flat_source(const product *t, int64_t task)
+/* The inputs of a channel of the box of a task, from the first to the last, are x[channel * inputs + first] and on. */
+typedef struct {
+    const real *first;
+    int64_t count;
+} source;
+static source source_of(const product *t, int64_t task)
 {
     const conv_job *j = t->j;
-    int64_t group = task / t->filter_blocks % j->groups;
+    int64_t group = task / t->filter_blocks % j->groups, first = 0, last = 0;
     box b = box_at(j, &t->grid, task / t->filter_blocks / j->groups);
-    return j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + b.first[2];
+    for (int a = 0; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        int64_t at = b.first[a] * x->stride - x->pad;
+        int64_t reach = (b.size[a] - 1) * x->stride + (x->taps - 1) * x->dilation;
+        first = first * x->inputs + max64(at, 0);
+        last = last * x->inputs + min64(at + reach, x->inputs - 1);
+    }
+    return (source){j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + first, last - first + 1};
+}
+
+/* What the products of a panel fetch meanwhile: the same panel where x is its own plane, lines of all channels; else a
+ * channel a tile, over all panels. */
+static void fetch_soon(const product *t, const source *soon, int64_t panel_from, int64_t tiles_before, int64_t step,
+                       int64_t depth, gemm_out *out)
+{
+    int64_t S = inputs_of(t->j), channels = depth / taps_of(t->j);
+    enum { LINE = 64 / (int)sizeof(real) };
+    if (t->flat) {
+        out->ahead = soon->first + panel_from;
+        out->ahead_tile = LINE;
+        out->ahead_k = S;
+        out->ahead_tiles = step / LINE;
+    } else {
+        out->ahead = soon->first + tiles_before * S;
+        out->ahead_tile = S;
+        out->ahead_k = ceil_div(soon->count, depth);
+        out->ahead_tiles = channels - tiles_before;
+    }
 }
 
 static int product_tasks(int64_t begin, int64_t end, void *context)
@@ -464,6 +495,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         real *y = dense ? j->y + row_target(j, &b, 0) + (group * j->filters + f0) * j->y_channel : result;
         int64_t y_row = dense ? j->y_channel : positions;
         const real *bias = j->bias ? j->bias + group * j->filters + f0 : NULL;
+        source here = source_of(t, i);
         int64_t next = i + 1 < end ? i + 1 : i + 1 + (hl_num_threads(0) - 1) * (end - begin);
         if (!t->flat) {
             p = make_planes(j, &b, channels_max);
@@ -473,11 +505,10 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         do { /* once for K = 0 */
             int64_t depth = min64(t->depth, K - k), c0 = k / taps, channels = ceil_div(k + depth, taps) - c0;
             const real *a = t->packed + (group * K + k) * j->filters + f0 * depth;
-            const real *from = t->flat ? flat_source(t, i) + k * S : scratch, *stop = t->flat ? x_end : panel;
-            const real *soon = !t->flat          ? NULL
-                               : k + depth < K   ? from + depth * S
-                               : next < t->tasks ? flat_source(t, next)
-                                                 : NULL;
+            const real *from = t->flat ? here.first + k * S : scratch, *stop = t->flat ? x_end : panel;
+            source soon = {0};
+            if (k + depth < K) soon = (source){here.first + (k + depth) / taps * S, here.count};
+            else if (next < t->tasks) soon = source_of(t, next);
             if (!t->flat) {
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, k, k + depth, c0, offsets);
@@ -487,11 +518,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 int64_t width = min64(step, positions - s);
                 pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), from, stop, step, panel);
                 gemm_out out = {.c = y + s, .c_row = y_row};
-                if (soon) {
-                    out.ahead = soon + copies[0].from;
-                    out.ahead_row = S;
-                    out.ahead_lines = step * (int64_t)sizeof(real) / 64;
-                }
+                if (soon.first && depth)
+                    fetch_soon(t, &soon, copies[0].from, s / GEMM_COLUMNS * (filters / GEMM_ROWS), step, depth, &out);
                 if (k) {
                     out.add = out.c;
                     out.add_row = y_row;

@@ -96,9 +96,10 @@ typedef struct {
     const real *add; /* add[m * add_row + n]: C itself, a bias over n (add_row 0), or NULL */
     int64_t add_row;
     const real *row_bias; /* [rows] or NULL */
-    /* What is packed next: tile number t fetches line t of each of `depth` rows, for the first `ahead_lines` tiles. */
+    /* What is packed next: each of the first `ahead_tiles` tiles fetches the line at ahead + tile * ahead_tile + k * ahead_k
+     * while it multiplies step k. */
     const real *ahead;
-    int64_t ahead_row, ahead_lines;
+    int64_t ahead_tile, ahead_k, ahead_tiles;
 } gemm_out;
 
 /* One block of C from packed panels: a holds the row panels one after the other ([row][depth] in size), b the column

@@ -182,7 +182,7 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
     }
     const real *ahead = o->ahead;
-    for (; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row, ahead += o->ahead_row) {
+    for (; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row, ahead += o->ahead_k) {
         __builtin_prefetch(ahead, 0, 2);
         vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
@@ -257,8 +257,8 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
             height = gemm_rows(rows - m);
             gemm_out o = {out->c + m * out->c_row + n, out->c_row, out->add ? out->add + m * out->add_row + n : NULL,
                           out->add_row, out->row_bias ? out->row_bias + m : NULL};
-            o.ahead = t < out->ahead_lines ? out->ahead + t * 64 / (int64_t)sizeof(real) : bn;
-            o.ahead_row = t < out->ahead_lines ? out->ahead_row : 0;
+            o.ahead = t < out->ahead_tiles ? out->ahead + t * out->ahead_tile : bn;
+            o.ahead_k = t < out->ahead_tiles ? out->ahead_k : 0;
             fn[height - 1](min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row ? a_row : 1,
                            a_row ? a_col : height, bn, b_row ? b_row : step, &o);
         }
