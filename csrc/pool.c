@@ -326,18 +326,20 @@ static void max_row_plain(const max_job *j, const lines *l, const row_space *s, 
     }
 }
 
-/* The largest element of n taps of the line, of equal ones the tap with the smallest number. */
-static real largest(const real *x, const ireal *line, int64_t n, int64_t dilation, ireal first, ireal *id)
+/* The largest element of n taps of the line, of equal ones the tap with the smallest number. Without branches, which nothing
+ * could foretell. */
+static inline real largest(const real *x, const ireal *line, int64_t n, int64_t dilation, ireal first, ireal *id)
 {
     real best = x[0];
-    *id = line[0] + first;
+    ireal at = line[0] + first;
     for (int64_t k = 1; k < n; k++) {
         real v = x[k * dilation];
-        ireal tap = line[k * dilation] + first + (ireal)k;
-        int better = (v > best) | ((v == best) & (tap < *id)); /* without branches, which nothing could foretell */
-        best = better ? v : best;
-        *id = better ? tap : *id;
+        ireal tap = line[k * dilation] + first + (ireal)k, larger = -(ireal)(v > best), same = -(ireal)(v == best);
+        ireal take = larger | (same & -(ireal)(tap < at));
+        best = v > best ? v : best;
+        at ^= (at ^ tap) & take;
     }
+    *id = at;
     return best;
 }
 
