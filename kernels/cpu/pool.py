@@ -39,18 +39,38 @@ def _room(outputs, size, kernel, stride, dilation):
 
 
 @inline
-def _lay_out(x, plane, H, W, down, across, stride, fill, sheet):
-    """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside."""
+def _take_apart(source, start, stride, to, at, n):
+    """to[at + q] = source[start + q * stride]."""
+    a, b = source[start:], to[at : at + n]
+    if stride == 2:
+        for q in range(n):
+            b[q] = a[2 * q]
+    else:
+        for q in range(n):
+            b[q] = a[U(q) * U(stride)]
+
+
+@inline
+def _lay_out(x, plane, H, W, down, across, stride, fill, whole, sheet):
+    """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside. Where every column is
+    wanted, whole rows are copied, then taken apart in one long sweep: each alone is too short for vectors."""
     (_, _, top, rows, phases_h), (_, _, left, pitch, phases_w) = down, across
-    for phase in range(phases_w * phases_h):
-        i, j, at = phase % phases_h, phase // phases_h, phase * rows * pitch
-        (first, last), (lo, hi) = inside(top + i, stride[1], H, rows), inside(left + j, stride[2], W, pitch)
-        start = (plane * H + top + first * stride[1] + i) * W + left + lo * stride[2] + j
-        copy_block(x, start, stride[1] * W, stride[2], sheet, at + first * pitch + lo, pitch, last - first, hi - lo)
-        fill_block(sheet, at, pitch, first, pitch, fill)
-        fill_block(sheet, at + first * pitch, pitch, last - first, lo, fill)
-        fill_block(sheet, at + first * pitch + hi, pitch, last - first, pitch - hi, fill)
-        fill_block(sheet, at + last * pitch, pitch, rows - last, pitch, fill)
+    apart = phases_w if phases_w == stride[2] else 1
+    step, width, to = stride[2] // apart, pitch * apart, sheet if apart == 1 else whole
+    for phase in range(phases_h * phases_w):
+        i, j = phase // phases_w, phase % phases_w
+        at = (j * phases_h + i) * rows * pitch
+        if apart == 1 or j == 0:
+            (first, last), (lo, hi) = inside(top + i, stride[1], H, rows), inside(left + j, step, W, width)
+            a = at if apart == 1 else 0
+            start = (plane * H + top + first * stride[1] + i) * W + left + lo * step + j
+            copy_block(x, start, stride[1] * W, step, to, a + first * width + lo, width, last - first, hi - lo)
+            fill_block(to, a, width, first, width, fill)
+            fill_block(to, a + first * width, width, last - first, lo, fill)
+            fill_block(to, a + first * width + hi, width, last - first, width - hi, fill)
+            fill_block(to, a + last * width, width, rows - last, width, fill)
+        if apart > 1:
+            _take_apart(whole, j, apart, sheet, at, rows * pitch)
 
 
 @inline
@@ -192,6 +212,7 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
     taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
     by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
     sheet, lines, best = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
+    whole = np.empty(phases_w * lines_h * lines_w, x.dtype)
     line_places = np.empty(most if with_places else 0, np.int32)
     places = np.empty(most_rows * lines_w if with_places else 0, np.int32)
     row_places, column_places = np.empty(most_rows, np.int32), np.empty(columns, np.int32)
@@ -212,7 +233,7 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
                 _first_places(left, width, W, kernel[2], stride[2], pad[2], dilation[2], unit[2], column_places)
                 _start_places(row_places, column_places, rows, width, pitch, best, places)
             for d in range(nd):
-                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, real(-np.inf), sheet)
+                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, real(-np.inf), whole, sheet)
                 if with_places:
                     _find_in_rows(sheet, by_tap, across[1], unit[2], lines_n, lines, line_places)
                 else:
@@ -377,6 +398,7 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
     taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
     by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
     sheet, lines, sums = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
+    whole = np.empty(phases_w * lines_h * lines_w, x.dtype)
     row_factors, nothing = np.empty(most_rows, x.dtype), real(0) if norm > real(0) else real(np.inf)  # whose power is 0
     row = begin
     while row < end:
@@ -393,7 +415,7 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
             n, lines_n = rows * pitch, down[4] * down[3] * pitch
             _shifts(down, across, stride, dilation, by_line, by_tap)
             for d in range(nd):
-                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, nothing, sheet)
+                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, nothing, whole, sheet)
                 _raise(sheet, norm, across[4] * lines_n)
                 _add(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
                 _add(lines, by_line, down[1], n, sums, d == 0)
