@@ -41,6 +41,7 @@ def _room(outputs, size, kernel, stride, dilation):
 @inline
 def _take_apart(source, start, stride, to, at, n):
     """to[at + q] = source[start + q * stride]."""
+    n = min(n, 2**60)  # see copy_block
     a, b = source[start:], to[at : at + n]
     if stride == 2:
         for q in range(n):
