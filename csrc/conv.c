@@ -553,8 +553,10 @@ static int conv_product(const conv_job *j)
         double work =
             (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
         t.tasks = t.grid.boxes * j->groups;
-        /* Fewer than 16 tasks: cut the filters too, in blocks of at least four tiles, each above four million products. */
-        while (t.tasks < 16 && j->filters / t.filter_blocks >= 8 * GEMM_ROWS && work / (double)t.tasks > 8e6) {
+        /* Too few tasks to even out among the threads: cut the filters too, in blocks of at least four tiles, each above
+         * four million products. Each block packs the patches again. */
+        int64_t threads = hl_num_threads(0), enough = threads > 1 ? 4 * threads : 1;
+        while (t.tasks < enough && j->filters / t.filter_blocks >= 8 * GEMM_ROWS && work / (double)t.tasks > 8e6) {
             t.filter_blocks *= 2;
             t.tasks *= 2;
         }
