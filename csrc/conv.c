@@ -70,14 +70,21 @@ static grid make_grid(const conv_job *j, int64_t positions)
     return g;
 }
 
-/* Of the grids with boxes of at most 16 full panels, and a sixteenth of all outputs where that leaves four, the one that
+/* Tasks that even out among the threads. */
+static int64_t enough_tasks(void)
+{
+    int64_t threads = hl_num_threads(0);
+    return threads > 1 ? 4 * threads : 1;
+}
+
+/* Of the grids with boxes of at most 16 full panels, and small enough for all threads where that leaves four, the one that
  * does least: whole vectors of outputs, and rows of the input, of which boxes side by side both read `reach`. 8 panels
  * where x is read with no planes between: the next box is fetched during the products of one, and the second cache holds
  * both. */
 static grid make_product_grid(const conv_job *j)
 {
-    int64_t total = j->images * outputs_of(j),
-            most = min64((is_flat(j) ? 8 : 16) * GEMM_COLUMNS, max64(total / 16, 4 * GEMM_COLUMNS));
+    int64_t total = j->images * outputs_of(j), most = (is_flat(j) ? 8 : 16) * GEMM_COLUMNS;
+    most = min64(most, max64(total / enough_tasks(), 4 * GEMM_COLUMNS));
     grid best = make_grid(j, most);
     double least = 0;
     int64_t inside = total / max64(best.boxes / best.ranges, 1),
@@ -555,8 +562,8 @@ static int conv_product(const conv_job *j)
         t.tasks = t.grid.boxes * j->groups;
         /* Too few tasks to even out among the threads: cut the filters too, in blocks of at least four tiles, each above
          * four million products. Each block packs the patches again. */
-        int64_t threads = hl_num_threads(0), enough = threads > 1 ? 4 * threads : 1;
-        while (t.tasks < enough && j->filters / t.filter_blocks >= 8 * GEMM_ROWS && work / (double)t.tasks > 8e6) {
+        while (t.tasks < enough_tasks() && j->filters / t.filter_blocks >= 8 * GEMM_ROWS &&
+               work / (double)t.tasks > 8e6) {
             t.filter_blocks *= 2;
             t.tasks *= 2;
         }
