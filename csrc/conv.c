@@ -306,13 +306,36 @@ static int is_dense(const conv_job *j)
     return j->y_step[2] == 1 && j->y_step[1] == j->axes[2].outputs && j->y_step[0] == j->axes[1].outputs * j->y_step[1];
 }
 
+/* Whether the weights of a filter lie as the inputs that they meet: channel, D, H, W. */
+static int in_order(const conv_job *j)
+{
+    return j->w_tap[2] == 1 && j->w_tap[1] == j->axes[2].taps && j->w_tap[0] == j->axes[1].taps * j->w_tap[1] &&
+           j->w_channel == taps_of(j);
+}
+
+/* One output whose taps are all of the inputs. */
+static int is_whole(const conv_job *j)
+{
+    for (int a = 0; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        if (x->outputs != 1 || x->taps != x->inputs || x->pad || (x->taps > 1 && x->dilation != 1)) return 0;
+    }
+    return in_order(j);
+}
+
+/* Fewer axes where the sums stay the same. */
 static void flatten(conv_job *j)
 {
-    if (!is_dense(j) || !is_pointwise(j)) return;
-    int64_t S = outputs_of(j);
-    j->axes[0] = j->axes[1] = (axis){1, 1, 1, 1, 0, 1};
-    j->axes[2] = (axis){S, S, 1, 1, 0, 1};
-    j->y_step[0] = j->y_step[1] = S;
+    if (is_whole(j)) {
+        j->channels *= taps_of(j);
+        j->w_channel = 1;
+        for (int a = 0; a < 3; a++) j->axes[a] = (axis){1, 1, 1, 1, 0, 1};
+    } else if (is_dense(j) && is_pointwise(j)) {
+        int64_t S = outputs_of(j);
+        j->axes[0] = j->axes[1] = (axis){1, 1, 1, 1, 0, 1};
+        j->axes[2] = (axis){S, S, 1, 1, 0, 1};
+        j->y_step[0] = j->y_step[1] = S;
+    }
 }
 
 /* From [filters, positions of the box] into y. */
@@ -363,15 +386,13 @@ static int pack_weights(int64_t begin, int64_t end, void *context)
     const product *t = context;
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps, parts = ceil_div(K, t->depth);
-    int64_t in_order = j->w_tap[2] == 1 && j->w_tap[1] == j->axes[2].taps &&
-                       j->w_tap[0] == j->axes[1].taps * j->w_tap[1] && j->w_channel == taps;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / parts, k0 = i % parts * t->depth, depth = min64(t->depth, K - k0);
         for (int64_t f = 0, rows; f < j->filters; f += rows) {
             rows = gemm_rows(j->filters - f);
             real *panel = t->packed + (group * K + k0) * j->filters + f * depth;
             const real *w = j->w + group * j->w_group + f * j->w_filter;
-            if (in_order) {
+            if (in_order(j)) {
                 gemm_pack_panel(rows, rows, depth, w + k0, j->w_filter, 1, panel);
                 continue;
             }
@@ -926,6 +947,33 @@ static int conv_direct(const conv_job *j)
     return status;
 }
 
+/* ---- one output to a channel ---- */
+
+static int is_linear(const conv_job *j)
+{
+    return is_flat(j) && outputs_of(j) == 1 && j->groups == 1 && j->y_channel == 1;
+}
+
+/* Blocks and order as in gemm_batched: y[images, filters] = x w^T + bias, with w read where it lies. */
+static int conv_linear(const conv_job *j)
+{
+    hl_note("matrix product");
+    gemm_call g = {.M = j->images,
+                   .N = j->filters,
+                   .K = j->channels,
+                   .a = j->x,
+                   .a_row = j->channels,
+                   .a_col = 1,
+                   .b = j->w,
+                   .b_row = j->w_channel,
+                   .b_col = j->w_filter,
+                   .c = j->y,
+                   .c_row = j->filters,
+                   .column_bias = j->bias,
+                   .activation = j->activation};
+    return gemm_parallel(&g);
+}
+
 /* ---- kernels ---- */
 
 #include "depthwise.h"
@@ -940,6 +988,7 @@ static int run(conv_job *j, int exact)
     if (!j->channels)
         for (int a = 0; a < 3; a++) j->axes[a].taps = 1;
     flatten(j);
+    if (is_linear(j)) return conv_linear(j);
 #if HL_F32
     if (!exact && is_winograd(j)) return conv_winograd(j);
 #else
@@ -1063,11 +1112,41 @@ static int add_products(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+/* Whether one output reads each input once, all groups the same. */
+static int is_outer(const hl_conv_grad_input_plan *p)
+{
+    return p->groups == 1 && p->OD * p->OH * p->OW == 1 && p->D == p->KD && p->H == p->KH && p->W == p->KW &&
+           !(p->pad_d | p->pad_h | p->pad_w) && (p->KD == 1 || p->dilation_d == 1) &&
+           (p->KH == 1 || p->dilation_h == 1) && (p->KW == 1 || p->dilation_w == 1);
+}
+
+/* Blocks and order as in gemm_batched: gx[N, C * taps] = gy w + bias, with w read where it lies. */
+static int grad_input_outer(const hl_conv_grad_input_plan *p, const real *gy, const real *w, const real *b, real *gx)
+{
+    hl_note("matrix product");
+    int64_t taps = p->KD * p->KH * p->KW;
+    for (int64_t i = 0; i < p->N * p->C * taps && b; i++) gx[i] = b[i / taps % p->C];
+    gemm_call g = {.M = p->N,
+                   .N = p->C * taps,
+                   .K = p->F,
+                   .a = gy,
+                   .a_row = p->F,
+                   .a_col = 1,
+                   .b = w,
+                   .b_row = p->C * taps,
+                   .b_col = 1,
+                   .c = gx,
+                   .c_row = p->C * taps,
+                   .accumulate = b != NULL};
+    return gemm_parallel(&g);
+}
+
 /* One convolution of gy for each residue of the strides; all of them write apart from each other. */
 int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const real *w, const real *b, real *gx)
 {
     int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
     if (p->D <= 0 || p->H <= 0 || p->W <= 0) return HL_OK;
+    if (is_outer(p)) return grad_input_outer(p, gy, w, b, gx);
     input_job direct = {.plan = p, .gy = gy, .w = w, .bias = b, .gx = gx};
     int scanned = parallel_even(p->F * p->CG * taps, 1, scan_weights, &direct);
     if (scanned != HL_OK) return scanned;

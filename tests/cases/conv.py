@@ -50,6 +50,9 @@ SHAPES = {
     "deep": geometry(9, (3, 3), 2, (3, 3), stride=2, pad=1),
     "deep_groups": geometry(16, (3, 2), 4, (2, 2), groups=2, stride=(2, 1), pad=1),
     "many_positions": geometry(1, (6, 6), 8, (1, 1)),
+    "whole_kernel": geometry(3, (4, 5), 7, (4, 5), n=3),
+    "whole_kernel_groups": geometry(4, (3, 2), 6, (3, 2), n=2, groups=2, stride=3),
+    "pixels": geometry(9, (1, 1), 5, (1, 1), n=4, stride=2),
     "no_images": geometry(2, (4, 4), 3, (3, 3), n=0),
     "no_channels": geometry(0, (4, 4), 3, (3, 3)),
 }
@@ -61,6 +64,8 @@ LARGE = {
     "large_5x5": geometry(21, (11, 16), 36, (5, 5), n=3, pad=2),
     "large_1x1": geometry(67, (13, 17), 45, (1, 1), n=3),
     "large_1x1_stride": geometry(33, (20, 21), 34, (1, 1), n=2, stride=2),
+    "large_whole_kernel": geometry(65, (3, 1, 4), 150, (3, 1, 4), n=1),
+    "large_pixels": geometry(130, (1, 1), 67, (1, 1), n=19),
     "large_7x7": geometry(3, (40, 41), 20, (7, 7), n=2, stride=2, pad=3),
     "large_deep": geometry(300, (5, 6), 20, (3, 3), pad=1),
     "large_depthwise": geometry(34, (40, 35), 34, (3, 3), n=2, groups=34, pad=1),
