@@ -255,10 +255,14 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
         const tile_fn *fn = tiles[step / LANES - 1];
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
-            gemm_out o = {out->c + m * out->c_row + n, out->c_row, out->add ? out->add + m * out->add_row + n : NULL,
-                          out->add_row, out->row_bias ? out->row_bias + m : NULL};
-            o.ahead = t < out->ahead_tiles ? out->ahead + t * out->ahead_tile : bn;
-            o.ahead_k = t < out->ahead_tiles ? out->ahead_k : 0;
+            int fetches = t < out->ahead_tiles;
+            gemm_out o = {.c = out->c + m * out->c_row + n,
+                          .c_row = out->c_row,
+                          .add = out->add ? out->add + m * out->add_row + n : NULL,
+                          .add_row = out->add_row,
+                          .row_bias = out->row_bias ? out->row_bias + m : NULL,
+                          .ahead = fetches ? out->ahead + t * out->ahead_tile : bn, /* bn is near */
+                          .ahead_k = fetches ? out->ahead_k : 0};
             fn[height - 1](min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row ? a_row : 1,
                            a_row ? a_col : height, bn, b_row ? b_row : step, &o);
         }
