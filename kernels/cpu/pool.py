@@ -39,19 +39,6 @@ def _room(outputs, size, kernel, stride, dilation):
 
 
 @inline
-def _take_apart(source, start, stride, to, at, n):
-    """to[at + q] = source[start + q * stride]."""
-    n = min(n, 2**60)  # see copy_block
-    a, b = source[start:], to[at : at + n]
-    if stride == 2:
-        for q in range(n):
-            b[q] = a[2 * q]
-    else:
-        for q in range(n):
-            b[q] = a[U(q) * U(stride)]
-
-
-@inline
 def _lay_out(x, plane, H, W, down, across, stride, fill, whole, sheet):
     """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside. Where every column is
     wanted, whole rows are copied, then taken apart in one long sweep: each alone is too short for vectors."""
@@ -71,7 +58,7 @@ def _lay_out(x, plane, H, W, down, across, stride, fill, whole, sheet):
             fill_block(to, a + first * width + hi, width, last - first, width - hi, fill)
             fill_block(to, a + last * width, width, rows - last, width, fill)
         if apart > 1:
-            _take_apart(whole, j, apart, sheet, at, rows * pitch)
+            copy_block(whole, j, 0, apart, sheet, at, 0, 1, rows * pitch)
 
 
 @inline
