@@ -468,8 +468,8 @@ static source source_of(const product *t, int64_t task)
         const axis *x = &j->axes[a];
         int64_t at = b.first[a] * x->stride - x->pad;
         int64_t reach = (b.size[a] - 1) * x->stride + (x->taps - 1) * x->dilation;
-        first = first * x->inputs + max64(at, 0);
-        last = last * x->inputs + min64(at + reach, x->inputs - 1);
+        first = first * x->inputs + min64(max64(at, 0), x->inputs - 1);
+        last = last * x->inputs + min64(max64(at + reach, 0), x->inputs - 1);
     }
     return (source){j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + first, last - first + 1};
 }
@@ -485,7 +485,7 @@ static void fetch_soon(const product *t, const source *soon, int64_t panel_from,
         out->ahead = soon->first + panel_from;
         out->ahead_tile = LINE;
         out->ahead_k = S;
-        out->ahead_tiles = step / LINE;
+        out->ahead_tiles = ceil_div(step, LINE);
     } else {
         out->ahead = soon->first + tiles_before * S;
         out->ahead_tile = S;
@@ -524,6 +524,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         int64_t y_row = dense ? j->y_channel : positions;
         const real *bias = j->bias ? j->bias + group * j->filters + f0 : NULL;
         source here = source_of(t, i);
+        /* What this thread is most likely to take next: chunks go round the threads. */
         int64_t next = i + 1 < end ? i + 1 : i + 1 + (hl_num_threads(0) - 1) * (end - begin);
         if (!t->flat) {
             p = make_planes(j, &b, channels_max);
@@ -1125,7 +1126,8 @@ static int grad_input_outer(const hl_conv_grad_input_plan *p, const real *gy, co
 {
     hl_note("matrix product");
     int64_t taps = p->KD * p->KH * p->KW;
-    for (int64_t i = 0; i < p->N * p->C * taps && b; i++) gx[i] = b[i / taps % p->C];
+    for (int64_t i = 0; i < p->N * p->C && b; i++)
+        for (int64_t k = 0; k < taps; k++) gx[i * taps + k] = b[i % p->C];
     gemm_call g = {.M = p->N,
                    .N = p->C * taps,
                    .K = p->F,
