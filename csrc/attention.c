@@ -28,11 +28,31 @@ typedef struct {
     const uint8_t *allowed;
     const real *y_in, *lse_in, *gy;
     real *y, *lse, *w, *gq, *gk, *gv, *gbias;
+    hl_strides qs, ks, vs, ys; /* of q, k, v, y */
     int64_t strip; /* queries in a row that blocks are cut from */
     int64_t parts; /* of the keys, in the gradients */
 } job;
 
 static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L || j->right < j->S; }
+
+/* Where query `row` of all B H L, or the keys of a head, begin; arrays without strides of their own are contiguous. */
+static hl_strides contiguous(int64_t heads, int64_t rows, int64_t width)
+{
+    return (hl_strides){heads * rows * width, rows * width, width};
+}
+static int64_t query_at(const job *j, hl_strides s, int64_t row)
+{
+    return row / j->L / j->H * s.batch + row / j->L % j->H * s.head + row % j->L * s.row;
+}
+static int64_t keys_at(const job *j, hl_strides s, int64_t head)
+{
+    return head / j->G * s.batch + head % j->G * s.head;
+}
+/* As many of `rows` queries of heads that share keys as lie s.row apart. */
+static int64_t even_rows(const job *j, hl_strides s, int64_t row, int64_t rows)
+{
+    return s.head == j->L * s.row ? rows : min64(rows, j->L - row % j->L);
+}
 
 /* ---- products ---- */
 
@@ -40,11 +60,17 @@ static int hides(const job *j) { return j->bias || j->allowed || j->left < j->L 
  * once its lines would wait for each other, and the processor for them. */
 typedef struct {
     const real *x;
-    int64_t lines;
+    int64_t rows, stride, width, at; /* x is at column `at` of the first row */
 } soon;
 
 enum { LINE = 64 / (int)sizeof(real) };
-static soon fetched(const real *x, int64_t n) { return (soon){x, n / LINE}; }
+static inline void fetch_line(soon *s)
+{
+    __builtin_prefetch(s->x + s->at);
+    s->at += LINE;
+    if (s->at < s->width) return;
+    s->at = 0, s->x += s->stride, s->rows--;
+}
 
 /* c[m * c_row + n] = (add ? c : 0) + the sum over k < depth of a[m * a_row + k * a_step] b[k * b_row + n]. */
 typedef struct {
@@ -114,15 +140,14 @@ static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
 /* M x N results, N whole vectors. A panel of b stays in the first cache while a goes by. */
 static void product(int64_t M, int64_t N, operands o)
 {
-    int64_t share = o.soon.lines * GEMM_ROWS / max64(M, 1) + 1;
+    int64_t share = o.soon.rows * ((o.soon.width + LINE - 1) / LINE) * GEMM_ROWS / max64(M, 1) + 1;
     for (int64_t n = 0, columns; n < N; n += columns) {
         columns = gemm_columns(N - n);
         operands t = o;
         t.b += n, t.c += n;
         for (int64_t m = 0, rows; m < M; m += rows) {
             rows = gemm_rows(M - m);
-            for (int64_t i = min64(share, o.soon.lines); i > 0; i--, o.soon.lines--, o.soon.x += LINE)
-                __builtin_prefetch(o.soon.x);
+            for (int64_t i = 0; i < share && o.soon.rows > 0; i++) fetch_line(&o.soon);
             tiles[columns / LANES - 1][rows - 1](&t);
             t.a += rows * o.a_row, t.c += rows * o.c_row;
         }
@@ -152,6 +177,10 @@ static block block_at(const job *j, int64_t row, int64_t rows)
     b.end = min64(b.high + j->right, j->S);
     return b;
 }
+static soon fetched(const job *j, const real *x, hl_strides s, int64_t row, int64_t rows, int64_t width)
+{
+    return (soon){x + query_at(j, s, row), even_rows(j, s, row, rows), s.row, width, 0};
+}
 static int64_t blocks_per_strip(const job *j) { return (j->strip + QUERIES - 1) / QUERIES; }
 static block block_of_task(const job *j, int64_t task)
 {
@@ -170,9 +199,12 @@ static int64_t tile_keys(int64_t begin, int64_t end)
 }
 
 /* turned[d][i] = x[row i][d] factor, 0 for the queries that are not there. */
-static void turn(const block *b, const real *x, int64_t D, real factor, real *turned)
+static void turn(const job *j, const block *b, const real *x, hl_strides s, int64_t D, real factor, real *turned)
 {
-    gemm_transpose(b->rows, D, x + b->row * D, D, turned, QUERIES);
+    for (int64_t i = 0, n; i < b->rows; i += n) {
+        n = even_rows(j, s, b->row + i, b->rows - i);
+        gemm_transpose(n, D, x + query_at(j, s, b->row + i), s.row, turned + i, QUERIES);
+    }
     for (int64_t d = 0; d < D; d++) {
         real *t = turned + d * QUERIES;
         for (int64_t i = b->rows; i < b->width; i++) t[i] = 0;
@@ -220,8 +252,8 @@ static void make_scores(const job *j, const block *b, const real *turned, int64_
     const vreal low = splat((real)-INFINITY), one = splat((real)1);
     product(n, b->width,
             (operands){.depth = j->D,
-                       .a = j->k + (b->head * j->S + s0) * j->D,
-                       .a_row = j->D,
+                       .a = j->k + keys_at(j, j->ks, b->head) + s0 * j->ks.row,
+                       .a_row = j->ks.row,
                        .a_step = 1,
                        .b = turned,
                        .b_row = QUERIES,
@@ -298,9 +330,10 @@ static real row_max(const real *row, int64_t n)
 static void careful_query(const job *j, int64_t row, real *scores)
 {
     int64_t head = row / (j->H / j->G * j->L);
-    const real *k = j->k + head * j->S * j->D, *v = j->v + head * j->S * j->E;
-    real *y = j->y + row * j->E, *kept = scores + j->S;
-    for (int64_t s = 0; s < j->S; s++) scores[s] = dot(j->q + row * j->D, k + s * j->D, j->D);
+    const real *q = j->q + query_at(j, j->qs, row), *k = j->k + keys_at(j, j->ks, head),
+               *v = j->v + keys_at(j, j->vs, head);
+    real *y = j->y + query_at(j, j->ys, row), *kept = scores + j->S;
+    for (int64_t s = 0; s < j->S; s++) scores[s] = dot(q, k + s * j->ks.row, j->D);
     finish_row(j, row, 0, j->S, scores, kept);
     real top = row_max(scores, j->S), total = 0;
     if (top == (real)-INFINITY) top = 0;
@@ -310,7 +343,7 @@ static void careful_query(const job *j, int64_t row, real *scores)
         if (scores[s] == (real)-INFINITY) continue;
         real weight = vexp2(splat(scores[s] - top))[0];
         total += weight;
-        add_scaled(y, j->drop ? weight * kept[s] : weight, v + s * j->E, j->E);
+        add_scaled(y, j->drop ? weight * kept[s] : weight, v + s * j->vs.row, j->E);
     }
     if (total != 0)
         for (int64_t i = 0; i < j->E; i++) y[i] /= total;
@@ -321,7 +354,7 @@ static int check_queries(const job *j, int64_t row, int64_t rows)
 {
     real *careful = NULL;
     for (int64_t i = row; i < row + rows && hides(j); i++)
-        if (has_nonfinite(j->y + i * j->E, j->E)) {
+        if (has_nonfinite(j->y + query_at(j, j->ys, i), j->E)) {
             if (!careful && !(careful = hl_take((size_t)(2 * j->S) * sizeof(real)))) return HL_NOMEM;
             careful_query(j, i, careful);
         }
@@ -344,22 +377,22 @@ static inline __attribute__((always_inline)) vreal fold(const int n, vreal *x)
 }
 
 /* The products of q with LANES neighbouring keys, DOTS of them side by side. */
-static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_t D)
+static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_t k_row, int64_t D)
 {
     vreal group[LANES / DOTS];
     int64_t body = D / LANES * LANES;
 #pragma GCC unroll 4
-    for (int g = 0; g < LANES / DOTS; g++, k += DOTS * D) {
+    for (int g = 0; g < LANES / DOTS; g++, k += DOTS * k_row) {
         vreal sum[DOTS];
 #pragma GCC unroll 4
         for (int i = 0; i < DOTS; i++) sum[i] = splat((real)0);
         for (int64_t d = 0; d < body; d += LANES)
 #pragma GCC unroll 4
-            for (int i = 0; i < DOTS; i++) sum[i] += load(q + d) * load(k + i * D + d);
+            for (int i = 0; i < DOTS; i++) sum[i] += load(q + d) * load(k + i * k_row + d);
         if (body < D)
 #pragma GCC unroll 4
             for (int i = 0; i < DOTS; i++)
-                sum[i] += load_part(q + body, D - body, (real)0) * load_part(k + i * D + body, D - body, (real)0);
+                sum[i] += load_part(q + body, D - body, (real)0) * load_part(k + i * k_row + body, D - body, (real)0);
         group[g] = fold(DOTS, sum);
     }
     return fold(LANES / DOTS, group);
@@ -383,14 +416,14 @@ static real row_exp(real *row, int64_t n, real base)
     return sum_lanes(sum);
 }
 
-/* y += the sum of w[s] v[s * E], `vectors` wide. */
+/* y += the sum of w[s] v[s * v_row], `vectors` wide. */
 static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
-                                                                   const real *v, int64_t E, real *y)
+                                                                   const real *v, int64_t v_row, real *y)
 {
     vreal sum[8];
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; i++) sum[i] = load(y + i * LANES);
-    for (int64_t s = 0; s < n; s++, v += E) {
+    for (int64_t s = 0; s < n; s++, v += v_row) {
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) sum[i] += splat(w[s]) * load(v + i * LANES);
     }
@@ -399,25 +432,25 @@ static inline __attribute__((always_inline)) void weighted_columns(const int vec
 }
 
 /* y[E] += the sum of w[s] v[s][E] over n keys. */
-static void weighted_sum(const real *w, int64_t n, const real *v, int64_t E, real *y)
+static void weighted_sum(const real *w, int64_t n, const real *v, int64_t v_row, int64_t E, real *y)
 {
     int64_t e = 0;
     for (int64_t vectors; e + LANES <= E; e += vectors * LANES) {
         vectors = min64((E - e) / LANES, 8);
         switch (vectors) {
-        case 1: weighted_columns(1, w, n, v + e, E, y + e); break;
-        case 2: weighted_columns(2, w, n, v + e, E, y + e); break;
-        case 3: weighted_columns(3, w, n, v + e, E, y + e); break;
-        case 4: weighted_columns(4, w, n, v + e, E, y + e); break;
-        case 5: weighted_columns(5, w, n, v + e, E, y + e); break;
-        case 6: weighted_columns(6, w, n, v + e, E, y + e); break;
-        case 7: weighted_columns(7, w, n, v + e, E, y + e); break;
-        default: weighted_columns(8, w, n, v + e, E, y + e);
+        case 1: weighted_columns(1, w, n, v + e, v_row, y + e); break;
+        case 2: weighted_columns(2, w, n, v + e, v_row, y + e); break;
+        case 3: weighted_columns(3, w, n, v + e, v_row, y + e); break;
+        case 4: weighted_columns(4, w, n, v + e, v_row, y + e); break;
+        case 5: weighted_columns(5, w, n, v + e, v_row, y + e); break;
+        case 6: weighted_columns(6, w, n, v + e, v_row, y + e); break;
+        case 7: weighted_columns(7, w, n, v + e, v_row, y + e); break;
+        default: weighted_columns(8, w, n, v + e, v_row, y + e);
         }
     }
     if (e < E) {
         vreal sum = load_part(y + e, E - e, (real)0);
-        for (int64_t s = 0; s < n; s++) sum += splat(w[s]) * load_part(v + s * E + e, E - e, (real)0);
+        for (int64_t s = 0; s < n; s++) sum += splat(w[s]) * load_part(v + s * v_row + e, E - e, (real)0);
         store_part(y + e, E - e, sum);
     }
 }
@@ -426,17 +459,18 @@ static void weighted_sum(const real *w, int64_t n, const real *v, int64_t E, rea
  * turns at a tile of keys, then of values. scratch: (rows + 1) S. */
 static int few_queries(const job *j, int64_t row, int64_t rows, real *scratch)
 {
-    int64_t D = j->D, E = j->E;
+    int64_t D = j->D, E = j->E, k_row = j->ks.row, v_row = j->vs.row;
     block b = block_at(j, row, rows);
     int64_t n = max64(b.end - b.begin, 0);
-    const real *k = j->k + (b.head * j->S + b.begin) * D, *v = j->v + (b.head * j->S + b.begin) * E;
+    const real *k = j->k + keys_at(j, j->ks, b.head) + b.begin * k_row,
+               *v = j->v + keys_at(j, j->vs, b.head) + b.begin * v_row;
     real *extra = scratch + rows * n;
     for (int64_t s0 = 0; s0 < n; s0 += KEYS)
         for (int64_t i = 0; i < rows; i++) {
-            const real *q = j->q + (row + i) * D;
+            const real *q = j->q + query_at(j, j->qs, row + i);
             int64_t s = s0, end = min64(s0 + KEYS, n);
-            for (; s + LANES <= end; s += LANES) store(scratch + i * n + s, dots(q, k + s * D, D));
-            for (; s < end; s++) scratch[i * n + s] = dot(q, k + s * D, D);
+            for (; s + LANES <= end; s += LANES) store(scratch + i * n + s, dots(q, k + s * k_row, k_row, D));
+            for (; s < end; s++) scratch[i * n + s] = dot(q, k + s * k_row, D);
         }
     for (int64_t i = 0; i < rows; i++) {
         real *scores = scratch + i * n;
@@ -446,11 +480,12 @@ static int few_queries(const job *j, int64_t row, int64_t rows, real *scratch)
         real share = total == 0 ? 0 : 1 / total;
         if (j->drop) kept_row(j, row + i, b.begin, n, extra);
         for (int64_t s = 0; s < n; s++) scores[s] *= j->drop ? share * extra[s] : share;
+        memset(j->y + query_at(j, j->ys, row + i), 0, (size_t)E * sizeof(real));
     }
-    memset(j->y + row * E, 0, (size_t)(rows * E) * sizeof(real));
     for (int64_t s0 = 0; s0 < n; s0 += KEYS)
         for (int64_t i = 0; i < rows; i++)
-            weighted_sum(scratch + i * n + s0, min64(KEYS, n - s0), v + s0 * E, E, j->y + (row + i) * E);
+            weighted_sum(scratch + i * n + s0, min64(KEYS, n - s0), v + s0 * v_row, v_row, E,
+                         j->y + query_at(j, j->ys, row + i));
     return check_queries(j, row, rows);
 }
 
@@ -500,12 +535,12 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
         b = block_at(j, b.row, b.rows - few);
         if (task + 1 < block_count(j)) {
             block next = block_of_task(j, task + 1);
-            b.next = fetched(j->q + next.row * D, next.rows * D);
+            b.next = fetched(j, j->q, j->qs, next.row, next.rows, D);
         }
         real top[QUERIES], total[QUERIES];
         for (int64_t i = 0; i < QUERIES; i++) top[i] = (real)-INFINITY, total[i] = 0;
         if (b.begin >= b.end) memset(sums, 0, (size_t)(E * QUERIES) * sizeof(real));
-        else turn(&b, j->q, D, query_factor(j), turned);
+        else turn(j, &b, j->q, j->qs, D, query_factor(j), turned);
         int64_t step = tile_keys(b.begin, b.end);
         for (int64_t s0 = b.begin, n; s0 < b.end; s0 += n) {
             n = min64(step, b.end - s0);
@@ -522,15 +557,15 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
             }
             product(E, b.width,
                     (operands){.depth = n,
-                               .a = j->v + (b.head * j->S + s0) * E,
+                               .a = j->v + keys_at(j, j->vs, b.head) + s0 * j->vs.row,
                                .a_row = 1,
-                               .a_step = E,
+                               .a_step = j->vs.row,
                                .b = w.scores,
                                .b_row = QUERIES,
                                .c = sums,
                                .c_row = QUERIES,
                                .add = s0 > b.begin,
-                               .soon = s0 + n < b.end ? (soon){0} : fetched(j->y + b.row * E, b.rows * E)});
+                               .soon = s0 + n < b.end ? (soon){0} : fetched(j, j->y, j->ys, b.row, b.rows, E)});
         }
         for (int64_t i = 0; i < b.width; i += LANES) {
             vreal sum = load(total + i), zero = splat((real)0), share = blend(sum == zero, zero, splat((real)1) / sum);
@@ -539,17 +574,20 @@ static int query_blocks(int64_t begin, int64_t end, void *context)
             store(total + i, blend(sum == zero, splat((real)-INFINITY), lse));
         }
         memcpy(j->lse + b.row, total, (size_t)b.rows * sizeof(real));
-        gemm_transpose(E, b.rows, sums, QUERIES, j->y + b.row * E, E);
+        for (int64_t i = 0, n; i < b.rows; i += n) {
+            n = even_rows(j, j->ys, b.row + i, b.rows - i);
+            gemm_transpose(E, n, sums + i, QUERIES, j->y + query_at(j, j->ys, b.row + i), j->ys.row);
+        }
         if (status == HL_OK) status = check_queries(j, b.row, b.rows);
     }
     hl_give(scratch);
     return status;
 }
 
-/* From the plan of attention or of one of its gradients, which have the same members. */
+/* From the plan of attention or of one of its gradients, which begins with the same members; all arrays contiguous. */
 static job job_of(const void *plan)
 {
-    hl_attention_plan copy, *p = &copy;
+    hl_attention_backward_plan copy, *p = &copy;
     memcpy(p, plan, sizeof copy);
     job j = {.B = p->B,
              .H = p->H,
@@ -567,7 +605,11 @@ static job job_of(const void *plan)
              .right = p->right,
              .drop = p->drop,
              .keep_scale = (real)p->keep_scale,
-             .seed = p->seed};
+             .seed = p->seed,
+             .qs = contiguous(p->H, p->L, p->D),
+             .ks = contiguous(p->G, p->S, p->D),
+             .vs = contiguous(p->G, p->S, p->E),
+             .ys = contiguous(p->H, p->L, p->E)};
     choose_strip(&j);
     return j;
 }
@@ -587,6 +629,7 @@ int HL(attention)(const hl_attention_plan *p, const real *q, const real *k, cons
 {
     job j = job_of(p);
     j.q = q, j.k = k, j.v = v, j.bias = bias, j.allowed = allowed, j.y = y, j.lse = lse;
+    j.qs = p->q, j.ks = p->k, j.vs = p->v, j.ys = p->y;
     if (is_empty(&j)) return HL_OK;
     return hl_parallel_for(block_count(&j), block_grain(&j, j.D + j.E), query_blocks, &j);
 }
@@ -612,7 +655,7 @@ static int weight_blocks(int64_t begin, int64_t end, void *context)
         block b = block_of_task(j, task);
         real lse[QUERIES] = {0};
         for (int64_t i = 0; i < b.rows; i++) lse[i] = j->lse_in[b.row + i] * LOG2E;
-        turn(&b, j->q, j->D, query_factor(j), turned);
+        turn(j, &b, j->q, j->qs, j->D, query_factor(j), turned);
         for (int64_t s0 = 0, n; s0 < j->S; s0 += n) {
             n = min64(KEYS, j->S - s0);
             make_scores(j, &b, turned, s0, n, &w, NULL);
@@ -633,8 +676,8 @@ static int weight_blocks(int64_t begin, int64_t end, void *context)
 int HL(attention_weights)(const hl_attention_weights_plan *p, const real *q, const real *k, const real *bias,
                           const uint8_t *allowed, const real *lse, real *w)
 {
-    job j = job_of(&(hl_attention_plan){p->B, p->H, p->L, p->D, p->G, p->S, 0, p->MB, p->MH, p->ML, p->scale,
-                                        p->softcap, p->left, p->right, 0, 1, 0});
+    job j = job_of(&(hl_attention_backward_plan){p->B, p->H, p->L, p->D, p->G, p->S, 0, p->MB, p->MH, p->ML, p->scale,
+                                                 p->softcap, p->left, p->right, 0, 1, 0});
     j.q = q, j.k = k, j.bias = bias, j.allowed = allowed, j.lse_in = lse, j.w = w;
     if (is_empty(&j)) return HL_OK;
     return hl_parallel_for(block_count(&j), block_grain(&j, j.D + 32), weight_blocks, &j);
@@ -665,8 +708,8 @@ static int take_workspace(const job *j, int64_t more, gradient_workspace *g)
 /* Gets the queries of a block ready; the gradient of their scores will be multiplied with `factor`. */
 static void begin_block(const job *j, const block *b, real factor, const gradient_workspace *g)
 {
-    turn(b, j->q, j->D, query_factor(j), g->q);
-    turn(b, j->gy, j->E, factor, g->gy);
+    turn(j, b, j->q, j->qs, j->D, query_factor(j), g->q);
+    turn(j, b, j->gy, contiguous(j->H, j->L, j->E), j->E, factor, g->gy);
     for (int64_t i = 0; i < b->width; i++) {
         int64_t row = b->row + i;
         g->lse[i] = i < b->rows ? j->lse_in[row] * LOG2E : (real)-INFINITY;

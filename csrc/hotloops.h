@@ -1,11 +1,12 @@
 /* The C interface of hotloops.
  *
  * Every kernel is `int hl_<kernel>_<f32|f64>(const hl_<kernel>_plan *plan, arrays...)`: the plan holds the sizes in the
- * order in which the kernel's record names them (kernels/reference), then its scalars; the arrays are contiguous in C
- * order, aligned and valid, inputs before outputs; an optional array may be NULL. A kernel checks nothing but what
- * depends on data. It returns HL_OK, HL_NOMEM (no scratch memory; outputs undefined), HL_INTERRUPTED (Ctrl-C; outputs
- * undefined), HL_INVALID (data out of range, as the kernel states) or HL_MISALIGNED (an array does not begin at a
- * multiple of its element size; nothing ran). Callable from any thread and after fork.
+ * order in which the kernel's record names them (kernels/reference), then its scalars, then the strides of arrays that
+ * may be views (marked ~ there); the others are contiguous in C order. All are aligned and valid, inputs before outputs;
+ * an optional array may be NULL. A kernel checks nothing but what depends on data. It returns HL_OK, HL_NOMEM (no scratch
+ * memory; outputs undefined), HL_INTERRUPTED (Ctrl-C; outputs undefined), HL_INVALID (data out of range, as the kernel
+ * states) or HL_MISALIGNED (an array does not begin at a multiple of its element size; nothing ran). Callable from any
+ * thread and after fork.
  *
  * What stands between the two markers is read by cffi: plain declarations and integer #defines only. */
 #ifndef HOTLOOPS_H
@@ -85,6 +86,9 @@ int hl_activate_backward_f64(const hl_activate_backward_plan *plan, const double
 
 /* ---- attention ---- */
 
+/* Elements from one batch, head or row of an array [B,H,L,D] to the next; its last axis lies side by side. */
+typedef struct { int64_t batch, head, row; } hl_strides;
+
 /* y = softmax(softcap tanh(q k^T scale / softcap) + bias) v, and the logarithms of the softmax' denominators. bias or allowed
  * may be NULL, softcap and drop may be 0. Key s is hidden from query l unless l - left <= s <= l + right. */
 typedef struct {
@@ -93,6 +97,7 @@ typedef struct {
     int64_t left, right, drop;
     double keep_scale;
     int64_t seed;
+    hl_strides q, k, v, y;
 } hl_attention_plan;
 int hl_attention_f32(const hl_attention_plan *plan, const float *q, const float *k, const float *v, const float *bias,
                      const uint8_t *allowed, float *y, float *lse);

@@ -4,7 +4,8 @@
     def conv1d(x, w, b, y, stride: int, scale: float): ...
 
 Left of the arrow is read, right is written, `+w[F]` is both. `b[F]?` may be absent (None). `:i64`, `:u8` mark another
-element type than the float type of the call. A size is a name, a number or an expression of names (`4*H`); every name
+element type than the float type of the call. `q[B,L]~` may be a view: the last axis lies side by side, the others have any
+strides of whole elements. A size is a name, a number or an expression of names (`4*H`); every name
 stands alone somewhere. Scalars follow the arrays; their annotation (int or float) is their type. `error` says how far a
 fast version may be from this function: `exact`, `ulp:n` (n units in the last place of a result), `near:n` (n units in
 the last place of the largest result), `reduce:K` (a sum of K products in any order) or `winograd:K` (as `reduce:K` where
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-_ARRAY = re.compile(r"\s*(\+?)(\w+)\[([^\]]*)\](\??)(?::(\w+))?(\??)\s*")
+_ARRAY = re.compile(r"\s*(\+?)(\w+)\[([^\]]*)\](~?)(\??)(?::(\w+))?(\??)\s*")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 ELEMENT_TYPES = ("real", "i64", "u8")
 
@@ -37,6 +38,7 @@ class Array:
     dtype: str
     role: str
     optional: bool
+    view: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Kernel:
                 raise ValueError(f"{self.name}: {self.arrays[i].name} has {shape[axis]} where {dim} = {need} is needed")
         return sizes
 
+    def strides(self, arrays: Sequence[Any]) -> list[list[int]]:
+        """Of each array that may be a view: how many elements lie from one index to the next, along all axes but the last."""
+        views = (a for s, a in zip(self.arrays, arrays, strict=True) if s.view)
+        return [[n // a.itemsize for n in a.strides[:-1]] for a in views]
+
     def count_flops(self, sizes: Mapping[str, int], scalars: Mapping[str, Any] | None = None) -> float:
         return float(evaluate(self.flops, {**sizes, **(scalars or {})})) if self.flops else 0.0
 
@@ -160,12 +167,12 @@ def _arrays(text: str, role: str) -> list[Array]:
         match = _ARRAY.match(text, at)
         if not match:
             raise SyntaxError(f"cannot read the shape line at {text[at:]!r}")
-        plus, name, dims, mark1, dtype, mark2 = match.groups()
+        plus, name, dims, view, mark1, dtype, mark2 = match.groups()
         dtype = dtype or "real"
         if dtype not in ELEMENT_TYPES:
             raise SyntaxError(f"{name}: the element type {dtype!r} is none of {ELEMENT_TYPES}")
         sizes = tuple(d.strip().replace(" ", "") for d in dims.split(",") if d.strip())
-        arrays.append(Array(name, sizes, dtype, "inout" if plus else role, bool(mark1 or mark2)))
+        arrays.append(Array(name, sizes, dtype, "inout" if plus else role, bool(mark1 or mark2), bool(view)))
         at = match.end()
         if at < len(text) and text[at] == ",":
             at += 1

@@ -83,9 +83,11 @@ def kernel(record, dtype):
 def prepare(record, dtype):
     name = kernel(record, dtype)
     layout = "=" + "q" * len(record.dims) + "".join("q" if s.type == "int" else "d" for s in record.scalars)
+    layout += "q" * sum(len(a.dims) - 1 for a in record.arrays if a.view)
 
     def call(arrays, sizes, scalars):
-        plan = struct.pack(layout, *(sizes[n] for n in record.dims), *(scalars[s.name] for s in record.scalars))
+        fields = (*(sizes[n] for n in record.dims), *(scalars[s.name] for s in record.scalars))
+        plan = struct.pack(layout, *fields, *(n for strides in record.strides(arrays) for n in strides))
         status = server().run(name, [np.array(np.frombuffer(plan, np.uint8)), *arrays])
         if status:
             raise RuntimeError(f"{name} returned {status}")

@@ -150,6 +150,23 @@ def test_softcap(host_backend):
     assert_oracle(sdpa(q, k, v, scale=0.7, softcap=2.0), hl.softmax(s) @ v, terms=12)
 
 
+@pytest.mark.parametrize("size", [4, 70])
+def test_heads_inside_rows(size, host_backend):
+    """Heads of a projection, also backwards or repeated, give the bits of their copies; so do scores and gradients of them."""
+    rng = np.random.default_rng(size)
+    q, k, v = rng.standard_normal((2, size, 3, 4, 5)).astype(np.float32).transpose(2, 0, 3, 1, 4)
+    repeated = np.broadcast_to(k[:1, :1], k[:, :2].shape)
+    for views in ((q, k, v), (q[:, :, ::-1], k[:, ::-1], v), (q[:, :2], repeated, v[:, 1:3]), (q[0], k[0], v[0])):
+        copies = [x.copy() for x in views]
+        for options in ({}, {"is_causal": True, "return_scores": True}):
+            actual, expected = (hl.scaled_dot_product_attention(*x, **options) for x in (views, copies))
+            for a, e in zip(actual, expected, strict=True):
+                assert_same_bits(a, e, "views")
+        pulls = [hl.vjp(hl.scaled_dot_product_attention, *x)[1] for x in (views, copies)]
+        for a, e in zip(*(pull(np.ones(copies[0].shape, np.float32)) for pull in pulls), strict=True):
+            assert_same_bits(a, e, "gradient of views")
+
+
 def test_grouped_heads(host_backend):
     q, k, v = draw(2, 6, 5, 4), draw(2, 2, 7, 4), draw(2, 2, 7, 3)
     full = sdpa(q, k.repeat(3, 1), v.repeat(3, 1), is_causal=True)

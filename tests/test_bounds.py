@@ -39,6 +39,10 @@ class Guarded:
         placed[...] = like
         return placed
 
+    def view(self, like: np.ndarray, at_end: bool) -> np.ndarray:
+        """The same, but the second axis and the last but one have changed places in memory."""
+        return self.array(like.swapaxes(1, -2), at_end).swapaxes(1, -2)
+
 
 def parameters():
     for name, cases in all_cases().items():
@@ -57,13 +61,18 @@ def test_stays_inside(name, variant, cases, at_end):
             if max((a.nbytes for a in arrays if a is not None), default=0) > LIMIT:
                 continue
             kernel = _dispatch.adapter("c").prepare(record, np.dtype(dtype))
-            placed = [None if a is None else Guarded(a.nbytes).array(a, at_end) for a in arrays]
+            given = list(zip(record.arrays, arrays, strict=True))
+            layouts = [[None if a is None else Guarded(a.nbytes).array(a, at_end) for _, a in given]]
+            if any(s.view for s, _ in given):
+                views = [Guarded(a.nbytes).view(a, at_end) if s.view else b for (s, a), b in zip(given, layouts[0], strict=True)]
+                layouts.append(views)
             with running(variant):
                 kernel(tuple(arrays), sizes, scalars)
-                kernel(tuple(placed), sizes, scalars)
-            for s, plain, guarded in zip(record.arrays, arrays, placed, strict=True):
-                if plain is not None:
-                    assert_same_bits(guarded, plain, f"{name}, {s.name}, case {case.id}, {np.dtype(dtype)}")
+                for placed in layouts:
+                    kernel(tuple(placed), sizes, scalars)
+                    for (s, plain), guarded in zip(given, placed, strict=True):
+                        if plain is not None:
+                            assert_same_bits(guarded, plain, f"{name}, {s.name}, case {case.id}, {np.dtype(dtype)}")
 
 
 @pytest.mark.skipif(not C_VARIANTS, reason="no C kernels here")

@@ -34,7 +34,7 @@ def test_header(record):
         assert f"hl_{record.name}_f32" not in text
         pytest.skip("no C version")
     fields = [name for part in plan[1].split(";") for name in re.findall(r"\w+", part)[1:]]
-    assert fields == [*record.dims, *(s.name for s in record.scalars)]
+    assert fields == [*record.dims, *(s.name for s in record.scalars), *(a.name for a in record.arrays if a.view)]
     for suffix, element in (("f32", "float"), ("f64", "double")):
         arguments = re.search(rf"int hl_{record.name}_{suffix}\(([^)]*)\);", text)[1].split(",")
         assert arguments[0].split() == ["const", f"hl_{record.name}_plan", "*plan"]

@@ -54,7 +54,7 @@ def _per_group(x, G):
 
 
 @kernel(
-    "q[B,H,L,D], k[B,G,S,D], v[B,G,S,E], bias[MB,MH,ML,S]?, allowed[MB,MH,ML,S]?:u8 -> y[B,H,L,E], lse[B,H,L]",
+    "q[B,H,L,D]~, k[B,G,S,D]~, v[B,G,S,E]~, bias[MB,MH,ML,S]?, allowed[MB,MH,ML,S]?:u8 -> y[B,H,L,E]~, lse[B,H,L]",
     error="near:8+2*(D+S)**0.5",
     flops="2*B*H*L*S*(D+E)",
 )

@@ -173,14 +173,20 @@ def as_type(op: str, name: str, value: Any, dtype: Any) -> Any:
     return host_array(op, name, value).astype(wanted)
 
 
-def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array itself when kernels can read it as it is, else one copy."""
+def _lies_in_rows(array: np.ndarray) -> bool:
+    """True for a view whose last axis lies side by side, its rows any whole number of elements apart."""
+    size = array.itemsize
+    return array.ndim > 1 and array.strides[-1] == size and all(n % size == 0 for n in array.strides)
+
+
+def _contiguous(array: np.ndarray, dtype: np.dtype, view: bool = False) -> np.ndarray:
+    """The array itself when kernels can read it as it is, which may be as a view, else one copy."""
     if (
         type(array) is np.ndarray
         and array.dtype == dtype
         and array.dtype.isnative
-        and array.flags.c_contiguous
         and array.flags.aligned
+        and (array.flags.c_contiguous or (view and _lies_in_rows(array)))
     ):
         return array
     copy = _memory.empty(array.shape, dtype)
@@ -210,11 +216,12 @@ class Call:
 
     # -- what comes in
 
-    def floats(self, *, integers: bool = False, **named: Any) -> list[Any]:
+    def floats(self, *, integers: bool = False, kernel: str = "", **named: Any) -> list[Any]:
         """The named arrays, contiguous and in one float type (NumPy's promotion over all of them); None stays None, but the
         first is needed.
 
-        Integers and booleans are a TypeError unless `integers` allows them; they count as float64.
+        Integers and booleans are a TypeError unless `integers` allows them; they count as float64. `kernel` reads the arrays,
+        named in the order of its record: what it takes as a view comes as it lies, where its backend reads views.
         """
         first = next(iter(named))
         if named[first] is None:
@@ -226,7 +233,10 @@ class Call:
         arrays = {n: host_array(self.op, n, v) for n, v in present.items()}
         self._inputs += arrays.values()
         self._set_type({n: a.dtype for n, a in arrays.items()}, integers)
-        return [None if v is None else _contiguous(arrays[n], self.compute) for n, v in named.items()]
+        views: set[str] = set()
+        if kernel and _dispatch.takes_views(kernel, self.compute):
+            views = {n for n, a in zip(named, _dispatch.spec.find(kernel).arrays, strict=False) if a.view}
+        return [None if v is None else _contiguous(arrays[n], self.compute, n in views) for n, v in named.items()]
 
     def _set_type(self, dtypes: dict[str, np.dtype], integers: bool) -> None:
         for name, dtype in dtypes.items():
@@ -371,6 +381,10 @@ class Call:
     def added(self, a: Any, b: Any) -> Any:
         """a + b of two arrays of the call."""
         return self.put(self.get(a) + self.get(b))
+
+    def whole(self, array: Any) -> Any:
+        """An array of the call, in one piece: a view as a copy."""
+        return _contiguous(array, array.dtype) if isinstance(array, np.ndarray) else array
 
     def expand(self, array: Any, shape: Sequence[int]) -> Any:
         """The array broadcast to the shape; a copy where that changes it."""

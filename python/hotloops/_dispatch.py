@@ -174,12 +174,17 @@ def select(name: str, dtype: np.dtype, space: str) -> tuple[Any, str, list[str]]
     raise BackendUnavailableError(f"{name}: no backend can run this call ({reasons})")
 
 
+def takes_views(name: str, dtype: np.dtype) -> bool:
+    """True where the backend that runs this kernel on the host reads arrays that its record marks `~` where they lie."""
+    return getattr(adapter(select(name, dtype, "host")[1]), "VIEWS", False)
+
+
 def _real_type(record: Any, arrays: tuple[Any, ...]) -> np.dtype:
     return next(np.dtype(a.dtype) for s, a in zip(record.arrays, arrays, strict=True) if s.dtype == "real" and a is not None)
 
 
 def run(name: str, arrays: tuple[Any, ...], scalars: dict[str, Any], space: str) -> None:
-    """Runs one kernel on contiguous, native, checked arrays of one float type."""
+    """Runs one kernel on contiguous (see `takes_views`), native, checked arrays of one float type."""
     record = spec.find(name)
     dtype = _real_type(record, arrays)
     sizes = record.bind(arrays)

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _check
 from ._check import Call, op
+from ._dispatch import takes_views
 from .linear import drop_scalars, linear
 
 
@@ -76,6 +77,8 @@ def scaled_dot_product_attention(
     Notes
     -----
     Memory is linear in the length: the L x S scores are never stored, and the gradient computes them again.
+    Heads of a projection (`x.reshape(N, L, H, D).swapaxes(1, 2)`) are read where they lie by the C kernels, and the result then
+    lies in memory as the query does: swapping the axes back and reshaping to [N, L, H * E] copies nothing.
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.2.1; Dao et al., FlashAttention (2022).
 
     Examples
@@ -119,7 +122,7 @@ class _Attention:
         if mask is not None and not _check.is_device(mask):
             mask = _check.host_array(_NAME, "attn_mask", mask)
         hides = mask is not None and np.dtype(mask.dtype).kind == "b"
-        q, k, v, bias = call.floats(query=query, key=key, value=value, attn_mask=None if hides else mask)
+        q, k, v, bias = call.floats(query=query, key=key, value=value, attn_mask=None if hides else mask, kernel="attention")
         mask = call.booleans("attn_mask", mask) if hides else bias
         self._shapes(q, k, v, _check.flag(_NAME, "enable_gqa", enable_gqa))
         self.mask_shape = None if mask is None else tuple(mask.shape)
@@ -199,32 +202,40 @@ class _Attention:
 
     def forward(self) -> tuple[Any, Any]:
         call, q = self.call, self.q
-        y, lse = call.result(self.result), call.empty(q.shape[:3])
-        self.y = y.reshape((*q.shape[:3], self.v.shape[3]))
+        (B, H, L, _), E = q.shape, self.v.shape[3]
+        if call.out is None and isinstance(q, np.ndarray) and q.strides[1] < q.strides[2] and min(H, L) > 1:
+            self.y = call.empty((B, L, H, E)).transpose(0, 2, 1, 3)  # rows of all heads, as the queries are
+            y = self.y.reshape(self.result)
+        else:
+            y = call.result(self.result)
+            self.y = y.reshape((B, H, L, E))
+        lse = call.empty((B, H, L))
         call.run("attention", q, self.k, self.v, self.bias, self.allowed, self.y, lse, **self.scores, **self.dropout)
         self.lse = lse
         return call.finish(y), lse
 
     def weights(self, lse: Any) -> Any:
-        w = self.call.empty((*self.q.shape[:3], self.k.shape[2]))
-        self.call.run("attention_weights", self.q, self.k, self.bias, self.allowed, lse, w, **self.scores)
+        q, k = self.call.whole(self.q), self.call.whole(self.k)
+        w = self.call.empty((*q.shape[:3], k.shape[2]))
+        self.call.run("attention_weights", q, k, self.bias, self.allowed, lse, w, **self.scores)
         return self.call.finish(w.reshape(self.weights_shape))
 
     def backward(self, g: Any, needs: set[str]) -> tuple[Any, ...]:
         call = Call(f"{_NAME} gradient")
-        gy, _ = call.floats(gy=g, query=self.q)
-        gy, arrays, options = gy.reshape(self.y.shape), (self.q, self.k, self.v), {**self.scores, **self.dropout}
+        arrays, options = [call.whole(x) for x in (self.q, self.k, self.v)], {**self.scores, **self.dropout}
+        gy, _ = call.floats(gy=g, query=arrays[0])
+        gy, y = gy.reshape(self.y.shape), call.whole(self.y)
         grads: list[Any] = [None, None, None]
         if needs - {"attn_mask"}:
             grads = [call.empty(x.shape) for x in arrays]
-            call.run("attention_backward", *arrays, self.bias, self.allowed, self.y, self.lse, gy, *grads, **options)
+            call.run("attention_backward", *arrays, self.bias, self.allowed, y, self.lse, gy, *grads, **options)
             grads = [
                 call.collapse(x.reshape(full), as_read).reshape(shape)
                 for x, full, as_read, shape in zip(grads, self.full, self.reshaped, self.inputs, strict=True)
             ]
         if "attn_mask" in needs:
             gb = call.empty(self.bias.shape)
-            call.run("attention_grad_bias", *arrays, self.bias, self.y, self.lse, gy, gb, **options)
+            call.run("attention_grad_bias", *arrays, self.bias, y, self.lse, gy, gb, **options)
             grads.append(call.collapse(gb.reshape(self.mask_full), self.mask_reshaped).reshape(self.mask_shape))
         else:
             grads.append(None)
@@ -344,6 +355,8 @@ def _split_heads(input: Any, parts: int, heads: int) -> Any:
     call = Call("multi_head_attention")
     [x] = call.floats(input=input)
     N, L, D = math.prod(x.shape[:-2]), x.shape[-2], x.shape[-1] // (parts * heads)
+    if isinstance(x, np.ndarray) and call.dtype == x.dtype and takes_views("attention", x.dtype):
+        return tuple(np.moveaxis(x.reshape((*x.shape[:-1], parts, heads, D)), (-3, -2), (0, -3)))
     y = call.empty((parts, *x.shape[:-2], heads, L, D))
     call.run("move_heads", x.reshape((N, L, parts, heads, D)), y.reshape((parts, N, heads, L, D)))
     y = call.finish(y)
@@ -358,9 +371,11 @@ def _split_heads_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
 @op
 def _merge_heads(input: Any) -> Any:
     """[N, heads, L, D] as [N, L, heads * D]."""
+    *lead, H, L, D = input.shape
+    if isinstance(input, np.ndarray) and (rows := input.swapaxes(-2, -3)).flags.c_contiguous:
+        return rows.reshape((*lead, L, H * D))
     call = Call("multi_head_attention")
     [x] = call.floats(input=input)
-    *lead, H, L, D = x.shape
     N = math.prod(lead)
     y = call.empty((*lead, L, H * D))
     call.run("move_heads", x.reshape((N, H, 1, L, D)), y.reshape((1, N, L, H, D)))

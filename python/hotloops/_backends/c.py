@@ -13,6 +13,7 @@ from .. import _memory, _threads
 
 NAME = "c"
 SPACE = "host"
+VIEWS = True  # kernels get the strides of arrays that may be views
 _ELEMENTS = {"i64": "int64_t[]", "u8": "uint8_t[]"}
 _SUFFIX = {np.dtype(np.float32): ("f32", "float[]"), np.dtype(np.float64): ("f64", "double[]")}
 
@@ -96,9 +97,9 @@ def kernel(record: Any, dtype: np.dtype) -> tuple[str, Any, list[tuple[Any, bool
     return name, ffi.typeof(f"hl_{record.name}_plan *"), pointers, fail
 
 
-def plan(record: Any, plan_type: Any, sizes: dict[str, int], scalars: dict[str, Any]) -> Any:
-    """The plan struct of a call: its sizes, then its scalars."""
-    return _load()[0].new(plan_type, [*sizes.values(), *[scalars[s.name] for s in record.scalars]])
+def plan(record: Any, plan_type: Any, arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> Any:
+    """The plan struct of a call: its sizes, then its scalars, then the strides of arrays that may be views."""
+    return _load()[0].new(plan_type, [*sizes.values(), *[scalars[s.name] for s in record.scalars], *record.strides(arrays)])
 
 
 def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
@@ -108,13 +109,18 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
     name, plan_type, arguments, fail = found
     ffi, lib, _, _ = _load()
     function, buffer, null = getattr(lib, name), ffi.from_buffer, ffi.NULL
+    views = [a.view for a in record.arrays]
+
+    def pointer(array: Any, kind: Any, writable: bool, view: bool) -> Any:
+        if array is None:
+            return null
+        if view and not array.flags.c_contiguous:  # a buffer would have to be in one piece
+            return ffi.cast("void *", array.__array_interface__["data"][0])
+        return buffer(kind, array, writable)
 
     def call(arrays: tuple[Any, ...], sizes: dict[str, int], scalars: dict[str, Any]) -> None:
-        pointers = [
-            null if array is None else buffer(pointer, array, writable)
-            for array, (pointer, writable) in zip(arrays, arguments, strict=True)
-        ]
-        status = function(plan(record, plan_type, sizes, scalars), *pointers)
+        pointers = [pointer(a, *how, view) for a, how, view in zip(arrays, arguments, views, strict=True)]
+        status = function(plan(record, plan_type, arrays, sizes, scalars), *pointers)
         if status:
             fail(status)
 
@@ -133,7 +139,7 @@ def prepared_call(
 
     name, plan_type, _, fail = found
     ffi, lib, _, _ = _load()
-    kept = plan(record, plan_type, record.bind(arrays), scalars)
+    kept = plan(record, plan_type, arrays, record.bind(arrays), scalars)
     kernel_address, plan_address = (int(ffi.cast("uintptr_t", p)) for p in (ffi.addressof(lib, name), kept))
     try:
         return Call(kernel=kernel_address, plan=plan_address, kept=kept, fail=fail, **how)
