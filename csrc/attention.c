@@ -56,8 +56,8 @@ static int64_t even_rows(const job *j, hl_strides s, int64_t row, int64_t rows)
 
 /* ---- products ---- */
 
-/* What is read or written after a product and is on its way while that is summed, a share with each register tile. All at
- * once its lines would wait for each other, and the processor for them. */
+/* What is read or written after a product and is on its way to the second cache while that is summed, a share with each
+ * register tile. All at once its lines would wait for each other, and the processor for them. */
 typedef struct {
     const real *x;
     int64_t rows, stride, width, at; /* x is at column `at` of the first row */
@@ -66,7 +66,7 @@ typedef struct {
 enum { LINE = 64 / (int)sizeof(real) };
 static inline void fetch_line(soon *s)
 {
-    __builtin_prefetch(s->x + s->at);
+    __builtin_prefetch(s->x + s->at, 0, 2);
     s->at += LINE;
     if (s->at < s->width) return;
     s->at = 0, s->x += s->stride, s->rows--;
@@ -250,6 +250,9 @@ static void make_scores(const job *j, const block *b, const real *turned, int64_
                         real *slopes)
 {
     const vreal low = splat((real)-INFINITY), one = splat((real)1);
+    soon next = s0 == b->begin ? b->next : (soon){0};
+    if (b->low == 0 && j->v) /* the first block of a head finds the values in no cache */
+        next = (soon){j->v + keys_at(j, j->vs, b->head) + s0 * j->vs.row, n, j->vs.row, j->E, 0};
     product(n, b->width,
             (operands){.depth = j->D,
                        .a = j->k + keys_at(j, j->ks, b->head) + s0 * j->ks.row,
@@ -259,7 +262,7 @@ static void make_scores(const job *j, const block *b, const real *turned, int64_
                        .b_row = QUERIES,
                        .c = w->scores,
                        .c_row = QUERIES,
-                       .soon = s0 == b->begin ? b->next : (soon){0}});
+                       .soon = next});
     if (j->softcap > 0)
         for (int64_t s = 0; s < n; s++)
             for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
