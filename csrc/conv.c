@@ -991,7 +991,7 @@ static int run(conv_job *j, int exact)
     flatten(j);
     if (is_linear(j)) return conv_linear(j);
 #if HL_F32
-    if (!exact && is_winograd(j)) return conv_winograd(j);
+    if (!exact && in_order(j) && is_dense(j) && is_winograd(j)) return conv_winograd(j, 0);
 #else
     (void)exact;
 #endif
@@ -1157,6 +1157,26 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         double work = (double)(p->F / groups * taps) * (double)p->OD * (double)p->OH * (double)p->OW;
         return parallel_even(p->N * p->C, work, add_products, &direct);
     }
+#if HL_F32
+    conv_job whole = {
+        .images = p->N,
+        .groups = groups,
+        .channels = p->F / groups,
+        .filters = p->CG,
+        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
+                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
+                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .x = gy,
+        .w = w,
+        .weights = w,
+        .w_group = p->F / groups * p->CG * taps,
+        .w_filter = taps,
+        .w_channel = p->CG * taps,
+        .bias = b,
+        .y = gx,
+    };
+    if (!p->exact && is_winograd(&whole)) return conv_winograd(&whole, 1);
+#endif
     for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
         for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)
             for (int64_t v = 0; v < min64(p->stride_w, p->W); v++) {

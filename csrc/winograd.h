@@ -1,4 +1,5 @@
-/* Winograd F(4x4, 3x3) and F(2x2, 5x5), float32 only: a tile of 16 (4) outputs from 36 products instead of 144 (100).
+/* Winograd F(5x5, 2x2), F(4x4, 3x3), F(3x3, 4x4) and F(2x2, 5x5), float32 only: a tile of 16 outputs of 3x3 taps, say,
+ * from 36 products instead of 144.
  *
  * A tile has 6x6 inputs (36 points) and 7 - taps outputs in each dimension. With lanes over channels (inputs) and over
  * filters (weights, outputs) the transforms are whole-vector sums for any size of image; between them stand 36 matrix
@@ -6,6 +7,9 @@
  * 0, +-1, +-2.
  * Where the last tile of a row or column has fewer outputs it takes as many points fewer, the others serve it with the
  * same transformed weights: 14 outputs are 4 + 4 + 4 + 2 in 6 + 6 + 6 + 4 points.
+ * With a stride of 2 the even and the odd rows and columns of x are four images, which the even and the odd taps meet with
+ * a stride of 1: four times the channels of half the taps in each dimension. In the gradient of the input it is gx that
+ * comes in four images: four times the filters.
  * Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); the points, Alam et al., Winograd
  * Convolution for Deep Neural Networks: Efficient Point Selection (2022). */
 #ifndef HL_WINOGRAD_H
@@ -13,9 +17,21 @@
 
 enum { POINTS = 36, PATCH = 6 };
 
+/* x or y as the tiles see it, in each dimension: place i of phase p is element i * stride + p - before, if there is one. */
 typedef struct {
-    const conv_job *j;
-    int64_t taps, out;    /* 3 and 4, or 5 and 2: of one dimension */
+    int64_t stride; /* as many phases in each dimension */
+    int64_t size[2], before[2];
+    int64_t channels; /* of one group */
+} side;
+
+typedef struct {
+    const conv_job *j;    /* the axes are those of the convolution, also where x is gy and y is gx */
+    int adjoint;          /* the gradient of the input */
+    int64_t taps, out;    /* of a tile in one dimension, 2 to 5 and 5 to 2 */
+    int64_t kernel, stride; /* of the convolution in one dimension */
+    side x, y;
+    int64_t channels, filters; /* of all phases of x, of y */
+    int64_t places[2];    /* of y to be computed */
     int64_t rest[2];      /* outputs of the last tile of a column, of a row */
     conv_job tiles;       /* only images and axes[].outputs: so that make_grid cuts tiles */
     grid grid;
@@ -33,7 +49,7 @@ typedef struct {
 /* ---- transforms of one dimension ---- */
 
 /* The points that so many inputs take, as bits: points 1 to 4 are +-sqrt(1/2), +-sqrt(2), 0 is zero, 5 infinity. */
-static const unsigned points_of[PATCH + 1] = {0, 0, 0, 0x26, 0x27, 0x3e, 0x3f};
+static const unsigned points_of[PATCH + 1] = {0, 0, 0x21, 0x26, 0x27, 0x3e, 0x3f};
 
 /* Each point's polynomial, the product of (x - other points), scaled so that the weights' factor is that of six points. */
 static inline __attribute__((always_inline)) void transform_input(const int64_t inputs, const vreal *d, vreal *t)
@@ -60,6 +76,9 @@ static inline __attribute__((always_inline)) void transform_input(const int64_t 
         t[1] = splat(-1.5f) * d[2] - splat(1.5f * ROOT_HALF) * d[1];
         t[2] = splat(-1.5f) * d[2] + splat(1.5f * ROOT_HALF) * d[1];
         t[5] = d[3] - splat(0.5f) * d[1];
+    } else if (inputs == 2) {
+        t[0] = d[0];
+        t[5] = d[1];
     } else {
         t[1] = splat(-0.75f) * d[0] - splat(1.5f * ROOT_HALF) * d[1];
         t[2] = splat(-0.75f) * d[0] + splat(1.5f * ROOT_HALF) * d[1];
@@ -69,11 +88,10 @@ static inline __attribute__((always_inline)) void transform_input(const int64_t 
 /* Powers of the points, divided by what the full polynomial is there: 1, -3/2, 6. */
 static inline __attribute__((always_inline)) void transform_weight(const int64_t taps, const vreal *g, vreal *t)
 {
-    vreal even1 = g[0] + splat(0.5f) * g[2], even2 = g[0] + splat(2) * g[2], odd1 = g[1], odd2 = g[1];
-    if (taps == 5) {
-        even1 += splat(0.25f) * g[4], even2 += splat(4) * g[4];
-        odd1 += splat(0.5f) * g[3], odd2 += splat(2) * g[3];
-    }
+    vreal even1 = g[0], even2 = g[0], odd1 = g[1], odd2 = g[1];
+    if (taps > 2) even1 += splat(0.5f) * g[2], even2 += splat(2) * g[2];
+    if (taps > 3) odd1 += splat(0.5f) * g[3], odd2 += splat(2) * g[3];
+    if (taps > 4) even1 += splat(0.25f) * g[4], even2 += splat(4) * g[4];
     t[0] = g[0];
     t[1] = splat(-2.0f / 3) * even1 - splat(ROOT_TWO / 3) * odd1;
     t[2] = splat(-2.0f / 3) * even1 + splat(ROOT_TWO / 3) * odd1;
@@ -87,24 +105,24 @@ static inline __attribute__((always_inline)) void transform_weight_adjoint(const
     vreal sum2 = splat(1.0f / 6) * (t[3] + t[4]), difference2 = splat(ROOT_TWO / 6) * (t[3] - t[4]);
     g[0] = t[0] + (sum1 + sum2);
     g[1] = difference1 + difference2;
-    g[2] = splat(0.5f) * sum1 + splat(2) * sum2;
-    if (taps == 5) {
-        g[3] = splat(0.5f) * difference1 + splat(2) * difference2;
-        g[4] = splat(0.25f) * sum1 + splat(4) * sum2;
-    }
+    if (taps > 2) g[2] = splat(0.5f) * sum1 + splat(2) * sum2;
+    if (taps > 3) g[3] = splat(0.5f) * difference1 + splat(2) * difference2;
+    if (taps > 4) g[4] = splat(0.25f) * sum1 + splat(4) * sum2;
     g[taps - 1] += t[5];
 }
 /* Powers of the points that so many inputs take; infinity counts in the last output only. */
 static inline __attribute__((always_inline)) void transform_output(const int64_t inputs, const int64_t outputs,
                                                                    const vreal *m, vreal *t)
 {
-    vreal sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = splat(0), difference2 = splat(0);
+    vreal sum1 = splat(0), difference1 = splat(0), sum2 = splat(0), difference2 = splat(0);
+    if (inputs >= 3) sum1 = m[1] + m[2], difference1 = m[1] - m[2];
     if (inputs >= 5) sum2 = m[3] + m[4], difference2 = m[3] - m[4];
     t[0] = sum1 + sum2;
     if (inputs % 2 == 0) t[0] += m[0];
     if (outputs > 1) t[1] = splat(ROOT_HALF) * difference1 + splat(ROOT_TWO) * difference2;
     if (outputs > 2) t[2] = splat(0.5f) * sum1 + splat(2) * sum2;
     if (outputs > 3) t[3] = splat(ROOT_HALF / 2) * difference1 + splat(2 * ROOT_TWO) * difference2;
+    if (outputs > 4) t[4] = splat(0.25f) * sum1 + splat(4) * sum2;
     t[outputs - 1] += m[5];
 }
 static inline __attribute__((always_inline)) void transform_output_adjoint(const int64_t inputs, const int64_t outputs,
@@ -114,6 +132,7 @@ static inline __attribute__((always_inline)) void transform_output_adjoint(const
     if (outputs > 1) odd1 = odd2 = y[1];
     if (outputs > 2) even1 += splat(0.5f) * y[2], even2 += splat(2) * y[2];
     if (outputs > 3) odd1 += splat(0.5f) * y[3], odd2 += splat(2) * y[3];
+    if (outputs > 4) even1 += splat(0.25f) * y[4], even2 += splat(4) * y[4];
     if (inputs % 2 == 0) t[0] = y[0];
     t[1] = even1 + splat(ROOT_HALF) * odd1;
     t[2] = even1 - splat(ROOT_HALF) * odd1;
@@ -138,7 +157,7 @@ static slots slots_of(const winograd *t, const box *b)
     slots s;
     for (int a = 0; a < 2; a++) {
         int64_t first = b->first[a + 1], last = first + b->size[a + 1];
-        s.outputs[a] = min64(last * t->out, t->j->axes[a + 1].outputs) - first * t->out;
+        s.outputs[a] = min64(last * t->out, t->places[a]) - first * t->out;
         s.whole[a] = s.outputs[a] / t->out;
     }
     int64_t cut_h = b->size[1] - s.whole[0], cut_w = b->size[2] - s.whole[1];
@@ -192,38 +211,77 @@ static inline __attribute__((always_inline)) void input_tile(const int64_t input
         }
 }
 
-/* The rows [top, bottom) and columns [left, right) of the input that a box of tiles reads. */
+/* The places [low, high) of a phase in dimension a. */
+static int64_t low_of(const side *s, int a, int64_t phase)
+{
+    return ceil_div(max64(s->before[a] - phase, 0), s->stride);
+}
+static int64_t high_of(const side *s, int a, int64_t phase)
+{
+    return ceil_div(max64(s->size[a] + s->before[a] - phase, 0), s->stride);
+}
+
+/* The rows [top, bottom) and columns [left, right) of places of any phase that a box of tiles reads. */
 typedef struct { int64_t top, bottom, left, right; } region;
 static region region_of(const winograd *t, const box *b, const slots *s)
 {
-    const axis *h = &t->j->axes[1], *w = &t->j->axes[2];
-    int64_t top = b->first[1] * t->out - h->pad, left = b->first[2] * t->out - w->pad;
-    region r = {max64(top, 0), min64(top + s->outputs[0] + t->taps - 1, h->inputs), max64(left, 0),
-                min64(left + s->outputs[1] + t->taps - 1, w->inputs)};
+    int64_t top = b->first[1] * t->out, left = b->first[2] * t->out, last = t->x.stride - 1;
+    region r = {max64(top, low_of(&t->x, 0, last)), min64(top + s->outputs[0] + t->taps - 1, high_of(&t->x, 0, 0)),
+                max64(left, low_of(&t->x, 1, last)), min64(left + s->outputs[1] + t->taps - 1, high_of(&t->x, 1, 0))};
     r.bottom = max64(r.bottom, r.top);
     r.right = max64(r.right, r.left);
     return r;
 }
 
-/* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES]. */
+/* Elements from line to line of the phases that make_v and make_y take apart and put together. */
+static int64_t line_pitch(int64_t columns) { return round_up(columns, LANES) + LANES; }
+
+/* A row of places of LANES channels of phases, as [column][LANES] with zeros where there is none. `x`: of a group. */
+static void pack_phases(const winograd *t, const real *x, int64_t first, int64_t width, int64_t row, int64_t left,
+                        int64_t columns, real *lines, real *to)
+{
+    const side *s = &t->x;
+    int64_t H = s->size[0], W = s->size[1], pitch = line_pitch(columns);
+    const real *end = t->j->x + t->j->images * t->j->groups * s->channels * H * W;
+    for (int64_t i = 0; i < width; i++) {
+        int64_t phase = (first + i) / s->channels, c = (first + i) % s->channels, down = phase / 2, across = phase % 2;
+        int64_t h = row * 2 + down - s->before[0], low = max64(low_of(s, 1, across) - left, 0);
+        int64_t n = max64(min64(high_of(s, 1, across) - left, columns) - low, 0);
+        real *line = lines + i * pitch;
+        if (h < 0 || h >= H) n = 0;
+        if (n) {
+            const real *from = x + (c * H + h) * W + (left + low) * 2 + across - s->before[1];
+            copy_row(from, n, 2, lanes_before((n - 1) % LANES + 1), end, line + low);
+        }
+        for (int64_t k = 0; k < low; k++) line[k] = 0;
+        for (int64_t k = low + n; k < columns; k++) line[k] = 0;
+    }
+    gemm_pack_panel(width, LANES, columns, lines, pitch, 1, to);
+}
+
+/* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES], then lines. */
 static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, real *stage, real *v)
 {
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].inputs, W = j->axes[2].inputs, point = t->T * LANES;
-    int64_t width = min64(LANES, j->channels - c0);
+    int64_t H = t->x.size[0], W = t->x.size[1], point = t->T * LANES;
+    int64_t width = min64(LANES, t->channels - c0);
     slots s = slots_of(t, b);
     region g = region_of(t, b, &s);
     int64_t pitch = g.right - g.left, rows = g.bottom - g.top;
     for (int64_t n = 0; n < b->images; n++) {
-        const real *x = j->x + (((b->image + n) * j->groups + group) * j->channels + c0) * H * W + g.top * W + g.left;
-        if (pitch == W) gemm_pack_panel(width, LANES, rows * W, x, H * W, 1, stage);
+        const real *x = j->x + ((b->image + n) * j->groups + group) * t->x.channels * H * W;
+        const real *from = x + c0 * H * W + (g.top - t->x.before[0]) * W + g.left - t->x.before[1];
+        if (t->x.stride > 1)
+            for (int64_t r = 0; r < rows; r++)
+                pack_phases(t, x, c0, width, g.top + r, g.left, pitch, stage + rows * pitch * LANES,
+                            stage + r * pitch * LANES);
+        else if (pitch == W) gemm_pack_panel(width, LANES, rows * W, from, H * W, 1, stage);
         else
             for (int64_t r = 0; r < rows; r++)
-                gemm_pack_panel(width, LANES, pitch, x + r * W, H * W, 1, stage + r * pitch * LANES);
+                gemm_pack_panel(width, LANES, pitch, from + r * W, H * W, 1, stage + r * pitch * LANES);
         for (int64_t th = 0; th < b->size[1]; th++)
             for (int64_t tw = 0; tw < b->size[2]; tw++) {
-                int64_t top = (b->first[1] + th) * t->out - j->axes[1].pad - g.top;
-                int64_t left = (b->first[2] + tw) * t->out - j->axes[2].pad - g.left;
+                int64_t top = (b->first[1] + th) * t->out - g.top, left = (b->first[2] + tw) * t->out - g.left;
                 int64_t high = th < s.whole[0] ? PATCH : t->rest[0] + t->taps - 1;
                 int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps - 1;
                 int inside = top >= 0 && top + high <= rows && left >= 0 && left + wide <= pitch;
@@ -241,17 +299,24 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
 static int64_t u_point(int64_t channels, int64_t filters) { return channels * round_up(filters, LANES) + LANES; }
 static int64_t m_point(const winograd *t, int64_t filters) { return t->T * round_up(filters, LANES) + LANES; }
 
-static inline __attribute__((always_inline)) void weight_tile_u(const int64_t taps, int flip, const real *from,
-                                                                real *to, int64_t point)
+/* The tap of w that tap (h, w) of a phase is, -1: none. */
+static int64_t tap_of(const winograd *t, int64_t phase, int64_t h, int64_t w)
+{
+    h = (t->adjoint ? t->taps - 1 - h : h) * t->stride + phase / t->stride;
+    w = (t->adjoint ? t->taps - 1 - w : w) * t->stride + phase % t->stride;
+    return h < t->kernel && w < t->kernel ? h * t->kernel + w : -1;
+}
+
+static inline __attribute__((always_inline)) void weight_tile_u(const int64_t taps, const int64_t *tap_at,
+                                                                const real *from, real *to, int64_t point)
 {
     vreal half[PATCH][5];
-    int64_t last = taps * taps - 1;
     for (int64_t kw = 0; kw < taps; kw++) {
         vreal g[5], e[PATCH];
 #pragma GCC unroll 5
         for (int64_t kh = 0; kh < taps; kh++) {
-            int64_t tap = kh * taps + kw;
-            g[kh] = load(from + (flip ? last - tap : tap) * LANES);
+            int64_t tap = tap_at[kh * taps + kw];
+            g[kh] = tap < 0 ? splat(0) : load(from + tap * LANES);
         }
         transform_weight(taps, g, e);
 #pragma GCC unroll 6
@@ -266,7 +331,7 @@ static inline __attribute__((always_inline)) void weight_tile_u(const int64_t ta
 }
 
 static inline __attribute__((always_inline)) void weight_tile_adjoint(const int64_t taps, const real *from,
-                                                                      int64_t point, real *to)
+                                                                      int64_t point, const int64_t *tap_at, real *to)
 {
     vreal half[5][PATCH];
     for (int q = 0; q < PATCH; q++) {
@@ -281,8 +346,22 @@ static inline __attribute__((always_inline)) void weight_tile_adjoint(const int6
         vreal g[5];
         transform_weight_adjoint(taps, half[kh], g);
 #pragma GCC unroll 5
-        for (int64_t kw = 0; kw < taps; kw++) store(to + (kh * taps + kw) * LANES, g[kw]);
+        for (int64_t kw = 0; kw < taps; kw++) {
+            int64_t tap = tap_at[kh * taps + kw];
+            if (tap >= 0) store(to + tap * LANES, g[kw]);
+        }
     }
+}
+
+static void taps_at(const winograd *t, int64_t phase, int64_t *tap_at)
+{
+    for (int64_t k = 0; k < t->taps * t->taps; k++) tap_at[k] = tap_of(t, phase, k / t->taps, k % t->taps);
+}
+
+/* Filters of all phases: those of each phase begin a vector. */
+static int64_t phase_filters(const winograd *t)
+{
+    return t->y.stride > 1 ? round_up(t->y.channels, LANES) : t->y.channels;
 }
 
 /* `stage` takes LANES filters of all those channels as [channel][tap][LANES]. */
@@ -290,28 +369,31 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
                    real *stage, real *u)
 {
     const conv_job *j = t->j;
-    int flip = j->w_tap[2] < 0; /* taps from the last to the first */
-    int64_t taps = t->taps * t->taps;
-    const real *w = j->w + group * j->w_group + f0 * j->w_filter + c0 * j->w_channel +
-                    (flip ? (t->taps - 1) * (j->w_tap[1] + j->w_tap[2]) : 0);
-    int64_t real_channels = min64(channels, j->channels - c0), point = u_point(channels, filters);
+    int64_t taps = t->kernel * t->kernel, point = u_point(channels, filters), tap_at[25];
     for (int64_t f = 0, step; f < filters; f += step) {
         step = gemm_columns(filters - f);
         for (int64_t v = 0; v < step; v += LANES) {
-            const real *from = w + (f + v) * j->w_filter;
-            int64_t width = min64(LANES, filters - f - v);
-            if (j->w_channel == taps) gemm_pack_panel(width, LANES, real_channels * taps, from, j->w_filter, 1, stage);
-            else
-                for (int64_t c = 0; c < real_channels; c++)
-                    gemm_pack_panel(width, LANES, taps, from + c * j->w_channel, j->w_filter, 1,
-                                    stage + c * taps * LANES);
-            for (int64_t c = 0; c < channels; c++) {
-                real *to = u + f * channels + c * step + v;
-                const real *tile = stage + c * taps * LANES;
-                if (c >= real_channels)
-                    for (int p = 0; p < POINTS; p++) store(to + p * point, splat(0));
-                else if (t->taps == 3) weight_tile_u(3, flip, tile, to, point);
-                else weight_tile_u(5, flip, tile, to, point);
+            int64_t y_phase = (f0 + f + v) / phase_filters(t), filter = (f0 + f + v) % phase_filters(t);
+            int64_t width = min64(min64(LANES, filters - f - v), t->y.channels - filter);
+            const real *from = j->w + group * j->w_group + filter * j->w_filter;
+            for (int64_t c = 0, n; c < channels; c += n) { /* channels of one phase */
+                int64_t x_phase = (c0 + c) / t->x.channels, first = (c0 + c) % t->x.channels;
+                n = min64(channels - c, t->x.channels - first);
+                const real *source = from + first * j->w_channel;
+                taps_at(t, t->adjoint ? y_phase : x_phase, tap_at);
+                if (j->w_channel == taps) gemm_pack_panel(width, LANES, n * taps, source, j->w_filter, 1, stage);
+                else
+                    for (int64_t i = 0; i < n; i++)
+                        gemm_pack_panel(width, LANES, taps, source + i * j->w_channel, j->w_filter, 1,
+                                        stage + i * taps * LANES);
+                for (int64_t i = 0; i < n; i++) {
+                    real *to = u + f * channels + (c + i) * step + v;
+                    const real *tile = stage + i * taps * LANES;
+                    if (t->taps == 2) weight_tile_u(2, tap_at, tile, to, point);
+                    else if (t->taps == 3) weight_tile_u(3, tap_at, tile, to, point);
+                    else if (t->taps == 4) weight_tile_u(4, tap_at, tile, to, point);
+                    else weight_tile_u(5, tap_at, tile, to, point);
+                }
             }
         }
     }
@@ -329,7 +411,7 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
     for (int64_t c = 0; c < channels; c += LANES, v += v_step)
-        for (int64_t lane = 0; lane < LANES; lane++, u += vectors * LANES) {
+        for (int64_t lane = 0; lane < min64(LANES, channels - c); lane++, u += vectors * LANES) {
             vreal uc[GEMM_VECTORS];
 #pragma GCC unroll 3
             for (int k = 0; k < vectors; k++) uc[k] = load(u + k * LANES);
@@ -347,20 +429,40 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
         }
 }
 
-/* The last rows of a range may be computed beyond it, into slots that this point does not serve. */
-static void multiply_points(const winograd *t, const slots *s, int64_t channels, int64_t filters, const real *v,
-                            const real *u, real *m, int add)
+/* An odd number of taps leaves the odd phases one short: there a point, infinity or (the adjoint's taps being in reverse)
+ * zero, has no weights. This many phases, from the first on, take point p; one may stand among them that does not. */
+static int64_t phases_at(const winograd *t, int p)
+{
+    int64_t all = t->stride * t->stride;
+    int down = p / PATCH == (t->adjoint ? 0 : 5), across = p % PATCH == (t->adjoint ? 0 : 5);
+    if (t->kernel % t->stride == 0) return all;
+    return down && across ? 1 : down ? t->stride : across ? all - 1 : all;
+}
+
+/* M of filters from f0 on, by the channels from c0 on; added to it where c0 is not 0. The last rows of a range may be
+ * computed beyond it, into slots that this point does not serve. */
+static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64_t channels, int64_t f0,
+                            int64_t filters, const real *v, const real *u, real *m)
 {
     int64_t m_row = round_up(filters, LANES);
+    v += c0 / LANES * t->v_step;
     for (int p = 0; p < POINTS; p++, v += t->T * LANES, u += u_point(channels, filters), m += m_point(t, filters)) {
-        int64_t first, last;
+        int64_t first, last, phases = phases_at(t, p);
         range_of(t, s, p, &first, &last);
+        int64_t depth = t->adjoint ? channels : min64(channels, phases * t->x.channels - c0);
+        int64_t used = t->adjoint ? phases * phase_filters(t) - f0 : filters;
+        if (depth <= 0) continue;
         for (int64_t f = 0, step; f < filters; f += step) {
             step = gemm_columns(filters - f);
+            if (f >= used) {
+                for (int64_t i = first; i < last && !c0; i++)
+                    for (int64_t k = 0; k < step; k += LANES) store(m + i * m_row + f + k, splat(0));
+                continue;
+            }
             for (int64_t i = first, rows; i < last; i += rows) {
                 rows = last - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
 #define POINT_TILE(r, k) \
-    point_tile(r, k, channels, t->v_step, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, add)
+    point_tile(r, k, depth, t->v_step, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, c0 > 0)
                 if (rows == GEMM_ROWS) {
                     if (step == LANES) POINT_TILE(GEMM_ROWS, 1);
                     else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS, 2);
@@ -381,22 +483,22 @@ static inline __attribute__((always_inline)) void output_tile(const int64_t taps
                                                               const int64_t wide, const real *from, int64_t point,
                                                               vreal bias, real *to, int64_t pitch)
 {
-    vreal half[4][PATCH];
+    vreal half[5][PATCH];
 #pragma GCC unroll 6
     for (int q = 0; q < PATCH; q++) {
-        vreal e[PATCH] = {0}, o[4];
+        vreal e[PATCH] = {0}, o[5];
         if (!(points_of[wide + taps - 1] >> q & 1)) continue;
 #pragma GCC unroll 6
         for (int p = 0; p < PATCH; p++)
             if (points_of[high + taps - 1] >> p & 1) e[p] = load(from + (p * PATCH + q) * point);
         transform_output(high + taps - 1, high, e, o);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int64_t h = 0; h < high; h++) half[h][q] = o[h];
     }
     for (int64_t h = 0; h < high; h++) {
-        vreal o[4];
+        vreal o[5];
         transform_output(wide + taps - 1, wide, half[h], o);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int64_t w = 0; w < wide; w++) store(to + (h * pitch + w) * LANES, o[w] + bias);
     }
 }
@@ -405,10 +507,10 @@ static inline __attribute__((always_inline)) void gradient_tile(const int64_t ta
                                                                 const int64_t wide, const real *from, int64_t pitch,
                                                                 real *to, int64_t point)
 {
-    vreal half[PATCH][4];
+    vreal half[PATCH][5];
     for (int64_t w = 0; w < wide; w++) {
-        vreal e[4] = {0}, o[PATCH] = {0};
-#pragma GCC unroll 4
+        vreal e[5] = {0}, o[PATCH] = {0};
+#pragma GCC unroll 5
         for (int64_t h = 0; h < high; h++) e[h] = load(from + (h * pitch + w) * LANES);
         transform_output_adjoint(high + taps - 1, high, e, o);
 #pragma GCC unroll 6
@@ -424,16 +526,32 @@ static inline __attribute__((always_inline)) void gradient_tile(const int64_t ta
     }
 }
 
-/* `stage` takes the outputs of LANES filters of one image as [row][column][LANES]. */
+/* A row of places of the LANES filters of a phase, [column][LANES], to where their elements lie in y, that of an image. */
+static void unpack_phase(const winograd *t, int64_t phase, int64_t width, int64_t row, int64_t left, int64_t columns,
+                         const real *from, real *lines, real *y)
+{
+    const side *s = &t->y;
+    int64_t pitch = line_pitch(columns), h = row * 2 + phase / 2 - s->before[0], w = phase % 2 - s->before[1];
+    int64_t low = max64(low_of(s, 1, phase % 2), left), high = min64(high_of(s, 1, phase % 2), left + columns);
+    if (h < 0 || h >= s->size[0]) return;
+    gemm_transpose(columns, width, from, LANES, lines, pitch);
+    for (int64_t i = 0; i < width; i++)
+        for (int64_t k = low; k < high; k++)
+            y[(i * s->size[0] + h) * s->size[1] + k * 2 + w] = lines[i * pitch + k - left];
+}
+
+/* `stage` takes the outputs of LANES filters of one image as [row][column][LANES], then lines. */
 static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, int64_t filters, const real *m,
                    real *stage)
 {
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, m_row = round_up(filters, LANES);
-    int64_t out = t->out, point = m_point(t, filters);
+    int64_t H = t->y.size[0], W = t->y.size[1], m_row = round_up(filters, LANES);
+    int64_t out = t->out, point = m_point(t, filters), top = b->first[1] * out, left = b->first[2] * out;
     for (int64_t f = 0; f < filters; f += LANES) {
-        int64_t filter = group * j->filters + f0 + f, width = min64(LANES, filters - f);
-        vreal bias = j->bias ? load_part(j->bias + filter, width, 0) : splat(0);
+        int64_t phase = (f0 + f) / phase_filters(t), filter = (f0 + f) % phase_filters(t);
+        int64_t width = min64(min64(LANES, filters - f), t->y.channels - filter),
+                channel = group * t->y.channels + filter;
+        vreal bias = j->bias ? load_part(j->bias + channel, width, 0) : splat(0);
         slots s = slots_of(t, b);
         int64_t rows = s.outputs[0], pitch = s.outputs[1];
         for (int64_t n = 0; n < b->images; n++) {
@@ -443,16 +561,21 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
                     real *to = stage + (th * out * pitch + tw * out) * LANES;
                     int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
                     if (high < out || wide < out) output_tile(t->taps, high, wide, from, point, bias, to, pitch);
+                    else if (out == 5) output_tile(2, 5, 5, from, point, bias, to, pitch);
                     else if (out == 4) output_tile(3, 4, 4, from, point, bias, to, pitch);
+                    else if (out == 3) output_tile(4, 3, 3, from, point, bias, to, pitch);
                     else output_tile(5, 2, 2, from, point, bias, to, pitch);
                 }
-            real *y = j->y + ((b->image + n) * j->groups * j->filters + filter) * H * W + b->first[1] * out * W +
-                      b->first[2] * out;
+            real *y = j->y + ((b->image + n) * j->groups * t->y.channels + channel) * H * W;
             activate_rows(j->activation, rows, pitch * LANES, stage, pitch * LANES);
-            if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y, H * W);
+            if (t->y.stride > 1)
+                for (int64_t r = 0; r < rows; r++)
+                    unpack_phase(t, phase, width, top + r, left, pitch, stage + r * pitch * LANES,
+                                 stage + rows * pitch * LANES, y);
+            else if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y + top * W, H * W);
             else
                 for (int64_t r = 0; r < rows; r++)
-                    gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + r * W, H * W);
+                    gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + (top + r) * W + left, H * W);
         }
     }
 }
@@ -462,8 +585,8 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
 static int64_t stage_size(const winograd *t)
 {
     box b = box_at(&t->tiles, &t->grid, 0);
-    int64_t in = (b.size[1] * t->out + t->taps) * (b.size[2] * t->out + t->taps) * LANES;
-    return max64(in, t->chunk * t->taps * t->taps * LANES);
+    int64_t rows = b.size[1] * t->out + t->taps, columns = b.size[2] * t->out + t->taps;
+    return max64((rows * columns + line_pitch(columns)) * LANES, t->chunk * t->kernel * t->kernel * LANES);
 }
 
 /* V of LANES channels of one (box, group). */
@@ -486,14 +609,14 @@ static int winograd_inputs(int64_t begin, int64_t end, void *context)
 static int winograd_weights(int64_t begin, int64_t end, void *context)
 {
     const winograd *t = context;
-    int64_t F = t->j->filters, blocks = ceil_div(F, t->filter_block);
+    int64_t F = t->filters, blocks = ceil_div(F, t->filter_block);
     real *stage = hl_take((size_t)stage_size(t) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t f0 = i % blocks * t->filter_block, filters = min64(t->filter_block, F - f0);
         real *u = t->shared_u + i / blocks * t->group_size + i % blocks * (t->group_size / blocks);
-        for (int64_t c = 0, channels; c < t->C; c += channels) {
-            channels = min64(t->chunk, t->C - c);
+        for (int64_t c = 0, channels; c < t->channels; c += channels) {
+            channels = min64(t->chunk, t->channels - c);
             make_u(t, i / blocks, f0, filters, c, channels, stage, u);
             u += POINTS * u_point(channels, filters);
         }
@@ -506,7 +629,7 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
 {
     const winograd *t = context;
     const conv_job *j = t->j;
-    int64_t F = j->filters, blocks = ceil_div(F, t->filter_block);
+    int64_t F = t->filters, blocks = ceil_div(F, t->filter_block);
     size_t stage = (size_t)stage_size(t), v_part = t->shared_v ? 0 : (size_t)t->box_size;
     size_t u_part = t->shared_u ? 0 : (size_t)(POINTS * u_point(t->chunk, t->filter_block));
     size_t m_part = (size_t)(POINTS * m_point(t, t->filter_block));
@@ -524,10 +647,10 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
             int64_t f0 = block * t->filter_block, filters = min64(t->filter_block, F - f0);
             const real *u =
                 t->shared_u ? t->shared_u + group * t->group_size + block * (t->group_size / blocks) : own_u;
-            for (int64_t c = 0, channels; c < t->C; c += channels) {
-                channels = min64(t->chunk, t->C - c);
+            for (int64_t c = 0, channels; c < t->channels; c += channels) {
+                channels = min64(t->chunk, t->channels - c);
                 if (!t->shared_u) make_u(t, group, f0, filters, c, channels, scratch, own_u);
-                multiply_points(t, &s, channels, filters, v + c / LANES * t->v_step, u, m, c > 0);
+                multiply_points(t, &s, c, channels, f0, filters, v, u, m);
                 if (t->shared_u) u += POINTS * u_point(channels, filters);
             }
             make_y(t, &b, group, f0, filters, m, scratch);
@@ -575,7 +698,9 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
                 const real *from = stage + (th * out * pitch + tw * out) * LANES;
                 int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
                 if (high < out || wide < out) gradient_tile(t->taps, high, wide, from, pitch, to, point);
+                else if (out == 5) gradient_tile(2, 5, 5, from, pitch, to, point);
                 else if (out == 4) gradient_tile(3, 4, 4, from, pitch, to, point);
+                else if (out == 3) gradient_tile(4, 3, 3, from, pitch, to, point);
                 else gradient_tile(5, 2, 2, from, pitch, to, point);
             }
     }
@@ -640,6 +765,7 @@ static int gradient_products(int64_t begin, int64_t end, void *context)
     if (!runs) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / blocks / POINTS, p = i / blocks % POINTS, c0 = i % blocks * g->channel_block;
+        int64_t depth = phases_at(t, (int)p) * t->x.channels;
         for (int64_t n = 0; n < g->boxes; n++) {
             box b = box_at(&t->tiles, &t->grid, g->first_box + n);
             slots s = slots_of(t, &b);
@@ -650,7 +776,7 @@ static int gradient_products(int64_t begin, int64_t end, void *context)
         }
         for (int64_t f = 0, step; f < g->F; f += step) { /* a panel of M for all channels of the block */
             step = gemm_columns(g->F - f);
-            for (int64_t c = c0; c < min64(c0 + g->channel_block, t->C); c += GRADIENT_ROWS) {
+            for (int64_t c = c0; c < min64(c0 + g->channel_block, depth); c += GRADIENT_ROWS) {
                 const real *v = t->shared_v + c / LANES * t->v_step + c % LANES;
                 real *du = g->du + ((group * POINTS + p) * t->C + c) * g->F + f;
 #define GRADIENT_PRODUCT(k) gradient_product(k, g->boxes, runs, v, g->m + f, g->F, du, g->first_box > 0)
@@ -670,17 +796,24 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
     const winograd_gradient *g = context;
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t parts = g->F / LANES, taps = t->taps * t->taps, point = t->C * g->F;
+    int64_t parts = g->F / LANES, taps = t->kernel * t->kernel, point = t->C * g->F, tap_at[25];
     real *stage = hl_take((size_t)(t->chunk * taps * LANES) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / parts, f0 = i % parts * LANES;
         for (int64_t c0 = 0; c0 < j->channels; c0 += t->chunk) {
             int64_t channels = min64(t->chunk, j->channels - c0);
-            for (int64_t c = 0; c < channels; c++) {
-                const real *from = g->du + (group * POINTS * t->C + c0 + c) * g->F + f0;
-                if (t->taps == 3) weight_tile_adjoint(3, from, point, stage + c * taps * LANES);
-                else weight_tile_adjoint(5, from, point, stage + c * taps * LANES);
+            for (int64_t phase = 0; phase < t->stride * t->stride; phase++) {
+                taps_at(t, phase, tap_at);
+                for (int64_t c = 0; c < channels; c++) {
+                    int64_t k = phase * j->channels + c0 + c;
+                    const real *from = g->du + (group * POINTS * t->C + k) * g->F + f0;
+                    real *to = stage + c * taps * LANES;
+                    if (t->taps == 2) weight_tile_adjoint(2, from, point, tap_at, to);
+                    else if (t->taps == 3) weight_tile_adjoint(3, from, point, tap_at, to);
+                    else if (t->taps == 4) weight_tile_adjoint(4, from, point, tap_at, to);
+                    else weight_tile_adjoint(5, from, point, tap_at, to);
+                }
             }
             real *gw = g->gw + ((group * j->filters + f0) * j->channels + c0) * taps;
             gemm_transpose(channels * taps, min64(LANES, j->filters - f0), stage, LANES, gw, j->channels * taps);
@@ -696,34 +829,54 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
 static int is_winograd(const conv_job *j)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
-    if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad || !is_dense(j)) return 0;
-    if ((h->taps != 3 && h->taps != 5) || w->taps != h->taps || h->stride != 1 || w->stride != 1) return 0;
-    if (h->dilation != 1 || w->dilation != 1 || j->channels < 16 || j->filters < 16) return 0;
+    if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return 0;
+    if (w->taps != h->taps || h->stride != w->stride || h->stride > 2 || h->dilation != 1 || w->dilation != 1) return 0;
+    int64_t stride = h->stride, taps = ceil_div(h->taps, stride), out = 7 - taps;
+    if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return 0;
     /* Multiply-adds of a vector, and vectors moved or summed by the transforms (250 a tile and channel, 100 a weight). */
-    int64_t taps = h->taps, out = 7 - taps, high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
-    double n = (double)j->images, C = (double)j->channels, F = (double)j->filters;
+    int64_t high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
+    double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
     double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
-    double direct = n * (double)(h->outputs * w->outputs * taps * taps) * C * F;
+    double direct = n * (double)(h->outputs * w->outputs * h->taps * w->taps) * (double)j->channels * F;
     return (points + 2 * POINTS) * C * F + n * (double)(high * wide) * 250 * (C + F) + 100 * C * F < 0.9 * direct;
 }
 
-static winograd make_winograd(const conv_job *j)
+static winograd make_winograd(const conv_job *j, int adjoint)
 {
-    winograd t = {.j = j, .tiles = {.images = j->images}, .C = round_up(j->channels, LANES)};
-    t.taps = j->axes[1].taps;
+    static const char *const names[] = {"winograd f(5x5, 2x2)", "winograd f(4x4, 3x3)", "winograd f(3x3, 4x4)",
+                                        "winograd f(2x2, 5x5)"};
+    int64_t stride = j->axes[1].stride;
+    winograd t = {.j = j, .adjoint = adjoint, .tiles = {.images = j->images}};
+    t.kernel = j->axes[1].taps;
+    t.stride = stride;
+    t.taps = ceil_div(t.kernel, stride);
     t.out = 7 - t.taps;
-    hl_note(t.taps == 3 ? "winograd f(4x4, 3x3)" : "winograd f(2x2, 5x5)");
+    t.x = (side){.stride = adjoint ? 1 : stride, .channels = j->channels};
+    t.y = (side){.stride = adjoint ? stride : 1, .channels = j->filters};
+    hl_note(names[t.taps - 2]);
     t.tiles.axes[0].outputs = 1;
-    for (int a = 1; a < 3; a++) {
-        t.tiles.axes[a].outputs = ceil_div(j->axes[a].outputs, t.out);
-        t.rest[a - 1] = j->axes[a].outputs - (t.tiles.axes[a].outputs - 1) * t.out;
+    for (int a = 0; a < 2; a++) {
+        const axis *x = &j->axes[a + 1];
+        t.x.size[a] = adjoint ? x->outputs : x->inputs;
+        t.y.size[a] = adjoint ? x->inputs : x->outputs;
+        /* Place i of gx has the gradients at i, i - 1, ... of gy. */
+        side whole = {.stride = stride, .size = {x->inputs}, .before = {x->pad}};
+        int64_t low = low_of(&whole, 0, stride - 1);
+        t.x.before[a] = adjoint ? t.taps - 1 - low : x->pad;
+        t.y.before[a] = adjoint ? x->pad - low * stride : 0;
+        t.places[a] = adjoint ? high_of(&whole, 0, 0) - low : x->outputs;
+        t.tiles.axes[a + 1].outputs = ceil_div(t.places[a], t.out);
+        t.rest[a] = t.places[a] - (t.tiles.axes[a + 1].outputs - 1) * t.out;
     }
+    t.channels = t.x.stride * t.x.stride * t.x.channels;
+    t.filters = t.y.stride * t.y.stride * phase_filters(&t);
+    t.C = round_up(t.channels, LANES);
     /* Up to 128 channels 32 tiles: V and M of 64 filters (288 KiB) share a second-level cache of 1 MiB. More channels do
      * not fit, V streams from the third level: 128 tiles then, so that U comes by a quarter as often, with M (and U of 128
      * channels) of 32 filters 576 KiB. */
     int few = t.C <= 128;
     t.grid = make_grid(&t.tiles, few ? 32 : 128);
-    t.filter_block = min64(few ? 64 : 32, j->filters);
+    t.filter_block = min64(few ? 64 : 32, t.filters);
     t.chunk = min64(128, t.C);
     box largest = box_at(&t.tiles, &t.grid, 0);
     t.T = (positions_of(&largest) + GEMM_ROWS / 2) | 1;
@@ -736,19 +889,21 @@ static winograd make_winograd(const conv_job *j)
  * one task, so that V and M stay in cache; what several tasks need (V when the filters are split, U when there are several
  * boxes) is made once before.
  * x is read once per box (1.3 to 1.7 times with the rims), w once, y is written once. */
-static int conv_winograd(const conv_job *j)
+static int conv_winograd(const conv_job *j, int adjoint)
 {
-    winograd t = make_winograd(j);
+    winograd t = make_winograd(j, adjoint);
     int64_t boxes = t.grid.boxes * j->groups;
-    while (t.filter_block > LANES && boxes * ceil_div(j->filters, t.filter_block) < 8) t.filter_block /= 2;
-    t.filter_block = round_up(t.filter_block, min64(LANES, j->filters));
-    int64_t blocks = ceil_div(j->filters, t.filter_block);
+    while (t.filter_block > LANES && boxes * ceil_div(t.filters, t.filter_block) < 8) t.filter_block /= 2;
+    t.filter_block = round_up(t.filter_block, LANES);
+    int64_t blocks = ceil_div(t.filters, t.filter_block);
     t.splits = boxes >= 16 ? 1 : min64(blocks, ceil_div(16, boxes));
-    t.group_size = blocks * POINTS * (t.C * round_up(t.filter_block, LANES) + ceil_div(t.C, t.chunk) * LANES);
+    t.group_size = blocks * POINTS * (t.channels * t.filter_block + ceil_div(t.channels, t.chunk) * LANES);
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     hl_pack weights = {0};
     int share_u = t.grid.boxes > 1 || hl_is_prepacked(j->weights);
-    if (share_u) weights = begin_weights(j, HL_PACK_WINOGRAD, j->groups * t.group_size, t.filter_block);
+    if (share_u)
+        weights = begin_weights(j, HL_PACK_WINOGRAD, j->groups * t.group_size,
+                                (t.filter_block * 2 + adjoint) * 2 + t.stride - 1);
     t.shared_u = weights.data;
     int status = (t.splits > 1 && !t.shared_v) || (share_u && !t.shared_u) ? HL_NOMEM : HL_OK;
     if (status == HL_OK && t.shared_v)
@@ -757,7 +912,7 @@ static int conv_winograd(const conv_job *j)
         status = parallel_even(j->groups * blocks, (double)t.group_size / (double)blocks / 4, winograd_weights, &t);
         if (status == HL_OK) hl_pack_ready(&weights);
     }
-    double work = (double)t.T * POINTS * (double)t.C * (double)j->filters / (double)t.splits / 16;
+    double work = (double)t.T * POINTS * (double)t.C * (double)t.filters / (double)t.splits / 16;
     if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
     hl_pack_end(&weights);
@@ -770,7 +925,7 @@ static int conv_winograd(const conv_job *j)
  * x and gy are read once; their transforms, 2.25 times as large, are written and read; dU is read and written once a pass. */
 static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
 {
-    winograd_gradient g = {.w = make_winograd(j), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};
+    winograd_gradient g = {.w = make_winograd(j, 0), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};
     winograd *t = &g.w;
     g.m_size = POINTS * m_point(t, g.F);
     int64_t du_size = j->groups * POINTS * t->C * g.F, each = j->groups * (t->box_size + g.m_size);
