@@ -991,7 +991,7 @@ static int run(conv_job *j, int exact)
     flatten(j);
     if (is_linear(j)) return conv_linear(j);
 #if HL_F32
-    if (!exact && in_order(j) && is_dense(j) && is_winograd(j)) return conv_winograd(j, 0);
+    if (!exact && in_order(j) && is_dense(j) && is_winograd(j, 0.9)) return conv_winograd(j, 0);
 #else
     (void)exact;
 #endif
@@ -1175,7 +1175,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         .bias = b,
         .y = gx,
     };
-    if (!p->exact && is_winograd(&whole)) return conv_winograd(&whole, 1);
+    if (!p->exact && is_winograd(&whole, 0.9)) return conv_winograd(&whole, 1);
 #endif
     for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
         for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)
@@ -1513,7 +1513,8 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
     }
     flatten(&j);
 #if HL_F32
-    if (!p->exact && is_winograd(&j)) return conv_winograd_gradient(&j, gy, gw);
+    /* The sums over all tiles pass through memory: 3x3 taps with a stride of 2 gain nothing. */
+    if (!p->exact && is_winograd(&j, 0.65)) return conv_winograd_gradient(&j, gy, gw);
 #endif
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);

@@ -339,7 +339,7 @@ int hl_masks_to_boxes_f64(const hl_masks_to_boxes_plan *plan, const uint8_t *mas
 
 /* y[N,F,OD,OH,OW] = convolution (cross-correlation) of x[N,C,D,H,W] with w[F,CG,KD,KH,KW], + b[F], then the function of
  * number `activation` (hl_activate); b may be NULL. Pads are those in front; the sizes of y say where it ends. exact = 0
- * allows Winograd in float32: a few more roundings, and an infinity or NaN in x reaches up to three neighbours farther. */
+ * allows Winograd in float32: a few more roundings, and an infinity or NaN in x reaches up to four neighbours farther. */
 typedef struct {
     int64_t N, C, D, H, W, F, CG, KD, KH, KW, OD, OH, OW;
     int64_t groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact,

@@ -183,32 +183,58 @@ static void range_of(const winograd *t, const slots *s, int p, int64_t *first, i
 
 /* ---- V = B^T d B of a box: [channels / LANES][point][slot][LANES] ---- */
 
-static inline __attribute__((always_inline)) void input_tile(const int64_t inputs_h, const int64_t inputs_w,
-                                                             const int inside, int64_t top, int64_t left, int64_t rows,
-                                                             int64_t pitch, const real *stage, real *to, int64_t point)
+/* Both dimensions of a tile, so many inputs each; a tile at the rim has rows [first, last) and columns [begin, end) only. */
+typedef struct { int64_t first, last, begin, end; } rim;
+
+static inline __attribute__((always_inline)) void input_down(const int64_t inputs, const rim *rim, int64_t columns,
+                                                             const real *from, int64_t step, vreal half[PATCH][PATCH])
 {
-    vreal half[PATCH][PATCH];
-    for (int64_t w = 0; w < inputs_w; w++) {
+    for (int64_t w = 0; w < columns; w++, from += LANES) {
         vreal d[PATCH] = {0}, e[PATCH] = {0};
-        const real *from = stage + (top * pitch + left + w) * LANES;
 #pragma GCC unroll 6
-        for (int64_t h = 0; h < inputs_h; h++)
-            d[h] = inside || (top + h >= 0 && top + h < rows && left + w >= 0 && left + w < pitch)
-                       ? load(from + h * pitch * LANES)
-                       : splat(0);
-        transform_input(inputs_h, d, e);
+        for (int64_t h = 0; h < inputs; h++)
+            if (!rim || (h >= rim->first && h < rim->last && w >= rim->begin && w < rim->end))
+                d[h] = load(from + h * step);
+        transform_input(inputs, d, e);
 #pragma GCC unroll 6
         for (int p = 0; p < PATCH; p++)
-            if (points_of[inputs_h] >> p & 1) half[p][w] = e[p];
+            if (points_of[inputs] >> p & 1) half[p][w] = e[p];
     }
-    for (int p = 0; p < PATCH; p++)
-        if (points_of[inputs_h] >> p & 1) {
-            vreal e[PATCH] = {0};
-            transform_input(inputs_w, half[p], e);
+}
+static inline __attribute__((always_inline)) void input_across(const int64_t inputs, unsigned rows,
+                                                               vreal half[PATCH][PATCH], real *to, int64_t point)
+{
+    for (int p = 0; p < PATCH; p++) {
+        vreal e[PATCH] = {0};
+        if (!(rows >> p & 1)) continue;
+        transform_input(inputs, half[p], e);
 #pragma GCC unroll 6
-            for (int q = 0; q < PATCH; q++)
-                if (points_of[inputs_w] >> q & 1) store(to + (p * PATCH + q) * point, e[q]);
-        }
+        for (int q = 0; q < PATCH; q++)
+            if (points_of[inputs] >> q & 1) store(to + (p * PATCH + q) * point, e[q]);
+    }
+}
+static void input_tile(int64_t high, int64_t wide, const rim *rim, const real *from, int64_t step, real *to,
+                       int64_t point)
+{
+    vreal half[PATCH][PATCH];
+    if (rim) {
+        if (high == 6) input_down(6, rim, wide, from, step, half);
+        else if (high == 5) input_down(5, rim, wide, from, step, half);
+        else if (high == 4) input_down(4, rim, wide, from, step, half);
+        else if (high == 3) input_down(3, rim, wide, from, step, half);
+        else input_down(2, rim, wide, from, step, half);
+    } else {
+        if (high == 6) input_down(6, NULL, wide, from, step, half);
+        else if (high == 5) input_down(5, NULL, wide, from, step, half);
+        else if (high == 4) input_down(4, NULL, wide, from, step, half);
+        else if (high == 3) input_down(3, NULL, wide, from, step, half);
+        else input_down(2, NULL, wide, from, step, half);
+    }
+    if (wide == 6) input_across(6, points_of[high], half, to, point);
+    else if (wide == 5) input_across(5, points_of[high], half, to, point);
+    else if (wide == 4) input_across(4, points_of[high], half, to, point);
+    else if (wide == 3) input_across(3, points_of[high], half, to, point);
+    else input_across(2, points_of[high], half, to, point);
 }
 
 /* The places [low, high) of a phase in dimension a. */
@@ -233,33 +259,36 @@ static region region_of(const winograd *t, const box *b, const slots *s)
     return r;
 }
 
-/* Elements from line to line of the phases that make_v and make_y take apart and put together. */
-static int64_t line_pitch(int64_t columns) { return round_up(columns, LANES) + LANES; }
+/* Elements from one lane's places to the next, those that a vector may touch behind the last among them; odd vectors. */
+static int64_t lane_pitch(int64_t places) { return (places / LANES + 2 | 1) * LANES; }
 
-/* A row of places of LANES channels of phases, as [column][LANES] with zeros where there is none. `x`: of a group. */
-static void pack_phases(const winograd *t, const real *x, int64_t first, int64_t width, int64_t row, int64_t left,
-                        int64_t columns, real *lines, real *to)
+/* A region of LANES channels of phases as [row][column][LANES], with zeros where no element is. `x`: of a group. */
+static void pack_phases(const winograd *t, const real *x, int64_t first, int64_t width, const region *g, real *lanes,
+                        real *to)
 {
     const side *s = &t->x;
-    int64_t H = s->size[0], W = s->size[1], pitch = line_pitch(columns);
+    int64_t H = s->size[0], W = s->size[1], columns = g->right - g->left, places = (g->bottom - g->top) * columns;
     const real *end = t->j->x + t->j->images * t->j->groups * s->channels * H * W;
     for (int64_t i = 0; i < width; i++) {
-        int64_t phase = (first + i) / s->channels, c = (first + i) % s->channels, down = phase / 2, across = phase % 2;
-        int64_t h = row * 2 + down - s->before[0], low = max64(low_of(s, 1, across) - left, 0);
-        int64_t n = max64(min64(high_of(s, 1, across) - left, columns) - low, 0);
-        real *line = lines + i * pitch;
-        if (h < 0 || h >= H) n = 0;
-        if (n) {
-            const real *from = x + (c * H + h) * W + (left + low) * 2 + across - s->before[1];
-            copy_row(from, n, 2, lanes_before((n - 1) % LANES + 1), end, line + low);
+        int64_t phase = (first + i) / s->channels, c = (first + i) % s->channels, across = phase % 2;
+        int64_t low = max64(low_of(s, 1, across) - g->left, 0);
+        int64_t high = max64(min64(high_of(s, 1, across) - g->left, columns), low);
+        vint inside = lanes_before((high - low - 1) % LANES + 1);
+        real *row = lanes + i * lane_pitch(places);
+        for (int64_t r = g->top; r < g->bottom; r++, row += columns) {
+            int64_t h = r * 2 + phase / 2 - s->before[0], n = h >= 0 && h < H ? high - low : 0;
+            const real *from = x + (c * H + h) * W + (g->left + low) * 2 + across - s->before[1];
+            for (int64_t k = 0; k < low; k++) row[k] = 0;
+            for (int64_t k = 0; k < n * 2; k += 64 / (int64_t)sizeof(real)) __builtin_prefetch(from + H * W + k);
+            if (n) copy_row(from, n, 2, inside, end, row + low);
+            for (int64_t k = low + n; k < columns; k++) row[k] = 0;
         }
-        for (int64_t k = 0; k < low; k++) line[k] = 0;
-        for (int64_t k = low + n; k < columns; k++) line[k] = 0;
     }
-    gemm_pack_panel(width, LANES, columns, lines, pitch, 1, to);
+    gemm_pack_panel(width, LANES, places, lanes, lane_pitch(places), 1, to);
 }
 
-/* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES], then lines. */
+/* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES] and, by lanes,
+ * its phases. */
 static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, real *stage, real *v)
 {
     const conv_job *j = t->j;
@@ -271,10 +300,7 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
     for (int64_t n = 0; n < b->images; n++) {
         const real *x = j->x + ((b->image + n) * j->groups + group) * t->x.channels * H * W;
         const real *from = x + c0 * H * W + (g.top - t->x.before[0]) * W + g.left - t->x.before[1];
-        if (t->x.stride > 1)
-            for (int64_t r = 0; r < rows; r++)
-                pack_phases(t, x, c0, width, g.top + r, g.left, pitch, stage + rows * pitch * LANES,
-                            stage + r * pitch * LANES);
+        if (t->x.stride > 1) pack_phases(t, x, c0, width, &g, stage + rows * pitch * LANES, stage);
         else if (pitch == W) gemm_pack_panel(width, LANES, rows * W, from, H * W, 1, stage);
         else
             for (int64_t r = 0; r < rows; r++)
@@ -284,11 +310,10 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
                 int64_t top = (b->first[1] + th) * t->out - g.top, left = (b->first[2] + tw) * t->out - g.left;
                 int64_t high = th < s.whole[0] ? PATCH : t->rest[0] + t->taps - 1;
                 int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps - 1;
+                rim edge = {-top, rows - top, -left, pitch - left};
                 int inside = top >= 0 && top + high <= rows && left >= 0 && left + wide <= pitch;
-                real *to = v + take_slot(&s, th, tw) * LANES;
-                if (high < PATCH || wide < PATCH) input_tile(high, wide, 0, top, left, rows, pitch, stage, to, point);
-                else if (inside) input_tile(PATCH, PATCH, 1, top, left, rows, pitch, stage, to, point);
-                else input_tile(PATCH, PATCH, 0, top, left, rows, pitch, stage, to, point);
+                input_tile(high, wide, inside ? NULL : &edge, stage + (top * pitch + left) * LANES, pitch * LANES,
+                           v + take_slot(&s, th, tw) * LANES, point);
             }
     }
 }
@@ -528,19 +553,20 @@ static inline __attribute__((always_inline)) void gradient_tile(const int64_t ta
 
 /* A row of places of the LANES filters of a phase, [column][LANES], to where their elements lie in y, that of an image. */
 static void unpack_phase(const winograd *t, int64_t phase, int64_t width, int64_t row, int64_t left, int64_t columns,
-                         const real *from, real *lines, real *y)
+                         const real *from, real *lanes, real *y)
 {
     const side *s = &t->y;
-    int64_t pitch = line_pitch(columns), h = row * 2 + phase / 2 - s->before[0], w = phase % 2 - s->before[1];
+    int64_t pitch = lane_pitch(columns), h = row * 2 + phase / 2 - s->before[0], w = phase % 2 - s->before[1];
     int64_t low = max64(low_of(s, 1, phase % 2), left), high = min64(high_of(s, 1, phase % 2), left + columns);
     if (h < 0 || h >= s->size[0]) return;
-    gemm_transpose(columns, width, from, LANES, lines, pitch);
+    gemm_transpose(columns, width, from, LANES, lanes, pitch);
     for (int64_t i = 0; i < width; i++)
         for (int64_t k = low; k < high; k++)
-            y[(i * s->size[0] + h) * s->size[1] + k * 2 + w] = lines[i * pitch + k - left];
+            y[(i * s->size[0] + h) * s->size[1] + k * 2 + w] = lanes[i * pitch + k - left];
 }
 
-/* `stage` takes the outputs of LANES filters of one image as [row][column][LANES], then lines. */
+/* `stage` takes the outputs of LANES filters of one image as [row][column][LANES], then a row
+ * by lanes. */
 static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, int64_t filters, const real *m,
                    real *stage)
 {
@@ -586,7 +612,7 @@ static int64_t stage_size(const winograd *t)
 {
     box b = box_at(&t->tiles, &t->grid, 0);
     int64_t rows = b.size[1] * t->out + t->taps, columns = b.size[2] * t->out + t->taps;
-    return max64((rows * columns + line_pitch(columns)) * LANES, t->chunk * t->kernel * t->kernel * LANES);
+    return max64((rows * columns + lane_pitch(rows * columns)) * LANES, t->chunk * t->kernel * t->kernel * LANES);
 }
 
 /* V of LANES channels of one (box, group). */
@@ -825,8 +851,8 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
 
 /* ---- the choice ---- */
 
-/* Whether it applies, and pays: fewer products, transforms included. */
-static int is_winograd(const conv_job *j)
+/* Whether it applies, and pays: its work, transforms included, is less than that share of the direct sums'. */
+static int is_winograd(const conv_job *j, double share)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return 0;
@@ -838,7 +864,7 @@ static int is_winograd(const conv_job *j)
     double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
     double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
     double direct = n * (double)(h->outputs * w->outputs * h->taps * w->taps) * (double)j->channels * F;
-    return (points + 2 * POINTS) * C * F + n * (double)(high * wide) * 250 * (C + F) + 100 * C * F < 0.9 * direct;
+    return (points + 2 * POINTS) * C * F + n * (double)(high * wide) * 250 * (C + F) + 100 * C * F < share * direct;
 }
 
 static winograd make_winograd(const conv_job *j, int adjoint)
@@ -871,11 +897,11 @@ static winograd make_winograd(const conv_job *j, int adjoint)
     t.channels = t.x.stride * t.x.stride * t.x.channels;
     t.filters = t.y.stride * t.y.stride * phase_filters(&t);
     t.C = round_up(t.channels, LANES);
-    /* Up to 128 channels 32 tiles: V and M of 64 filters (288 KiB) share a second-level cache of 1 MiB. More channels do
-     * not fit, V streams from the third level: 128 tiles then, so that U comes by a quarter as often, with M (and U of 128
-     * channels) of 32 filters 576 KiB. */
-    int few = t.C <= 128;
-    t.grid = make_grid(&t.tiles, few ? 32 : 128);
+    /* Tiles at a time. Up to 128 channels V and M of 64 filters (288 KiB of 32 tiles) share a second-level cache of 1 MiB.
+     * More channels do not fit, V streams from the third level: 128 tiles then, so that U comes by a quarter as often,
+     * with M (and U of 128 channels) of 32 filters 576 KiB; but 32 where few filters take V and U stays near, too. */
+    int few = t.C <= 128, near = t.filters < t.C && POINTS * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
+    t.grid = make_grid(&t.tiles, few ? min64(128, 4096 / t.C) : near ? 32 : 128);
     t.filter_block = min64(few ? 64 : 32, t.filters);
     t.chunk = min64(128, t.C);
     box largest = box_at(&t.tiles, &t.grid, 0);

@@ -21,6 +21,7 @@ needs_c = pytest.mark.skipif(bool(_dispatch.adapter("c").status()), reason="no C
 # op, shapes of the inputs that one weight serves, shape of the weight, options
 CALLS = {
     "winograd": (hl.conv2d, [(1, 32, 12, 12), (8, 32, 12, 12), (3, 32, 9, 17)], (40, 32, 3, 3), {"padding": 1}),
+    "winograd stride": (hl.conv2d, [(2, 40, 39, 40), (4, 40, 37, 31)], (48, 40, 3, 3), {"stride": 2, "padding": 1}),
     "winograd 5x5": (hl.conv2d, [(2, 32, 14, 14), (1, 32, 30, 30)], (32, 32, 5, 5), {"padding": 2}),
     "implicit": (hl.conv2d, [(2, 5, 9, 9), (1, 5, 30, 31)], (33, 5, 3, 3), {"stride": 2, "padding": 1}),
     "pointwise": (hl.conv2d, [(2, 300, 7, 7), (1, 300, 3, 1)], (24, 300, 1, 1), {}),
@@ -30,6 +31,7 @@ CALLS = {
     "conv1d": (hl.conv1d, [(2, 20, 50)], (30, 20, 3), {}),
     "conv3d": (hl.conv3d, [(1, 3, 5, 6, 7)], (20, 3, 2, 3, 2), {}),
     "transposed": (hl.conv_transpose2d, [(2, 20, 9, 9), (1, 20, 3, 3)], (20, 24, 3, 3), {"stride": 2, "padding": 1}),
+    "transposed winograd stride": (hl.conv_transpose2d, [(4, 32, 15, 16)], (32, 40, 4, 4), {"stride": 2, "padding": 1}),
     "transposed winograd": (hl.conv_transpose2d, [(4, 32, 12, 12)], (32, 32, 3, 3), {"padding": 1}),
     "linear": (hl.linear, [(3, 300), (7, 300), (200, 300), (2, 2, 300)], (70, 300), {}),
     "linear, one output": (hl.linear, [(7, 300)], (300,), {}),

@@ -77,6 +77,19 @@ LARGE = {
     "large_volume": geometry(5, (9, 12, 13), 12, (3, 3, 3), n=2, pad=1),
 }
 
+FAST = {
+    "fast_2x2": geometry(34, (25, 26), 40, (2, 2), n=2, pad=1),
+    "fast_4x4": geometry(17, (21, 20), 36, (4, 4), n=2, pad=2),
+    "fast_stride_2x2_one_over": geometry(33, (44, 43), 36, (4, 4), n=3, stride=2, pad=1),
+    "fast_stride_3x3": geometry(40, (39, 40), 48, (3, 3), n=4, stride=2, pad=1),
+    "fast_stride_3x3_end": geometry(36, (40, 39), 66, (3, 3), n=4, stride=2, pad=(0, 3), end=(1, 2)),
+    "fast_stride_4x4_groups": geometry(40, (31, 30), 44, (4, 4), n=4, groups=2, stride=2, pad=1),
+    "fast_stride_5x5": geometry(20, (41, 42), 36, (5, 5), n=2, stride=2, pad=2),
+    "fast_stride_6x6": geometry(20, (30, 33), 20, (6, 6), n=2, stride=2, pad=(5, 4)),
+    "fast_stride_7x7": geometry(3, (60, 59), 32, (7, 7), n=2, stride=2, pad=3),
+    "fast_stride_9x9": geometry(16, (30, 31), 16, (9, 9), n=2, stride=2, pad=(4, 9)),
+}
+
 
 def convolutions(**extra):
     return [case(name, **values, **extra) for name, values in {**SHAPES, **LARGE}.items()]
@@ -86,7 +99,8 @@ def fast():
     """What Winograd's algorithm may take, among others."""
     names = ("square", "groups", "large_3x3", "large_3x3_narrow", "large_3x3_one_over", "large_3x3_three_over", "large_5x5")
     names += ("large_deep", "large_groups")
-    return [case(f"{name}_fast", **{**SHAPES, **LARGE}[name], exact=0) for name in names]
+    shapes = {f"{name}_fast": {**SHAPES, **LARGE}[name] for name in names} | FAST
+    return [case(name, **values, exact=0) for name, values in shapes.items()]
 
 
 def activated():
