@@ -678,41 +678,77 @@ static inline __attribute__((always_inline)) vreal in_register(vreal v)
     return v;
 }
 
-/* What four rows of outputs read, wherever it lies: 3 + KH rows of zeros, of planes, or of x itself. `inside` tells for each
- * tap of a row and each vector of outputs which lanes read an input and which the padding. */
+/* The lines that the rows of outputs of one channel read, wherever they lie: in planes, or in x itself. `inside` tells for
+ * each tap of a row and each vector of outputs which lanes read an input and which the padding. */
 typedef struct {
-    const real *rows[10];
+    const real *first;      /* of the first row of outputs */
+    int64_t above, rows;    /* of the lines from there on, those that are padding; the end of those that are not */
+    int64_t pitch;
+    const real *zeros;      /* what the padding is; NULL where the weights are finite, and it adds nothing */
     const int64_t *offsets; /* of the taps of a row, from the output's column */
     const vint *inside;     /* [vector][KW] */
 } lines;
 
-/* Depthwise, stride and dilation 1 along H: four rows of outputs share what they load. */
-static inline __attribute__((always_inline)) void rows_tile(const int KH, const int vectors, int64_t KW, const lines *x,
-                                                            int64_t vector, const real *w, real bias, vreal *sums)
+/* Depthwise, stride and dilation 1 along H, some vectors of each row of outputs: each line is loaded once for all rows that
+ * it belongs to. sum[kh] is that of the row whose tap kh the line is. */
+static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int vectors,
+                                                             const lines *x, int64_t vector, const real *w, real bias,
+                                                             int64_t top, int64_t bottom, int64_t W, real *y,
+                                                             const real *end, int64_t ahead)
 {
-    vreal sum[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * vectors; i++) sum[i] = splat(bias);
-    for (int64_t kw = 0; kw < KW; kw++) {
-        int64_t at = vector * LANES + x->offsets[kw];
-        vreal wk[7];
-        vint inside[2];
+    vreal sum[8 * 3];
+#pragma GCC unroll 24
+    for (int i = 0; i < KH * vectors; i++) sum[i] = splat(bias);
+    y += (top - KH + 1) * W + vector * LANES;
+    const real *line = x->first + top * x->pitch + vector * LANES;
+    const int few = __builtin_constant_p(KW) && KW <= 3; /* taps, all of which stay in registers */
+    const vint *inside = x->inside + vector * KW;
+    int64_t offsets[3];
+    vint masks[9];
+    vreal weights[9];
+    if (few)
+#pragma GCC unroll 3
+        for (int kw = 0; kw < KW; kw++) {
+            offsets[kw] = x->offsets[kw];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) masks[v * KW + kw] = inside[v * KW + kw];
+#pragma GCC unroll 3
+            for (int kh = 0; kh < KH; kh++) weights[kh * KW + kw] = splat(w[kh * KW + kw]);
+        }
+    for (int64_t r = top; r < bottom + KH - 1; r++, line += x->pitch, y += W) {
+        const int padding = r < x->above || r >= x->rows;
+        if (!padding || x->zeros)
+#pragma GCC unroll 3
+            for (int64_t kw = 0; kw < KW; kw++) {
+                const real *tap = (padding ? x->zeros + vector * LANES : line) + (few ? offsets[kw] : x->offsets[kw]);
+                vreal in[3];
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++)
+                    in[v] = in_register(
+                        (vreal)((few ? masks[v * KW + kw] : inside[v * KW + kw]) & (vint)load(tap + v * LANES)));
 #pragma GCC unroll 7
-        for (int kh = 0; kh < KH; kh++) wk[kh] = splat(w[kh * KW + kw]);
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) inside[v] = x->inside[(vector + v) * KW + kw];
-#pragma GCC unroll 10
-        for (int h = 0; h < KH + 3; h++)
-#pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) {
-                vreal line = in_register((vreal)(inside[v] & (vint)load(x->rows[h] + at + v * LANES)));
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; r++)
-                    if (h - r >= 0 && h - r < KH) sum[r * vectors + v] += wk[h - r] * line;
+                for (int kh = 0; kh < KH; kh++) {
+                    vreal wk = few ? weights[kh * KW + kw] : in_register(splat(w[kh * KW + kw]));
+#pragma GCC unroll 3
+                    for (int v = 0; v < vectors; v++) sum[kh * vectors + v] += wk * in[v];
+                }
             }
+        if (ahead)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                __builtin_prefetch(line + (ahead + KH - 1) * x->pitch + v * LANES);
+                __builtin_prefetch(y + (ahead + KH - 1) * W + v * LANES, 1);
+            }
+        if (r >= top + KH - 1)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                vreal done = sum[(KH - 1) * vectors + v];
+                if (end - y >= (v + 1) * LANES) store(y + v * LANES, done);
+                else store_part(y + v * LANES, W - (vector + v) * LANES, done);
+            }
+#pragma GCC unroll 24
+        for (int i = KH * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : splat(bias);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * vectors; i++) sums[i] = sum[i];
 }
 
 /* How many elements from the first that a row of outputs touches, padding among them, to the last. */
@@ -737,39 +773,27 @@ static void fill_inside(const axis *W, vint *inside)
         }
 }
 
-/* One channel of one image, at least four rows: output row r reads source rows first + r and on, which are `zeros` outside
- * [0, rows). Vectors go from the right to the left and rows down: what a vector writes beyond its row is written again by
- * the rows below; only at the end of the box is part of a vector stored. The last four rows may have been done before. */
-static void direct_rows(const conv_job *j, const box *b, lines *l, const real *source, int64_t pitch, int64_t first,
-                        int64_t rows, const real *zeros, const real *w, real bias, real *y)
+/* One channel of one image. Strips of vectors go from the right to the left: what a vector writes beyond its row is written
+ * again by the strip on the left; only at the end of the box is part of a vector stored. A plane for which the second cache
+ * is small goes by bands of rows that stay in the first with what they read; each strip fetches its part of the next. */
+static void direct_rows(const conv_job *j, const box *b, const lines *l, const real *w, real bias, real *y)
 {
+    enum { SECOND = 32768, FIRST = 4096 }; /* outputs: with what they read a fourth, all of such caches in float32 */
     int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
-    for (int64_t h = 0; h < H; h += 4) {
-        int64_t top = min64(h, H - 4);
-        for (int64_t r = 0, at = first + top; r < KH + 3; r++, at++)
-            l->rows[r] = at >= 0 && at < rows ? source + at * pitch : zeros;
-        const real *ahead = source + min64(first + top + KH + 3, rows) * pitch;
-        for (int64_t i = 0; i < 4 * W; i += 64 / (int64_t)sizeof(real)) {
-            __builtin_prefetch(ahead + i);
-            __builtin_prefetch(y + (top + 4) * W + i, 1);
-        }
+    /* Both of two bands multiply the KH - 1 lines between them. */
+    int64_t rows = H * W > SECOND ? max64(FIRST / W, 3 * (KH - 1)) : H, ahead = rows < H ? rows : 0;
+    for (int64_t top = 0; top < H; top += rows)
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
-            take = vectors % 2 ? 1 : 2;
-            int64_t vector = vectors - take;
-            vreal sums[8];
-#define ROWS_TILE(kh, v) rows_tile(kh, v, KW, l, vector, w, bias, sums)
-            if (KH == 3) take == 2 ? ROWS_TILE(3, 2) : ROWS_TILE(3, 1);
-            else if (KH == 5) take == 2 ? ROWS_TILE(5, 2) : ROWS_TILE(5, 1);
-            else take == 2 ? ROWS_TILE(7, 2) : ROWS_TILE(7, 1);
-            for (int64_t row = top; row < top + 4; row++)
-                for (int64_t v = 0; v < take; v++) {
-                    int64_t at = (vector + v) * LANES;
-                    vreal sum = sums[(row - top) * take + v];
-                    if (row * W + at + LANES <= H * W) store(y + row * W + at, sum);
-                    else store_part(y + row * W + at, W - at, sum);
-                }
+            take = vectors % 2 == 0 ? 2 : vectors > 1 && KH == 3 ? 3 : 1; /* the sums fit in registers */
+#define ROWS_STRIP(kh, kw, v) \
+    rows_strip(kh, kw, v, l, vectors - v, w, bias, top, min64(top + rows, H), W, y, y + H * W, ahead)
+            if (KH == 3 && KW == 3)
+                take == 3 ? ROWS_STRIP(3, 3, 3) : take == 2 ? ROWS_STRIP(3, 3, 2) : ROWS_STRIP(3, 3, 1);
+            else if (KH == 3)
+                take == 3 ? ROWS_STRIP(3, KW, 3) : take == 2 ? ROWS_STRIP(3, KW, 2) : ROWS_STRIP(3, KW, 1);
+            else if (KH == 5) take == 2 ? ROWS_STRIP(5, KW, 2) : ROWS_STRIP(5, KW, 1);
+            else take == 2 ? ROWS_STRIP(7, KW, 2) : ROWS_STRIP(7, KW, 1);
         }
-    }
 }
 
 /* From sums by plane position into one filter of y. Where rows of y follow each other, whole vectors are written and what
@@ -797,11 +821,11 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
     const direct *t = context;
     const conv_job *j = t->j;
     const axis *H = &j->axes[1], *W = &j->axes[2];
-    int64_t K = taps_of(j), channels = j->images * j->groups, masks = ceil_div(W->outputs, LANES) * W->taps;
+    int64_t K = taps_of(j), masks = ceil_div(W->outputs, LANES) * W->taps;
     box b = box_at(j, &t->grid, 0);
     planes p = make_planes(j, &b, 1);
     size_t plane_size = planes_size(&b, &p) + (size_t)LANES;
-    int64_t reach = W->stride == 1 && row_reach(W) <= channels * inputs_of(j) ? round_up(row_reach(W), LANES) : 0;
+    int64_t reach = round_up(row_reach(W), LANES);
     vint *everywhere = hl_take((size_t)(2 * masks) * sizeof(vint) + (plane_size + (size_t)reach) * sizeof(real) +
                                (size_t)(2 * W->taps) * sizeof(int64_t));
     if (!everywhere) return HL_NOMEM;
@@ -809,18 +833,20 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
     real *plane = (real *)(inside + masks), *zeros = plane + plane_size;
     int64_t *plane_offsets = (int64_t *)(zeros + reach), *offsets = plane_offsets + W->taps;
     memset(everywhere, -1, (size_t)masks * sizeof(vint));
-    if (reach) {
-        fill_inside(W, inside);
-        memset(zeros, 0, (size_t)reach * sizeof(real));
-        for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
-    }
+    memset(zeros, 0, (size_t)reach * sizeof(real));
+    fill_inside(W, inside);
+    for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
     int64_t zeroed = -1; /* the box that the zeros of the plane were made for */
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
         b = box_at(j, &t->grid, i / j->groups);
-        int64_t channel = b.image * j->groups + group, first = b.first[1] - H->pad, rows = H->inputs, pitch = W->inputs;
-        const real *source = j->x + channel * inputs_of(j), *around = reach ? zeros + W->pad : NULL;
-        lines l = {.offsets = offsets, .inside = inside};
+        int64_t channel = b.image * j->groups + group, first = b.first[1] - H->pad;
+        lines l = {.first = j->x + channel * inputs_of(j) + first * W->inputs,
+                   .above = -first,
+                   .rows = H->inputs - first,
+                   .pitch = W->inputs,
+                   .offsets = offsets,
+                   .inside = inside};
         if (!in_place(j, channel)) {
             p = make_planes(j, &b, 1);
             if (zeroed != i / j->groups) {
@@ -829,15 +855,16 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
                 fill_offsets(j, &p, 0, W->taps, 0, plane_offsets);
             }
             fill_planes(j, &b, &p, group, 0, 1, plane);
-            l = (lines){.offsets = plane_offsets, .inside = everywhere};
-            source = plane;
-            first = 0;
-            rows = p.pitch[1];
-            pitch = p.pitch[2];
+            l = (lines){.first = plane,
+                        .rows = p.pitch[1],
+                        .pitch = p.pitch[2],
+                        .offsets = plane_offsets,
+                        .inside = everywhere};
         }
         for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
             real *y = j->y + row_target(j, &b, 0) + f * j->y_channel;
-            direct_rows(j, &b, &l, source, pitch, first, rows, around, t->packed + f * K, j->bias ? j->bias[f] : 0, y);
+            l.zeros = has_nonfinite(t->packed + f * K, K) ? zeros + W->pad : NULL;
+            direct_rows(j, &b, &l, t->packed + f * K, j->bias ? j->bias[f] : 0, y);
             activate_rows(j->activation, 1, b.size[1] * b.size[2], y, 0);
         }
     }
@@ -913,18 +940,17 @@ static int conv_direct(const conv_job *j)
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
     /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
     direct t = {.j = j, .depth = part_depth(j->channels, taps)};
-    int64_t W = j->axes[2].outputs, rows = j->axes[1].outputs, positions = 4096 / gemm_rows(j->filters);
+    int64_t W = j->axes[2].outputs, positions = 4096 / gemm_rows(j->filters);
     t.by_rows = is_by_rows(j);
     /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
     if (t.by_rows)
-        positions = j->axes[2].stride == 1 && j->images * j->groups >= 64 ? outputs_of(j) : max64(4096, 16 * W);
+        positions =
+            j->axes[2].stride == 1 && j->images * j->groups >= 2 * enough_tasks() ? outputs_of(j) : max64(4096, 16 * W);
     t.grid = make_grid(j, positions);
     if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
-    int64_t shortest = t.grid.split == 1 ? rows - (t.grid.ranges - 1) * t.grid.per : rows;
-    t.by_rows = t.by_rows && shortest >= 4;
     hl_pack weights;
     int status = HL_OK;
     if (t.by_rows) {
