@@ -12,12 +12,15 @@ import numpy as np
 from ..compile import cpu, inline, real
 from ..scalars import activate
 from .panels import (
+    AHEAD,
     DEPTH,
     NARROW,
     TILE,
     add_row,
+    copy_ahead,
     copy_block,
     end_with_zeros,
+    fill_ahead,
     fill_block,
     fours,
     inside,
@@ -60,49 +63,69 @@ def _turn_weights(w):
 
 
 @inline
+def _put_line(x, start, at, step, lo, hi, n, to, to_at):
+    """to[to_at + q] = x[start + at + q * step] for lo <= q < hi, 0 before and up to n; AHEAD elements after n may change, too."""
+    fill_ahead(to, to_at, lo, real(0))
+    if lo < hi:
+        from_at, count = start + at + lo * step, hi - lo
+        if step == 1 and from_at + count + AHEAD <= len(x):
+            copy_ahead(x, from_at, to, to_at + lo, count)
+        else:
+            copy_block(x, from_at, 0, step, to, to_at + lo, 0, 1, count)
+    fill_ahead(to, to_at + hi, n - hi, real(0))
+
+
+@inline
 def _pack(x, channel, channels, first, count, panel, out, taps, stride, pad, dilation):
-    """panel[(c, taps), t] = x under the taps of the output positions first + t, for t < count, of so many channels."""
+    """panel[(c, taps), t] = x under the taps of the output positions first + t, for t < count, of so many channels; then AHEAD
+    elements of the panel may change.
+
+    The positions are runs in rows of outputs. Of a run, one line is laid out for all the taps along W, by phases of the stride
+    and with its padding, and copied from there for each tap; where taps are far apart each has a line of its own.
+    """
     (OD, OH, OW), (KD, KH, KW) = out, taps
-    D, H, W = x.shape[2], x.shape[3], x.shape[4]
-    low, high = np.empty(KW, np.int64), np.empty(KW, np.int64)
-    for kw in range(KW):
-        at = pad[2] - kw * dilation[2]
-        low[kw], high[kw] = _first(at, stride[2], OW), _first(W + at, stride[2], OW)
-    t = 0
-    while t < count:  # a run of positions in one row of outputs
-        q = first + t
-        ow, row = q % OW, q // OW
+    C, D, H, W = x.shape[1:]
+    x1, reach = x.reshape(x.size), (KW - 1) * dilation[2]
+    is_near = KW > 1 and reach < TILE
+    parts, more = min(stride[2], reach + 1) if is_near else KW, reach // stride[2] if is_near else 0
+    runs = (count + OW - 2) // OW + 1
+    begins, lengths, lines = np.empty(runs, np.int64), np.empty(runs, np.int64), np.empty((runs, 4), np.int64)
+    inner, room = np.empty((runs, parts, 3), np.int64), min(OW, count) + more
+    sheet = np.empty(runs * parts * room + AHEAD if is_near else 0, x.dtype)
+    t, runs = 0, 0
+    while t < count:
+        ow, row = (first + t) % OW, (first + t) // OW
         run = min(OW - ow, count - t)
-        oh, od, n = row % OH, row // OH % OD, row // OH // OD
-        k = t
-        for c in range(channel, channel + channels):
-            for kd in range(KD):
-                d = od * stride[0] - pad[0] + kd * dilation[0]
-                for kh in range(KH):
-                    h = oh * stride[1] - pad[1] + kh * dilation[1]
-                    inside = 0 <= d < D and 0 <= h < H
-                    for kw in range(KW):
-                        to = panel[k : k + run]
-                        k += TILE
-                        lo = min(max(low[kw] - ow, 0), run) if inside else run
-                        hi = max(min(high[kw] - ow, run), lo) if inside else run
-                        for i in range(lo):
-                            to[i] = real(0)
-                        if lo < hi:
-                            at = (ow + lo) * stride[2] - pad[2] + kw * dilation[2]
-                            source, target = x[n, c, d, h, at:], to[lo:hi]
-                            if stride[2] == 1:
-                                for i in range(hi - lo):
-                                    target[i] = source[i]
-                            elif stride[2] == 2:
-                                for i in range(hi - lo):
-                                    target[i] = source[2 * i]
-                            else:
-                                for i in range(hi - lo):
-                                    target[i] = source[i * stride[2]]
-                        for i in range(hi, run):
-                            to[i] = real(0)
-        t += run
+        begins[runs], lengths[runs] = t, run
+        n, od, oh = row // OH // OD, row // OH % OD, row % OH
+        lines[runs, 0], lines[runs, 1], lines[runs, 2] = n, od * stride[0] - pad[0], oh * stride[1] - pad[1]
+        for i in range(parts):
+            at = ow * stride[2] - pad[2] + i * (1 if is_near else dilation[2])
+            inner[runs, i, 0], (inner[runs, i, 1], inner[runs, i, 2]) = at, inside(at, stride[2], W, run + more)
+        t, runs = t + run, runs + 1
+    k = 0
+    for c in range(channel, channel + channels):
+        for kd in range(KD):
+            for kh in range(KH):
+                for r in range(runs):
+                    n, d, h = lines[r, 0], lines[r, 1] + kd * dilation[0], lines[r, 2] + kh * dilation[1]
+                    lines[r, 3] = (((n * C + c) * D + d) * H + h) * W if 0 <= d < D and 0 <= h < H else -1
+                    for i in range(parts if is_near else 0):
+                        at, lo, hi = inner[r, i]
+                        n, hi = lengths[r] + more, hi if lines[r, 3] >= 0 else lo
+                        _put_line(x1, lines[r, 3], at, stride[2], lo, hi, n, sheet, (r * parts + i) * room)
+                part, shift = 0, 0  # of the tap: the phase, and how far along it
+                for kw in range(KW):
+                    for r in range(runs):
+                        if is_near:
+                            copy_ahead(sheet, (r * parts + part) * room + shift, panel, k + begins[r], lengths[r])
+                        else:
+                            at, lo, hi = inner[r, kw]
+                            hi = hi if lines[r, 3] >= 0 else lo
+                            _put_line(x1, lines[r, 3], at, stride[2], lo, hi, lengths[r], panel, k + begins[r])
+                    k += TILE
+                    part += dilation[2]
+                    shift, part = shift + part // stride[2], part % stride[2]
 
 
 @inline
@@ -233,7 +256,7 @@ def conv(
     tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
     pitch = fours(step * taps)
-    panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
+    panel, sums = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype)
     w3, y3, row = w.reshape((F, CG, taps)), y.reshape((N, F, size)), np.zeros(4 * pitch, x.dtype)
     packed = -1
     for unit in range(begin, end):
@@ -486,7 +509,7 @@ def conv_grad_weight(
     size = out[0] * out[1] * out[2]
     gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
     step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
-    panel, turned = np.empty(step * taps * TILE, x.dtype), np.empty(TILE * NARROW, x.dtype)
+    panel, turned = np.empty(step * taps * TILE + AHEAD, x.dtype), np.empty(TILE * NARROW, x.dtype)
     sums = np.empty((FG + NARROW - 1) // NARROW * fours(step * taps) * NARROW, x.dtype)
     channel = begin
     while channel < end:
@@ -846,7 +869,7 @@ def deform_conv_grad_samples(
     FG, taps, size, per_group = F // groups, KH * KW, gy.shape[2] * gy.shape[3], C // OG
     stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     pitch = fours(FG)
-    panel, sums = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype)
+    panel, sums = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype)
     at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
     way, scale, slope = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype), np.empty((taps, 3, TILE), x.dtype)
     turned = np.zeros(C * taps * pitch, x.dtype)  # the weights of each (channel, tap), of all filters of its group

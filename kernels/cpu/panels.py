@@ -60,6 +60,24 @@ def end_with_zeros(panel, depth, width):
 
 # --------------------------------------------------------------------------------------------------------------- rows
 
+AHEAD = 32  # a row that is moved in whole rounds of vectors ends less than so many elements after its own end
+
+
+@inline
+def fill_ahead(to, at, n, value):
+    """to[at + q] = value for q < n, and for what is left of the last AHEAD elements."""
+    a = U(at)
+    for q in range((n + AHEAD - 1) // AHEAD * AHEAD):
+        to[a + U(q)] = value
+
+
+@inline
+def copy_ahead(source, at, to, to_at, n):
+    """to[to_at + q] = source[at + q] for q < n, and for what is left of the last AHEAD elements: a short row has no tail."""
+    a, b = U(at), U(to_at)
+    for q in range((n + AHEAD - 1) // AHEAD * AHEAD):
+        to[b + U(q)] = source[a + U(q)]
+
 
 @inline
 def fill_block(to, at, pitch, rows, columns, value):
