@@ -19,6 +19,7 @@ from .panels import (
     add_row,
     copy_ahead,
     copy_block,
+    copy_row,
     end_with_zeros,
     fill_ahead,
     fill_block,
@@ -63,69 +64,112 @@ def _turn_weights(w):
 
 
 @inline
-def _put_line(x, start, at, step, lo, hi, n, to, to_at):
-    """to[to_at + q] = x[start + at + q * step] for lo <= q < hi, 0 before and up to n; AHEAD elements after n may change, too."""
-    fill_ahead(to, to_at, lo, real(0))
-    if lo < hi:
-        from_at, count = start + at + lo * step, hi - lo
-        if step == 1 and from_at + count + AHEAD <= len(x):
-            copy_ahead(x, from_at, to, to_at + lo, count)
-        else:
-            copy_block(x, from_at, 0, step, to, to_at + lo, 0, 1, count)
-    fill_ahead(to, to_at + hi, n - hi, real(0))
+def _plan(x, OW, KW, stride, pad, dilation):
+    """How _pack goes along W: (whether all taps of a run share its lines, of which there is one for each phase of the stride, or
+    each tap has its own; from where and where inside of x the line of a whole row is, for each; where a tap begins in the lines of
+    a run; how much longer than a run its lines are; and room for the lines and for what _pack knows of its runs)."""
+    reach = (KW - 1) * dilation
+    shared = KW > 1 and reach < TILE
+    parts, more = min(stride, reach + 1) if shared else KW, reach // stride if shared else 0
+    columns, begins = np.empty((parts, 3), np.int64), np.empty(KW, np.int64)
+    room, most = min(OW, TILE) + more, (TILE + OW - 2) // OW + 1  # of a run's line; runs
+    for i in range(parts):
+        columns[i, 0] = i * (1 if shared else dilation) - pad
+        columns[i, 1], columns[i, 2] = inside(columns[i, 0], stride, x.shape[4], OW + more)
+    for kw in range(KW):
+        begins[kw] = kw * dilation % stride * most * room + kw * dilation // stride
+    lines, runs = np.empty((most * parts * room if shared else 0) + AHEAD, x.dtype), np.empty((most, 8), np.int64)
+    return shared, columns, begins, more, lines, runs
 
 
 @inline
-def _pack(x, channel, channels, first, count, panel, out, taps, stride, pad, dilation):
-    """panel[(c, taps), t] = x under the taps of the output positions first + t, for t < count, of so many channels; then AHEAD
-    elements of the panel may change.
+def _put_lines(x, columns, i, stride, more, runs, n_runs, to, at):
+    """Lines from to[at] on for runs of outputs, `more` longer than the run, of the rows of x that begin at runs[r, 6] (zeros for
+    -1), from where column i of the plan says."""
+    for r in range(n_runs):
+        n, ow, start, to_at = runs[r, 1] + more, runs[r, 2], runs[r, 6], at + runs[r, 7]
+        lo = min(max(columns[i, 1] - ow, 0), n)
+        hi = min(max(columns[i, 2] - ow, lo), n) if start >= 0 else lo
+        begin = start + columns[i, 0] + (ow + lo) * stride
+        fill_ahead(to, to_at, lo, real(0))
+        if stride == 1 and begin + hi - lo + AHEAD <= len(x):
+            copy_ahead(x, begin, to, to_at + lo, hi - lo)
+        else:
+            copy_block(x, begin, 0, stride, to, to_at + lo, 0, 1, hi - lo)
+        fill_ahead(to, to_at + hi, n - hi, real(0))
 
-    The positions are runs in rows of outputs. Of a run, one line is laid out for all the taps along W, by phases of the stride
-    and with its padding, and copied from there for each tap; where taps are far apart each has a line of its own.
+
+@inline
+def _take_lines(lines, shift, runs, n_runs, panel, k):
+    """A row of the panel: of each run what a tap takes of its lines."""
+    for r in range(n_runs):
+        copy_ahead(lines, runs[r, 7] + shift, panel, k + runs[r, 0], runs[r, 1])
+
+
+@inline
+def _pack(x, shape, channel, channels, first, count, panel, out, taps, stride, pad, dilation, plan):
+    """panel[(c, taps), t] = x, of that shape, under the taps of the output positions first + t, for t < count, of so many channels;
+    AHEAD elements after that may change, too.
+
+    The positions are runs in rows of outputs. Of each the lines are laid out, with their padding, and copied from there for the
+    taps; where the plan says so, taps have lines of their own.
     """
-    (OD, OH, OW), (KD, KH, KW) = out, taps
-    C, D, H, W = x.shape[1:]
-    x1, reach = x.reshape(x.size), (KW - 1) * dilation[2]
-    is_near = KW > 1 and reach < TILE
-    parts, more = min(stride[2], reach + 1) if is_near else KW, reach // stride[2] if is_near else 0
-    runs = (count + OW - 2) // OW + 1
-    begins, lengths, lines = np.empty(runs, np.int64), np.empty(runs, np.int64), np.empty((runs, 4), np.int64)
-    inner, room = np.empty((runs, parts, 3), np.int64), min(OW, count) + more
-    sheet = np.empty(runs * parts * room + AHEAD if is_near else 0, x.dtype)
-    t, runs = 0, 0
+    (OD, OH, OW), (KD, KH, KW), (_, C, D, H, W) = out, taps, shape
+    shared, columns, begins, more, lines, runs = plan
+    parts, room = len(columns), min(OW, TILE) + more
+    t, n_runs, ow = 0, 0, first % OW
+    oh, od, n = first // OW % OH, first // OW // OH % OD, first // OW // OH // OD
     while t < count:
-        ow, row = (first + t) % OW, (first + t) // OW
         run = min(OW - ow, count - t)
-        begins[runs], lengths[runs] = t, run
-        n, od, oh = row // OH // OD, row // OH % OD, row % OH
-        lines[runs, 0], lines[runs, 1], lines[runs, 2] = n, od * stride[0] - pad[0], oh * stride[1] - pad[1]
-        for i in range(parts):
-            at = ow * stride[2] - pad[2] + i * (1 if is_near else dilation[2])
-            inner[runs, i, 0], (inner[runs, i, 1], inner[runs, i, 2]) = at, inside(at, stride[2], W, run + more)
-        t, runs = t + run, runs + 1
+        runs[n_runs, 0], runs[n_runs, 1], runs[n_runs, 2], runs[n_runs, 3] = t, run, ow, n * C
+        runs[n_runs, 4], runs[n_runs, 5] = od * stride[0] - pad[0], oh * stride[1] - pad[1]
+        runs[n_runs, 7] = n_runs * room if shared else t
+        t, n_runs, ow, oh = t + run, n_runs + 1, 0, oh + 1
+        if oh == OH:
+            oh, od = 0, od + 1
+        if od == OD:
+            od, n = 0, n + 1
     k = 0
     for c in range(channel, channel + channels):
         for kd in range(KD):
             for kh in range(KH):
-                for r in range(runs):
-                    n, d, h = lines[r, 0], lines[r, 1] + kd * dilation[0], lines[r, 2] + kh * dilation[1]
-                    lines[r, 3] = (((n * C + c) * D + d) * H + h) * W if 0 <= d < D and 0 <= h < H else -1
-                    for i in range(parts if is_near else 0):
-                        at, lo, hi = inner[r, i]
-                        n, hi = lengths[r] + more, hi if lines[r, 3] >= 0 else lo
-                        _put_line(x1, lines[r, 3], at, stride[2], lo, hi, n, sheet, (r * parts + i) * room)
-                part, shift = 0, 0  # of the tap: the phase, and how far along it
-                for kw in range(KW):
-                    for r in range(runs):
-                        if is_near:
-                            copy_ahead(sheet, (r * parts + part) * room + shift, panel, k + begins[r], lengths[r])
-                        else:
-                            at, lo, hi = inner[r, kw]
-                            hi = hi if lines[r, 3] >= 0 else lo
-                            _put_line(x1, lines[r, 3], at, stride[2], lo, hi, lengths[r], panel, k + begins[r])
-                    k += TILE
-                    part += dilation[2]
-                    shift, part = shift + part // stride[2], part % stride[2]
+                for r in range(n_runs):
+                    d, h = runs[r, 4] + kd * dilation[0], runs[r, 5] + kh * dilation[1]
+                    runs[r, 6] = (((runs[r, 3] + c) * D + d) * H + h) * W if 0 <= d < D and 0 <= h < H else -1
+                for i in range(parts):
+                    to, at = (lines, i * len(runs) * room) if shared else (panel, k + i * TILE)
+                    _put_lines(x, columns, i, stride[2], more, runs, n_runs, to, at)
+                for kw in range(KW if shared else 0):
+                    _take_lines(lines, begins[kw], runs, n_runs, panel, k + kw * TILE)
+                k += KW * TILE
+
+
+@inline
+def _multiply_tile(w, per_filter, at, depth, b, f_begin, f_end, row, panel, sums, y, F, size, first, count, is_first, activation):
+    """The products of a tile's panel and the weights w[f * per_filter + at + k], k < depth, written where the positions are in
+    y[n, f, s]: with the bias if these are the first of several, added if not."""
+    pitch = fours(depth)
+    for f in range(f_begin, f_end, 4):
+        rows = min(4, f_end - f)
+        for i in range(4):
+            filter = f + min(i, rows - 1)
+            fill_ahead(sums, i * TILE, TILE, b[filter] if len(b) and is_first else real(0))
+            copy_row(w, filter * per_filter + at, row, i * pitch, depth)
+            for k in range(i * pitch + depth, (i + 1) * pitch):
+                row[k] = real(0)
+        multiply(row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], pitch, panel, sums)
+        t, n, s = 0, first // size, first % size
+        while t < count:  # a run of positions in one image
+            run = min(size - s, count - t)
+            for i in range(rows):
+                to = (n * F + f + i) * size + s
+                if is_first:
+                    copy_row(sums, t + i * TILE, y, to, run)
+                else:
+                    add_row(sums, t + i * TILE, 1, y, to, 1, run)
+                for j in range(to, to + run if activation else to):
+                    y[j] = activate(y[j], activation)
+            t, n, s = t + run, n + 1, 0
 
 
 @inline
@@ -256,9 +300,9 @@ def conv(
     tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
     pitch = fours(step * taps)
-    panel, sums = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype)
-    w3, y3, row = w.reshape((F, CG, taps)), y.reshape((N, F, size)), np.zeros(4 * pitch, x.dtype)
-    packed = -1
+    panel, sums, row = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype), np.empty(4 * pitch, x.dtype)
+    w1, x1, y1 = w.reshape(w.size), x.reshape(x.size), y.reshape(y.size)
+    plan, packed = _plan(x, out[2], KW, stride_w, pad_w, dilation_w), -1
     for unit in range(begin, end):
         block, tile = unit % blocks, unit // blocks
         g, first = tile // tiles, tile % tiles * TILE
@@ -266,41 +310,15 @@ def conv(
         f_begin, f_end = g * FG + block * FILTERS, g * FG + min((block + 1) * FILTERS, FG)
         for channel in range(0, max(CG, 1), step):
             channels = min(step, CG - channel)
-            depth = channels * taps
             if packed != tile or CG > step:
-                _pack(x, g * CG + channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
-                end_with_zeros(panel, depth, TILE)
+                c = g * CG + channel
+                _pack(x1, x.shape, c, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation, plan)
+                end_with_zeros(panel, channels * taps, TILE)
                 packed = tile
-            for f in range(f_begin, f_end, 4):
-                rows = min(4, f_end - f)
-                for i in range(4):
-                    bias = b[f + min(i, rows - 1)] if len(b) and channel == 0 else real(0)
-                    for t in range(TILE):
-                        sums[t + i * TILE] = bias
-                    to, source = row[i * pitch : i * pitch + depth], w3[f + min(i, rows - 1), channel : channel + channels]
-                    source = source.reshape(depth)
-                    for k in range(depth):
-                        to[k] = source[k]
-                    for k in range(i * pitch + depth, i * pitch + fours(depth)):
-                        row[k] = real(0)
-                multiply(
-                    row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], fours(depth), panel, sums
-                )
-                t = 0
-                while t < count:  # a run of positions in one image
-                    n, s = (first + t) // size, (first + t) % size
-                    run = min(size - s, count - t)
-                    for i in range(rows):
-                        to, part = y3[n, f + i, s : s + run], sums[t + i * TILE : t + i * TILE + run]
-                        if channel == 0:
-                            for j in range(run):
-                                to[j] = part[j]
-                        else:
-                            for j in range(run):
-                                to[j] += part[j]
-                        for j in range(run if activation and channel + step >= CG else 0):
-                            to[j] = activate(to[j], activation)
-                    t += run
+            _multiply_tile(
+                w1, CG * taps, channel * taps, channels * taps, b, f_begin, f_end, row, panel, sums, y1, F, size, first, count,
+                channel == 0, activation if channel + step >= CG else 0,
+            )  # fmt: skip
 
 
 @inline
@@ -508,6 +526,7 @@ def conv_grad_weight(
     out = (gy.shape[2], gy.shape[3], gy.shape[4])
     size = out[0] * out[1] * out[2]
     gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
+    x1, plan = x.reshape(x.size), _plan(x, out[2], KW, stride_w, pad_w, dilation_w)
     step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
     panel, turned = np.empty(step * taps * TILE + AHEAD, x.dtype), np.empty(TILE * NARROW, x.dtype)
     sums = np.empty((FG + NARROW - 1) // NARROW * fours(step * taps) * NARROW, x.dtype)
@@ -518,7 +537,7 @@ def conv_grad_weight(
             sums[i] = real(0)
         for first in range(0, N * size, TILE):
             count = min(TILE, N * size - first)
-            _pack(x, channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation)
+            _pack(x1, x.shape, channel, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation, plan)
             _add_products(gy3, channel // CG * FG, FG, first, count, panel, channels * taps, turned, sums)
         _write_sums(sums, channel // CG * FG, FG, channel % CG, channels, gw3)
         channel += channels

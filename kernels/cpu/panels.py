@@ -88,6 +88,14 @@ def fill_block(to, at, pitch, rows, columns, value):
 
 
 @inline
+def copy_row(source, at, to, to_at, n):
+    """to[to_at + q] = source[at + q]."""
+    a, b = U(at), U(to_at)
+    for q in range(n):
+        to[b + U(q)] = source[a + U(q)]
+
+
+@inline
 def copy_block(source, at, step, stride, to, to_at, pitch, rows, columns):
     """to[to_at + r * pitch + q] = source[at + r * step + q * stride]."""
     n = min(columns, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
