@@ -12,9 +12,10 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import pool_share, pool_taps
-from .panels import U, add_row, copy_block, fill_block, inside
+from .panels import AHEAD, U, add_row, copy_ahead, copy_block, fill_ahead, fill_block, inside
 
-ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first two caches
+ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first cache
+FETCHED = 1024  # elements of a sheet, where it has several rows: about what is fetched ahead while the sheet before is worked on
 
 
 # ------------------------------------------------------------------------------------------------------------- sheets
@@ -39,26 +40,36 @@ def _room(outputs, size, kernel, stride, dilation):
 
 
 @inline
+def _copy_lines(x, start, H, W, top, stride, rows, phases, left, step, width, fill, to, to_at):
+    """to[to_at + (i * rows + r) * width + q] = x[start + (top + r * stride + i) * W + left + q * step], `fill` outside: in the
+    order of memory, which is fetched ahead then."""
+    lo, hi = inside(left, step, W, width)
+    for r in range(rows):
+        for i in range(phases):
+            h, at, block_end = top + r * stride + i, to_at + (i * rows + r) * width, to_at + (i + 1) * rows * width
+            a, b = (lo, hi) if 0 <= h < H else (0, 0)
+            begin = start + h * W + left + a * step
+            if step == 1 and at + width + AHEAD <= block_end and begin + b - a + AHEAD <= len(x):  # what follows is written later
+                fill_ahead(to, at, a, fill)
+                copy_ahead(x, begin, to, at + a, b - a)
+                fill_ahead(to, at + b, width - b, fill)
+            else:
+                fill_block(to, at, 0, 1, a, fill)
+                copy_block(x, begin, 0, step, to, at + a, 0, 1, b - a)
+                fill_block(to, at + b, 0, 1, width - b, fill)
+
+
+@inline
 def _lay_out(x, plane, H, W, down, across, stride, fill, whole, sheet):
     """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside. Where every column is
     wanted, whole rows are copied, then taken apart in one long sweep: each alone is too short for vectors."""
     (_, _, top, rows, phases_h), (_, _, left, pitch, phases_w) = down, across
-    apart = phases_w if phases_w == stride[2] else 1
-    step, width, to = stride[2] // apart, pitch * apart, sheet if apart == 1 else whole
-    for phase in range(phases_h * phases_w):
-        i, j = phase // phases_w, phase % phases_w
-        at = (j * phases_h + i) * rows * pitch
-        if apart == 1 or j == 0:
-            (first, last), (lo, hi) = inside(top + i, stride[1], H, rows), inside(left + j, step, W, width)
-            a = at if apart == 1 else 0
-            start = (plane * H + top + first * stride[1] + i) * W + left + lo * step + j
-            copy_block(x, start, stride[1] * W, step, to, a + first * width + lo, width, last - first, hi - lo)
-            fill_block(to, a, width, first, width, fill)
-            fill_block(to, a + first * width, width, last - first, lo, fill)
-            fill_block(to, a + first * width + hi, width, last - first, width - hi, fill)
-            fill_block(to, a + last * width, width, rows - last, width, fill)
-        if apart > 1:
-            copy_block(whole, j, 0, apart, sheet, at, 0, 1, rows * pitch)
+    apart, n = phases_w if phases_w == stride[2] else 1, phases_h * rows * pitch
+    step, to = stride[2] // apart, sheet if apart == 1 else whole
+    for j in range(phases_w // apart):
+        _copy_lines(x, plane * H * W, H, W, top, stride[1], rows, phases_h, left + j, step, pitch * apart, fill, to, j * n)
+    for j in range(apart if apart > 1 else 0):
+        copy_block(whole, j, 0, apart, sheet, j * n, 0, 1, n)
 
 
 @inline
@@ -195,12 +206,12 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
     x1, y1, indices1, offsets1 = x.reshape(x.size), y.reshape(y.size), indices.reshape(indices.size), offsets.reshape(offsets.size)
     with_places, columns = counts_taps or indices.size > 0, max(min(COLUMNS // stride[2], OW), 1)
     unit = (kernel[1] * kernel[2], kernel[2], 1) if counts_taps else (dilation[0] * H * W, dilation[1] * W, dilation[2])
-    most_rows = max(min(ROWS, OH, COLUMNS // stride[1]), 1)  # one where windows are far apart
+    most_rows = max(min(ROWS, OH, (FETCHED - 1) // (W * stride[1]) + 1), 1)
     taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
     taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
     by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
     sheet, lines, best = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
-    whole = np.empty(phases_w * lines_h * lines_w, x.dtype)
+    whole = np.empty(phases_w * most, x.dtype)
     line_places = np.empty(most if with_places else 0, np.int32)
     places = np.empty(most_rows * lines_w if with_places else 0, np.int32)
     row_places, column_places = np.empty(most_rows, np.int32), np.empty(columns, np.int32)
@@ -381,12 +392,12 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
     """The roots of sums of powers for rows of outputs, over the product of the factors of d, h and w that each window has."""
     (D, H, W), (OD, OH, OW) = _sizes(x, y, kernel, stride)
     x1, y1, columns = x.reshape(x.size), y.reshape(y.size), max(min(COLUMNS // stride[2], OW), 1)
-    most_rows = max(min(ROWS, OH, COLUMNS // stride[1]), 1)  # one where windows are far apart
+    most_rows = max(min(ROWS, OH, (FETCHED - 1) // (W * stride[1]) + 1), 1)
     taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
     taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
     by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
     sheet, lines, sums = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
-    whole = np.empty(phases_w * lines_h * lines_w, x.dtype)
+    whole = np.empty(phases_w * most, x.dtype)
     row_factors, nothing = np.empty(most_rows, x.dtype), real(0) if norm > real(0) else real(np.inf)  # whose power is 0
     row = begin
     while row < end:
