@@ -101,8 +101,12 @@ def prepared_call(
             array: Any = values[source] if source >= 0 else results[-2 - source] if source < -1 else None
             if source >= 0 and not (array.flags.c_contiguous and array.flags.aligned):
                 raise ValueError(f"{record.name}: an array is not contiguous, or does not lie at a multiple of its element size")
-            given.append(np.ndarray(shape, element, array))
-        _threads.run_ranges(lambda begin, end: function(begin, end, *given, *options), n, parallel)
+            same = type(array) is np.ndarray and array.dtype is element  # then reshape takes half the time
+            given.append(array.reshape(shape) if same else np.ndarray(shape, element, array))
+        if parallel:
+            _threads.run_ranges(lambda begin, end: function(begin, end, *given, *options), n, True)
+        else:  # a small call is soon done: nothing stands in between
+            function(0, n, *given, *options)
         return tuple(results) if returns_tuple else results[0]
 
     return call
