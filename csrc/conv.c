@@ -689,8 +689,8 @@ typedef struct {
     const vint *inside;     /* [vector][KW] */
 } lines;
 
-/* Depthwise, stride and dilation 1 along H, some vectors of each row of outputs: each line is loaded once for all rows that
- * it belongs to. sum[kh] is that of the row whose tap kh the line is. */
+/* One channel to a group, stride and dilation 1 along H, some vectors of each row of outputs: each line is loaded once for
+ * all rows that it belongs to. sum[kh] is that of the row whose tap kh the line is. */
 static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int vectors,
                                                              const lines *x, int64_t vector, const real *w, real bias,
                                                              int64_t top, int64_t bottom, int64_t W, real *y,
@@ -926,7 +926,7 @@ static int is_by_rows(const conv_job *j)
 {
     const axis *D = &j->axes[0], *H = &j->axes[1];
     int64_t W = j->axes[2].outputs;
-    return j->filters <= 2 && j->channels == 1 && D->taps == 1 && D->outputs == 1 && H->stride == 1 &&
+    return j->filters <= DIRECT_FILTERS && j->channels == 1 && D->taps == 1 && D->outputs == 1 && H->stride == 1 &&
            H->dilation == 1 && (H->taps == 3 || H->taps == 5 || H->taps == 7) && is_dense(j) && W > LANES &&
            W * 4 >= round_up(W, LANES) * 3;
 }

@@ -73,6 +73,7 @@ LARGE = {
     "large_depthwise_twice": geometry(33, (21, 45), 66, (3, 3), n=2, groups=33, pad=1),
     "large_depthwise_7x7": geometry(33, (20, 30), 33, (7, 7), n=2, groups=33, pad=(2, 5), dilation=(1, 2)),
     "large_depthwise_bands": geometry(3, (250, 140), 3, (3, 3), n=2, groups=3, pad=1),
+    "large_one_channel": geometry(1, (30, 29), 11, (3, 3), n=13, pad=1),
     "large_groups": geometry(24, (30, 31), 40, (3, 3), n=2, groups=4, pad=1),
     "large_line": geometry(16, (700,), 24, (9,), n=2, pad=4),
     "large_volume": geometry(5, (9, 12, 13), 12, (3, 3, 3), n=2, pad=1),
