@@ -16,6 +16,7 @@ from .panels import (
     DEPTH,
     NARROW,
     TILE,
+    U,
     add_row,
     copy_ahead,
     copy_block,
@@ -218,9 +219,22 @@ def _layout(KH, KW, rows, pitch, stride, dilation):
 
 @inline
 def _sweep(weights, offsets, padded, length, sums):
-    """sums[q] += the sum over taps of weights[tap] padded[q + offsets[tap]]; three taps in each sweep."""
+    """sums[q] += the sum over taps of weights[tap] padded[q + offsets[tap]]; nine taps or three in each sweep."""
     taps = len(offsets)
-    for k in range(0, taps - 2, 3):
+    nines = taps // 9 * 9
+    for k in range(0, nines, 9):
+        w0, w1, w2 = weights[k], weights[k + 1], weights[k + 2]
+        w3, w4, w5 = weights[k + 3], weights[k + 4], weights[k + 5]
+        w6, w7, w8 = weights[k + 6], weights[k + 7], weights[k + 8]
+        o0, o1, o2 = U(offsets[k]), U(offsets[k + 1]), U(offsets[k + 2])
+        o3, o4, o5 = U(offsets[k + 3]), U(offsets[k + 4]), U(offsets[k + 5])
+        o6, o7, o8 = U(offsets[k + 6]), U(offsets[k + 7]), U(offsets[k + 8])
+        for i in range(length):
+            q = U(i)
+            first = w0 * padded[q + o0] + w1 * padded[q + o1] + w2 * padded[q + o2]
+            second = w3 * padded[q + o3] + w4 * padded[q + o4] + w5 * padded[q + o5]
+            sums[q] += first + second + (w6 * padded[q + o6] + w7 * padded[q + o7] + w8 * padded[q + o8])
+    for k in range(nines, taps - 2, 3):
         a, b, c = weights[k], weights[k + 1], weights[k + 2]
         p = padded[offsets[k] : offsets[k] + length]
         q = padded[offsets[k + 1] : offsets[k + 1] + length]
@@ -277,7 +291,7 @@ def _is_flat(taps, stride):
 # A tile's patches are packed once per block and stay in the second cache; rows of outputs lie along the panel.
 # Reads each patch element once per block of filters (packed) and once per four filters (from cache); writes once per DEPTH.
 # Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
-@cpu(over="N*F if F < 4*groups else groups*((N*OD*OH*OW+127)//128)*((F//groups+63)//64)")
+@cpu(over="N*F if F < 4*groups or CG == 1 and F <= 16*groups else groups*((N*OD*OH*OW+127)//128)*((F//groups+63)//64)")
 def conv(
     begin, end, x, w, b, y, groups, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w, exact,
     activation,
@@ -285,7 +299,7 @@ def conv(
     N, F, CG, KD, KH, KW = x.shape[0], w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]
     FG, taps = F // groups, KD * KH * KW
     stride, pad, dilation = (stride_d, stride_h, stride_w), (pad_d, pad_h, pad_w), (dilation_d, dilation_h, dilation_w)
-    if FG < 4:
+    if FG < 4 or (CG == 1 and FG <= 16):
         _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation)
         return
     if is_winograd(x, y, (KD, KH, KW), stride, pad, dilation, CG, FG, exact):
@@ -331,7 +345,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
     padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
     sums = np.empty(OH * pitch if flat else 0, x.dtype)
     length = (OH - 1) * pitch + OW
-    offsets = _layout(KH, KW, rows, pitch, stride, dilation)
+    offsets, kept = _layout(KH, KW, rows, pitch, stride, dilation), -1
     for unit in range(begin, end):
         n, f = unit // F, unit % F
         bias = b[f] if len(b) else real(0)
@@ -350,7 +364,9 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                         continue
                     plane = x[n, f // FG * CG + c, d]
                     if flat:
-                        _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                        if ((n * F + f) // FG * CG + c) * D + d != kept:
+                            _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                            kept = ((n * F + f) // FG * CG + c) * D + d
                         _sweep(w[f, c, kd].reshape(KH * KW), offsets, padded, length, sums)
                         continue
                     for kh in range(KH):
