@@ -182,27 +182,23 @@ def _pad_plane(source, padded, rows, pitch, front, stride_h, stride_w):
         for j in range(stride_w):
             lo, hi = _first(front[1] - j, stride_w, pitch), _first(W + front[1] - j, stride_w, pitch)
             for r in range(rows):
-                at = ((i * stride_w + j) * rows + r) * pitch
-                to = padded[at : at + pitch]
+                at = U(((i * stride_w + j) * rows + r) * pitch)
                 h = r * stride_h + i - front[0]
                 if h < 0 or h >= H or lo >= hi:
                     for q in range(pitch):
-                        to[q] = real(0)
+                        padded[at + U(q)] = real(0)
                     continue
                 for q in range(lo):
-                    to[q] = real(0)
-                line, target = source[h, lo * stride_w + j - front[1] :], to[lo:hi]
+                    padded[at + U(q)] = real(0)
+                down, begin, target = U(h), U(lo * stride_w + j - front[1]), at + U(lo)
                 if stride_w == 1:
                     for q in range(hi - lo):
-                        target[q] = line[q]
-                elif stride_w == 2:
-                    for q in range(hi - lo):
-                        target[q] = line[2 * q]
+                        padded[target + U(q)] = source[down, begin + U(q)]
                 else:
                     for q in range(hi - lo):
-                        target[q] = line[q * stride_w]
+                        padded[target + U(q)] = source[down, begin + U(q) * U(stride_w)]
                 for q in range(hi, pitch):
-                    to[q] = real(0)
+                    padded[at + U(q)] = real(0)
 
 
 @inline
@@ -343,7 +339,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
     rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
     flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
     padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
-    sums = np.empty(OH * pitch if flat else 0, x.dtype)
+    sums, y1 = np.empty(OH * pitch if flat else 0, x.dtype), y.reshape(y.size)
     length = (OH - 1) * pitch + OW
     offsets, kept = _layout(KH, KW, rows, pitch, stride, dilation), -1
     for unit in range(begin, end):
@@ -381,9 +377,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                                 _add(w[f, c, kd, kh, kw], line, stride[2], y[n, f, od, oh, lo:hi], 1, hi - lo)
             if flat:
                 for oh in range(OH):
-                    to, part = y[n, f, od, oh], sums[oh * pitch : oh * pitch + OW]
-                    for i in range(OW):
-                        to[i] = part[i]
+                    copy_row(sums, oh * pitch, y1, (((n * F + f) * OD + od) * OH + oh) * OW, OW)
             for oh in range(OH if activation else 0):
                 to = y[n, f, od, oh]
                 for i in range(OW):
