@@ -825,7 +825,8 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
     box b = box_at(j, &t->grid, 0);
     planes p = make_planes(j, &b, 1);
     size_t plane_size = planes_size(&b, &p) + (size_t)LANES;
-    int64_t reach = round_up(row_reach(W), LANES);
+    /* No channel is read in place whose rows reach beyond all of x. */
+    int64_t reach = row_reach(W) <= j->images * j->groups * inputs_of(j) ? round_up(row_reach(W), LANES) : 0;
     vint *everywhere = hl_take((size_t)(2 * masks) * sizeof(vint) + (plane_size + (size_t)reach) * sizeof(real) +
                                (size_t)(2 * W->taps) * sizeof(int64_t));
     if (!everywhere) return HL_NOMEM;

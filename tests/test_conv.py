@@ -486,6 +486,9 @@ def test_huge_options_that_mean_nothing(host_backend):
     assert_same_bits(hl.conv2d(x, w[:, :, :1, :1], dilation=2**63 - 1), hl.conv2d(x, w[:, :, :1, :1]), "dilation")
     far = hl.conv2d(x, w[:, :, :1, :1], stride=2**60, padding=2**60)
     assert far.shape == (1, 2, 3, 3) and np.count_nonzero(far) == 2
+    x, w = normal(2, 20, 5, 21).round(), normal(20, 1, 3, 3).round()
+    options = {"padding": (1, 2**40), "dilation": (1, 2**40), "groups": 20}
+    assert_same_bits(hl.conv2d(x, w, **options), hl.conv2d(x, w[:, :, :, 1:2], padding=(1, 0), groups=20), "columns far away")
 
 
 def test_types_refused():
