@@ -260,7 +260,7 @@ static region region_of(const winograd *t, const box *b, const slots *s)
 }
 
 /* Elements from one lane's places to the next, those that a vector may touch behind the last among them; odd vectors. */
-static int64_t lane_pitch(int64_t places) { return (places / LANES + 2 | 1) * LANES; }
+static int64_t lane_pitch(int64_t places) { return ((places / LANES + 2) | 1) * LANES; }
 
 /* A region of LANES channels of phases as [row][column][LANES], with zeros where no element is. `x`: of a group. */
 static void pack_phases(const winograd *t, const real *x, int64_t first, int64_t width, const region *g, real *lanes,
