@@ -12,7 +12,8 @@ from ..scalars import activate
 from .panels import NARROW, U, copy_block, fill_block, fours, inside, multiply_half, multiply_narrow
 
 TILES = NARROW
-FILTERS = 64  # of one unit of work
+FILTERS = 64  # of one unit of work: they repay the transform of its tiles
+FEW = 16  # of a unit where all tiles are one panel, transformed once: their weights stay in cache, all threads have work
 DOWN, ACROSS = 6 * TILES, TILES  # from row to row and from column to column of a tile
 LARGEST = 1024  # channels: a block of transformed weights stays below 10 MB
 
@@ -116,18 +117,20 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
     N, _, _, H, W = x.shape
     OH, OW, C, F = y.shape[3], y.shape[4], x.shape[1] // groups, y.shape[1] // groups
     high, wide, depth = (OH + 3) // 4, (OW + 3) // 4, fours(C)
-    panels, blocks = (N * high * wide + TILES - 1) // TILES, (F + FILTERS - 1) // FILTERS
+    panels = (N * high * wide + TILES - 1) // TILES
+    size = FILTERS if panels > 1 else FEW
+    blocks = (F + size - 1) // size
     x1, w4 = x.reshape(x.size), w.reshape((groups, w.shape[0] // groups, w.shape[1], 9))
     patch, points, lines = np.zeros(6 * DOWN, x.dtype), np.zeros(6 * DOWN, x.dtype), np.empty(6 * (4 * wide + 2), x.dtype)
     pitch = (depth + 1) * TILES  # of a point's panel: not a power of two, so that points do not share cache sets
-    turned, panel = np.zeros(FILTERS * 36 * depth, x.dtype), np.zeros(36 * pitch, x.dtype)
+    turned, panel = np.zeros(size * 36 * depth, x.dtype), np.zeros(36 * pitch, x.dtype)
     sums, products = np.empty(4 * TILES, x.dtype), np.empty(4 * 6 * DOWN, x.dtype)
     last_block = last_panel = -1
     parts = groups * blocks * panels
     for unit in range(begin * parts // units, end * parts // units):
         p, block = unit % panels, unit // panels
-        g, first = block // blocks, block % blocks * FILTERS
-        count, filters = min(TILES, N * high * wide - p * TILES), min(FILTERS, F - first)
+        g, first = block // blocks, block % blocks * size
+        count, filters = min(TILES, N * high * wide - p * TILES), min(size, F - first)
         if block != last_block:
             for f in range(filters):
                 at = f // 4 * 36 * 4 * depth + f % 4 * depth
