@@ -1027,6 +1027,14 @@ static int run(conv_job *j, int exact)
     return conv_product(j);
 }
 
+/* The plans of the convolution and of its gradients name its axes alike. */
+#define AXES_OF(p) \
+    { \
+        {(p)->OD, (p)->D, (p)->KD, (p)->stride_d, (p)->pad_d, (p)->dilation_d}, \
+        {(p)->OH, (p)->H, (p)->KH, (p)->stride_h, (p)->pad_h, (p)->dilation_h}, \
+        {(p)->OW, (p)->W, (p)->KW, (p)->stride_w, (p)->pad_w, (p)->dilation_w}, \
+    }
+
 int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b, real *y)
 {
     int64_t groups = max64(p->groups, 1), taps = p->KD * p->KH * p->KW;
@@ -1035,9 +1043,7 @@ int HL(conv)(const hl_conv_plan *p, const real *x, const real *w, const real *b,
         .groups = groups,
         .channels = p->CG,
         .filters = p->F / groups,
-        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
-                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
-                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .axes = AXES_OF(p),
         .x = x,
         .w = w,
         .weights = w,
@@ -1190,9 +1196,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         .groups = groups,
         .channels = p->F / groups,
         .filters = p->CG,
-        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
-                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
-                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .axes = AXES_OF(p),
         .x = gy,
         .w = w,
         .weights = w,
@@ -1526,9 +1530,7 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
         .groups = groups,
         .channels = p->CG,
         .filters = p->F / groups,
-        .axes = {{p->OD, p->D, p->KD, p->stride_d, p->pad_d, p->dilation_d},
-                 {p->OH, p->H, p->KH, p->stride_h, p->pad_h, p->dilation_h},
-                 {p->OW, p->W, p->KW, p->stride_w, p->pad_w, p->dilation_w}},
+        .axes = AXES_OF(p),
         .x = x,
         .y_channel = p->OD * p->OH * p->OW,
         .y_step = {p->OH * p->OW, p->OW, 1},

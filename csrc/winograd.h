@@ -324,12 +324,14 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
 static int64_t u_point(int64_t channels, int64_t filters) { return channels * round_up(filters, LANES) + LANES; }
 static int64_t m_point(const winograd *t, int64_t filters) { return t->T * round_up(filters, LANES) + LANES; }
 
-/* The tap of w that tap (h, w) of a phase is, -1: none. */
-static int64_t tap_of(const winograd *t, int64_t phase, int64_t h, int64_t w)
+/* tap_at[k]: the tap of w that tap k of a phase is, -1: none. */
+static void taps_at(const winograd *t, int64_t phase, int64_t *tap_at)
 {
-    h = (t->adjoint ? t->taps - 1 - h : h) * t->stride + phase / t->stride;
-    w = (t->adjoint ? t->taps - 1 - w : w) * t->stride + phase % t->stride;
-    return h < t->kernel && w < t->kernel ? h * t->kernel + w : -1;
+    for (int64_t k = 0; k < t->taps * t->taps; k++) {
+        int64_t tap = t->adjoint ? t->taps * t->taps - 1 - k : k;
+        int64_t h = tap / t->taps * t->stride + phase / t->stride, w = tap % t->taps * t->stride + phase % t->stride;
+        tap_at[k] = h < t->kernel && w < t->kernel ? h * t->kernel + w : -1;
+    }
 }
 
 static inline __attribute__((always_inline)) void weight_tile_u(const int64_t taps, const int64_t *tap_at,
@@ -376,11 +378,6 @@ static inline __attribute__((always_inline)) void weight_tile_adjoint(const int6
             if (tap >= 0) store(to + tap * LANES, g[kw]);
         }
     }
-}
-
-static void taps_at(const winograd *t, int64_t phase, int64_t *tap_at)
-{
-    for (int64_t k = 0; k < t->taps * t->taps; k++) tap_at[k] = tap_of(t, phase, k / t->taps, k % t->taps);
 }
 
 /* Filters of all phases: those of each phase begin a vector. */
@@ -897,9 +894,10 @@ static winograd make_winograd(const conv_job *j, int adjoint)
     t.channels = t.x.stride * t.x.stride * t.x.channels;
     t.filters = t.y.stride * t.y.stride * phase_filters(&t);
     t.C = round_up(t.channels, LANES);
-    /* Tiles at a time. Up to 128 channels V and M of 64 filters (288 KiB of 32 tiles) share a second-level cache of 1 MiB.
-     * More channels do not fit, V streams from the third level: 128 tiles then, so that U comes by a quarter as often,
-     * with M (and U of 128 channels) of 32 filters 576 KiB; but 32 where few filters take V and U stays near, too. */
+    /* Tiles at a time. Up to 128 channels V (at most 576 KiB) stays in a second-level cache of 1 MiB; the fewer they are, the
+     * more tiles, whose rims are read less often. More channels do not fit, V streams from the third level: 128 tiles then,
+     * so that U comes by a quarter as often, with M (and U of 128 channels) of 32 filters 576 KiB; but 32 where few filters
+     * take V and U stays near, too. */
     int few = t.C <= 128, near = t.filters < t.C && POINTS * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
     t.grid = make_grid(&t.tiles, few ? min64(128, 4096 / t.C) : near ? 32 : 128);
     t.filter_block = min64(few ? 64 : 32, t.filters);
@@ -914,7 +912,7 @@ static winograd make_winograd(const conv_job *j, int adjoint)
 /* Parallel over (box of tiles, group, split of the filters). A box of tiles goes through all its channels and filters in
  * one task, so that V and M stay in cache; what several tasks need (V when the filters are split, U when there are several
  * boxes) is made once before.
- * x is read once per box (1.3 to 1.7 times with the rims), w once, y is written once. */
+ * x is read once per box and column of its phases (1.3 to 1.7 times with the rims), w once, y is written once. */
 static int conv_winograd(const conv_job *j, int adjoint)
 {
     winograd t = make_winograd(j, adjoint);
@@ -927,7 +925,7 @@ static int conv_winograd(const conv_job *j, int adjoint)
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     hl_pack weights = {0};
     int share_u = t.grid.boxes > 1 || hl_is_prepacked(j->weights);
-    if (share_u)
+    if (share_u) /* the block's number says all that the order of U depends on */
         weights = begin_weights(j, HL_PACK_WINOGRAD, j->groups * t.group_size,
                                 (t.filter_block * 2 + adjoint) * 2 + t.stride - 1);
     t.shared_u = weights.data;
@@ -948,7 +946,7 @@ static int conv_winograd(const conv_job *j, int adjoint)
 /* In passes over as many boxes as their transforms fit a third-level cache: transforms parallel over (box, group, part of
  * the channels or filters), then products parallel over (group, point, block of channels), each in the order of the boxes;
  * at the end the weights, parallel over (group, part of the filters).
- * x and gy are read once; their transforms, 2.25 times as large, are written and read; dU is read and written once a pass. */
+ * x and gy are read once; their transforms (of y 36 points for 25 to 4 outputs) are written and read; dU is read and written once a pass. */
 static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
 {
     winograd_gradient g = {.w = make_winograd(j, 0), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};

@@ -6,7 +6,7 @@ The truth is the reference computed in float64 on the same inputs. `exact`: the 
 place, relative to the largest magnitude of the result. `reduce:K`: a sum of K products in any order
 and grouping: proportional to the type's epsilon, to 2 sqrt(K) + 8, and to the largest magnitude of the result.
 `winograd:K`: the same where the call says exact=1 or is in float64; else four times as much, at least 6e-6 of the largest
-magnitude (Winograd's algorithm errs by up to 3e-6, a direct sum by 3e-7).
+magnitude (Winograd's algorithm errs by up to 6e-6, a direct sum by 2e-6, where sums are long).
 `recurrent:T`: a state carried over T steps, each of which adds the error of a sum.
 """
 

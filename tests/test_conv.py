@@ -479,6 +479,28 @@ def test_too_large():
         hl.fold(np.ones((1, 1)), 2**40, 1, stride=2**40)
 
 
+@pytest.mark.parametrize("kernel, stride", [(2, 1), (3, 1), (4, 1), (5, 1), (3, 2), (4, 2), (5, 2), (7, 2), (9, 2)])
+def test_errors_that_exact_convolution_names(kernel, stride):
+    x, w = (normal(*shape).astype(np.float32) for shape in ((2, 128, 33, 33), (64, 128, kernel, kernel)))
+    options = (stride, kernel // 2)
+    gy = normal(*hl.conv2d(x, w, None, *options).shape).astype(np.float32)
+
+    def results(*arrays):
+        x, w, gy = arrays
+        gx, gw, _ = hl.conv2d_backward(gy, x, w, *options)
+        return hl.conv2d(x, w, None, *options), gx, gw
+
+    truth = results(*(a.astype(np.float64) for a in (x, w, gy)))
+    with hl.exact_convolution():
+        direct = results(x, w, gy)
+    for fast, slow, right, (limit, slow_limit) in zip(
+        results(x, w, gy), direct, truth, ((5e-6, 1.5e-6), (5e-6, 1.5e-6), (8e-6, 3e-6)), strict=True
+    ):
+        largest = np.abs(right).max()
+        assert np.abs(fast - right).max() <= limit * largest
+        assert np.abs(slow - right).max() <= slow_limit * largest
+
+
 def test_huge_options_that_mean_nothing(host_backend):
     """A stride past the only window, a dilation of a single tap."""
     x, w = normal(1, 2, 3, 3), normal(2, 2, 3, 3)
