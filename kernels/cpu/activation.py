@@ -10,11 +10,12 @@ from ..scalars import activation_slope, exp, exp_below
 from .panels import U
 
 # Each kernel has two loops. I = 1: a row lies in one piece, the loops run along it. I > 1: the positions i lie side by side;
-# BLOCK of them are walked down K, their maxima and sums in rows of scratch. Short rows of softmax are turned, LANES of them at
-# a time, and walked in the same way.
+# BLOCK of them are walked down K, their maxima and sums in rows of scratch. Short rows of softmax, unless they are few, are
+# turned, LANES of them at a time, and walked in the same way.
 
 LANES, PART = 64, 16
 SHORT = 32
+FEW = 8  # rows are not turned: LANES of them would be computed for so many
 BLOCK = 2048
 
 
@@ -85,15 +86,17 @@ def softmax_columns(x, y, at, K, pitch, n, top, total):
 @cpu(over="M")
 def softmax(begin, end, x, y):
     K, I = x.shape[1], x.shape[2]
-    top, total, lanes = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.empty(LANES, x.dtype)
-    turned, done = np.zeros(SHORT * LANES, x.dtype), np.empty(SHORT * LANES, x.dtype)
+    is_turned = I == 1 and K <= SHORT and x.shape[0] >= FEW
+    width, lanes = BLOCK if I > 1 else LANES, np.empty(LANES, x.dtype)
+    top, total = np.empty(width, x.dtype), np.empty(width, x.dtype)
     x1, y1 = x.reshape(x.size), y.reshape(y.size)
     rows, out = x.reshape(x.shape[0], K * I), y.reshape(x.shape[0], K * I)
     if I > 1:
         for m in range(begin, end):
             for i in range(0, I, BLOCK):
                 softmax_columns(x1, y1, m * K * I + i, K, I, min(BLOCK, I - i), top, total)
-    elif K <= SHORT:
+    elif is_turned:
+        turned, done = np.zeros(SHORT * LANES, x.dtype), np.empty(SHORT * LANES, x.dtype)
         for first in range(begin, end, LANES):
             count = min(LANES, end - first)
             for r in range(count):

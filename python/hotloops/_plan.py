@@ -130,7 +130,7 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
         scalars,
         made=tuple((np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty, r.shape, r.dtype) for r in results),
         sources=tuple(-1 if array is None else (sources | fresh)[_place(array)] for array in arrays),
-        arguments=len(arguments),
+        arguments=arguments,
         returns_tuple=type(result) is tuple,
     )
     return functools.partial(prepared, *call.constants) if prepared and call.constants else prepared

@@ -128,7 +128,7 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
 
 
 def prepared_call(
-    record: Any, dtype: np.dtype, arrays: tuple[Any, ...], scalars: dict[str, Any], **how: Any
+    record: Any, dtype: np.dtype, arrays: tuple[Any, ...], scalars: dict[str, Any], *, arguments: tuple[Any, ...], **how: Any
 ) -> Callable[..., Any] | None:
     """The kernel's call with all but its arrays fixed, None where it has too many; `how`: see csrc/calls.c. It raises a
     ValueError for an array that is not contiguous or not aligned."""
@@ -142,6 +142,6 @@ def prepared_call(
     kept = plan(record, plan_type, arrays, record.bind(arrays), scalars)
     kernel_address, plan_address = (int(ffi.cast("uintptr_t", p)) for p in (ffi.addressof(lib, name), kept))
     try:
-        return Call(kernel=kernel_address, plan=plan_address, kept=kept, fail=fail, **how)
+        return Call(kernel=kernel_address, plan=plan_address, kept=kept, fail=fail, arguments=len(arguments), **how)
     except ValueError:
         return None

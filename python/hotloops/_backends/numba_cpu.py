@@ -62,7 +62,8 @@ def _arrange(
 ) -> tuple[list[Any], list[Any], int, bool]:
     """(what stands for each array where it is left out, the scalars, the size of the outermost loop, whether threads pay)."""
     absent = [np.empty((0,) * len(a.dims), _ELEMENTS.get(a.dtype, dtype)) for a in record.arrays]
-    options = [scalars[s.name] if s.type == "int" else dtype.type(scalars[s.name]) for s in record.scalars]
+    # Python's floats: a NumPy scalar takes half a microsecond more on its way in.
+    options = [scalars[s.name] if s.type == "int" else float(dtype.type(scalars[s.name])) for s in record.scalars]
     moved = sum(a.nbytes for a in arrays if a is not None)
     parallel = moved + record.count_flops(sizes, scalars) / 4 >= MIN_BYTES
     return absent, options, int(spec.evaluate(kernel.over, {**sizes, **scalars})), parallel
@@ -85,28 +86,56 @@ def prepare(record: Any, dtype: np.dtype) -> Callable[..., None] | None:
 
 
 def prepared_call(
-    record: Any, dtype: np.dtype, arrays: tuple[Any, ...], scalars: dict[str, Any], *, made: Any, sources: Any, **how: Any
+    record: Any,
+    dtype: np.dtype,
+    arrays: tuple[Any, ...],
+    scalars: dict[str, Any],
+    *,
+    made: Any,
+    sources: Any,
+    arguments: Any,
+    **how: Any,
 ) -> Callable[..., Any]:
     """The kernel's call with all but its arrays fixed, as that of the C backend (see csrc/calls.c). It raises a ValueError for an
-    array that is not contiguous or not aligned."""
+    array that is not contiguous or not aligned.
+
+    A small call is soon done: the text of this one is written out, with no loop over arrays and no test that can be made here.
+    """
     kernel, sizes = find(record), record.bind(arrays)
     absent, options, n, parallel = _arrange(record, kernel, dtype, arrays, sizes, scalars)
-    function, returns_tuple = kernel.compiled(dtype), how["returns_tuple"]
-    forms = [(s, none.shape if a is None else a.shape, none.dtype) for s, a, none in zip(sources, arrays, absent, strict=True)]
-
-    def call(*values: Any) -> Any:
-        results = [make(shape, element) for make, shape, element in made]
-        given = []
-        for source, shape, element in forms:  # the same memory in the kernel's shape
-            array: Any = values[source] if source >= 0 else results[-2 - source] if source < -1 else None
-            if source >= 0 and not (array.flags.c_contiguous and array.flags.aligned):
-                raise ValueError(f"{record.name}: an array is not contiguous, or does not lie at a multiple of its element size")
-            same = type(array) is np.ndarray and array.dtype is element  # then reshape takes half the time
-            given.append(array.reshape(shape) if same else np.ndarray(shape, element, array))
-        if parallel:
-            _threads.run_ranges(lambda begin, end: function(begin, end, *given, *options), n, True)
-        else:  # a small call is soon done: nothing stands in between
-            function(0, n, *given, *options)
-        return tuple(results) if returns_tuple else results[0]
-
-    return call
+    names = {"function": kernel.compiled(dtype), "run_ranges": _threads.run_ranges, "ndarray": np.ndarray}
+    lines, given = [], []
+    for i, (make, shape, element) in enumerate(made):
+        names |= {f"make{i}": make, f"shape{i}": shape, f"element{i}": element}
+        lines.append(f"result{i} = make{i}(shape{i}, element{i})")
+    for i, (array, none, source) in enumerate(zip(arrays, absent, sources, strict=True)):
+        if array is None:
+            names[f"given{i}"] = none
+        else:  # the same memory in the kernel's shape
+            name = f"value{source}" if source >= 0 else f"result{-2 - source}"
+            shape, element = (arguments[source].shape, arguments[source].dtype) if source >= 0 else made[-2 - source][1:]
+            names |= {f"form{i}": array.shape, f"type{i}": array.dtype}
+            if element != array.dtype:
+                name = f"ndarray(form{i}, type{i}, {name})"
+            elif shape != array.shape:
+                name = f"{name}.reshape(form{i})"
+            lines.append(f"given{i} = {name}")
+        given.append(f"given{i}")
+    names |= {f"option{i}": option for i, option in enumerate(options)}
+    given += [f"option{i}" for i in range(len(options))]
+    values, results = ", ".join(f"value{i}" for i in range(len(arguments))), ", ".join(f"result{i}" for i in range(len(made)))
+    if parallel:
+        call = f"run_ranges(lambda begin, end: function(begin, end, {', '.join(given)}), {n}, True)"
+    else:
+        call = f"function(0, {n}, {', '.join(given)})"
+    text = f"""
+def prepared({values}):
+    {"; ".join(lines)}
+    try:
+        {call}
+    except TypeError as error:  # the compiled function takes no other arrays, and says so before it begins
+        raise ValueError("{record.name}: an array is not contiguous, or does not lie at a multiple of its element size") from error
+    return {f"({results},)" if how["returns_tuple"] else results}
+"""
+    exec(text, names)
+    return names["prepared"]
