@@ -1,9 +1,10 @@
 """Pooling over three spatial axes.
 
-What a band of outputs takes of a plane is laid out as a sheet: with a stride of s every s-th row and column side by side, so
-that the inputs of neighbouring outputs are neighbours whatever the stride, and the padding filled in. A tap is then a shift of
-the whole sheet: the taps along W are combined to a sheet of lines, the taps along H of these to outputs, in long sweeps without
-borders. Inner loops stand in functions of their own, to which arrays come as arguments: a slice of those costs next to nothing.
+The lines of the input that a row of windows takes (along D and H) are reduced to one, straight from the input, for a band of
+rows; then the taps along W are taken from those lines. With a stride of s every s-th column is laid side by side before, so
+that the inputs of neighbouring outputs are neighbours whatever the stride, and the padding is filled in: a tap is then a shift
+of all lines of a band, in one long sweep without borders. Inner loops stand in functions of their own, to which arrays come as
+arguments: a slice of those costs next to nothing.
 """
 
 import math
@@ -12,19 +13,19 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import pool_share, pool_taps
-from .panels import AHEAD, U, add_row, copy_ahead, copy_block, fill_ahead, fill_block, inside
+from .panels import AHEAD, U, add_row, copy_block, fill_ahead, inside
 
-ROWS, COLUMNS = 16, 512  # of outputs that are made together: their sheet stays in the first cache
-FETCHED = 1024  # elements of a sheet, where it has several rows: about what is fetched ahead while the sheet before is worked on
+ROWS, COLUMNS = 16, 512  # of outputs that are made together: their lines stay in the first cache
+FETCHED = 1024  # elements of a band, where it has several rows: about what is fetched ahead while the band before is worked on
 
 
-# ------------------------------------------------------------------------------------------------------------- sheets
+# -------------------------------------------------------------------------------------------------------------- bands
 
 
 @inline
 def _cut(o, outputs, size, kernel, stride, pad, dilation):
     """What windows o to o + outputs - 1 take of an axis: (the first tap that any of them has inside, how many from it to the
-    last, where window o has the first, lines of a phase, phases)."""
+    last, where window o has the first, elements of a phase, phases)."""
     first = pool_taps(o + outputs - 1, size, kernel, stride, pad, dilation)[0]
     low, count, _ = pool_taps(o, size, kernel, stride, pad, dilation)
     reach = (low + count - first - 1) * dilation
@@ -33,59 +34,62 @@ def _cut(o, outputs, size, kernel, stride, pad, dilation):
 
 @inline
 def _room(outputs, size, kernel, stride, dilation):
-    """The most that _cut gives for so many outputs: (taps, lines, phases)."""
+    """The most that _cut gives for so many outputs: (taps, elements of a phase, phases)."""
     taps = min(kernel, (size - 1 + (outputs - 1) * stride) // dilation + 1)
     reach = (taps - 1) * dilation
     return taps, outputs + reach // stride, min(stride, reach + 1)
 
 
 @inline
-def _copy_lines(x, start, H, W, top, stride, rows, phases, left, step, width, fill, to, to_at):
-    """to[to_at + (i * rows + r) * width + q] = x[start + (top + r * stride + i) * W + left + q * step], `fill` outside: in the
-    order of memory, which is fetched ahead then."""
-    lo, hi = inside(left, step, W, width)
-    for r in range(rows):
-        for i in range(phases):
-            h, at, block_end = top + r * stride + i, to_at + (i * rows + r) * width, to_at + (i + 1) * rows * width
-            a, b = (lo, hi) if 0 <= h < H else (0, 0)
-            begin = start + h * W + left + a * step
-            if step == 1 and at + width + AHEAD <= block_end and begin + b - a + AHEAD <= len(x):  # what follows is written later
-                fill_ahead(to, at, a, fill)
-                copy_ahead(x, begin, to, at + a, b - a)
-                fill_ahead(to, at + b, width - b, fill)
-            else:
-                fill_block(to, at, 0, 1, a, fill)
-                copy_block(x, begin, 0, step, to, at + a, 0, 1, b - a)
-                fill_block(to, at + b, 0, 1, width - b, fill)
+def _find_lines(first, nd, step_d, nh, step_h, to):
+    """Where the lines begin that a row of windows takes; how many they are."""
+    for d in range(nd):
+        for h in range(nh):
+            to[d * nh + h] = first + d * step_d + h * step_h
+    return nd * nh
 
 
 @inline
-def _lay_out(x, plane, H, W, down, across, stride, fill, whole, sheet):
-    """sheet[j, i, r, q] = x[plane, top + r * stride_h + i, left + q * stride_w + j], `fill` outside. Where every column is
-    wanted, whole rows are copied, then taken apart in one long sweep: each alone is too short for vectors."""
-    (_, _, top, rows, phases_h), (_, _, left, pitch, phases_w) = down, across
-    apart, n = phases_w if phases_w == stride[2] else 1, phases_h * rows * pitch
-    step, to = stride[2] // apart, sheet if apart == 1 else whole
-    for j in range(phases_w // apart):
-        _copy_lines(x, plane * H * W, H, W, top, stride[1], rows, phases_h, left + j, step, pitch * apart, fill, to, j * n)
-    for j in range(apart if apart > 1 else 0):
-        copy_block(whole, j, 0, apart, sheet, j * n, 0, 1, n)
+def _ahead(n, start, size):
+    """n, or the whole rounds of vectors that cover it where an array of that size has them: a short row has no tail then."""
+    rounds = (n + AHEAD - 1) // AHEAD * AHEAD
+    return rounds if start + rounds <= size else n
 
 
 @inline
-def _shifts(down, across, stride, dilation, by_line, by_tap):
-    """How far the taps are apart: those along W in the sheet, those along H in the lines that the former are combined to."""
-    (_, taps_h, _, rows, phases_h), (_, taps_w, _, pitch, _) = down, across
-    i, r = 0, 0
-    for k in range(taps_h):
-        by_line[k] = (i * rows + r) * pitch
-        i += dilation[1]
-        r, i = r + i // stride[1], i % stride[1]
+def _rounds(n):
+    """n, or the whole rounds of vectors that cover it where it is many."""
+    return (n + AHEAD - 1) // AHEAD * AHEAD if n >= AHEAD else n
+
+
+@inline
+def _band_rows(rows, elements):
+    """How many rows of windows are worked on together; so many elements of the input stand between two."""
+    return max(min(ROWS, rows, (FETCHED - 1) // elements + 1), 1)
+
+
+@inline
+def _split(lines, n, stride, phases, to):
+    """to[j * n + q] = lines[q * stride + j]. All phases of a pair in one loop, whose reads are whole vectors."""
+    n = min(n, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
+    if stride == 2 and phases == 2:
+        even, odd = to[:n], to[n : 2 * n]
+        for q in range(n):
+            a, b = lines[2 * q], lines[2 * q + 1]
+            even[q], odd[q] = a, b
+    else:
+        for j in range(phases):
+            copy_block(lines, j, 0, stride, to, j * n, 0, 1, n)
+
+
+@inline
+def _shifts(across, n, stride, dilation, to):
+    """How far the taps along W are apart in n lines that are split."""
     j, q = 0, 0
-    for k in range(taps_w):
-        by_tap[k] = j * phases_h * rows * pitch + q
-        j += dilation[2]
-        q, j = q + j // stride[2], j % stride[2]
+    for k in range(across[1]):
+        to[k] = j * n + q
+        j += dilation
+        q, j = q + j // stride, j % stride
 
 
 @inline
@@ -99,20 +103,22 @@ def _sizes(x, y, kernel, stride):
 
 
 @inline
-def _add(source, shifts, taps, n, sums, fresh):
-    """sums[q] (+)= the sum of source[q + shift] over the taps."""
-    done = min(taps, 2) if fresh else 0
-    a, b = U(shifts[0]), U(shifts[max(done - 1, 0)])
-    if done == 1:
+def _add(source, shifts, taps, n, sums, at):
+    """sums[at + q] = the sum of source[q + shift] over the taps. More than a few lines are fetched one after the other."""
+    a, b, c, to = U(shifts[0]), U(shifts[min(1, taps - 1)]), U(shifts[min(2, taps - 1)]), U(at)
+    if taps == 1 or taps > 3:
         for q in range(n):
-            sums[q] = source[a + U(q)]
-    if done == 2:
+            sums[to + U(q)] = source[a + U(q)]
+    elif taps == 2:
         for q in range(n):
-            sums[q] = source[a + U(q)] + source[b + U(q)]
-    for k in range(done, taps):
+            sums[to + U(q)] = source[a + U(q)] + source[b + U(q)]
+    else:
+        for q in range(n):
+            sums[to + U(q)] = source[a + U(q)] + source[b + U(q)] + source[c + U(q)]
+    for k in range(1, taps if taps > 3 else 1):
         a = U(shifts[k])
         for q in range(n):
-            sums[q] += source[a + U(q)]
+            sums[to + U(q)] += source[a + U(q)]
 
 
 @inline
@@ -122,132 +128,137 @@ def _larger(v, best):
 
 
 @inline
-def _maximize(source, shifts, taps, n, best, fresh):
-    """best[q] = the largest source[q + shift] of the taps (and best[q])."""
-    done = min(taps, 2) if fresh else 0
-    a, b = U(shifts[0]), U(shifts[max(done - 1, 0)])
-    if fresh:
+def _max(v, best):
+    """The larger one; NaN where one is."""
+    larger = v if v > best else best
+    return v if v != v else larger
+
+
+@inline
+def _maximize(source, shifts, taps, n, best, at):
+    """best[at + q] = the largest source[q + shift] of the taps."""
+    a, b, c, to = U(shifts[0]), U(shifts[min(1, taps - 1)]), U(shifts[min(2, taps - 1)]), U(at)
+    if taps == 1:
         for q in range(n):
-            u, v = source[a + U(q)], source[b + U(q)]
-            best[q] = v if _larger(v, u) else u
-    for k in range(done, taps):
+            best[to + U(q)] = source[a + U(q)]
+    elif taps == 2:
+        for q in range(n):
+            best[to + U(q)] = _max(source[b + U(q)], source[a + U(q)])
+    else:
+        for q in range(n):
+            best[to + U(q)] = _max(source[c + U(q)], _max(source[b + U(q)], source[a + U(q)]))
+    for k in range(3, taps):
         a = U(shifts[k])
         for q in range(n):
-            u, v = best[q], source[a + U(q)]
-            best[q] = v if _larger(v, u) else u
+            best[to + U(q)] = _max(source[a + U(q)], best[to + U(q)])
 
 
 @inline
-def _find_in_rows(source, shifts, taps, unit, n, best, places):
-    """As _maximize, afresh; places[q] = unit * the first tap with the largest."""
-    first = U(shifts[0])
+def _find_in_lines(source, shifts, places, taps, n, best, found, at):
+    """As _maximize; found[at + q] = the place of the first tap with the largest."""
+    first, to = U(shifts[0]), U(at)
     for q in range(n):
-        best[q], places[q] = source[first + U(q)], np.int32(0)
+        best[to + U(q)], found[to + U(q)] = source[first + U(q)], places[0]
     for k in range(1, taps):
-        a, place = U(shifts[k]), np.int32(unit * k)
+        a, place = U(shifts[k]), places[k]
         for q in range(n):
-            u, v = best[q], source[a + U(q)]
+            u, v = best[to + U(q)], source[a + U(q)]
             take = _larger(v, u)
-            best[q] = v if take else u
-            places[q] = place if take else places[q]
-
-
-@inline
-def _find_in_lines(lines, line_places, shifts, taps, start, unit, n, best, places):
-    """As _maximize; places[q] = start + unit * the first tap with the largest + the place in its line."""
-    for k in range(taps):
-        a, place = U(shifts[k]), np.int32(start + unit * k)
-        for q in range(n):
-            u, v = best[q], lines[a + U(q)]
-            take = _larger(v, u)
-            best[q] = v if take else u
-            places[q] = line_places[a + U(q)] + place if take else places[q]
+            best[to + U(q)] = v if take else u
+            found[to + U(q)] = place if take else found[to + U(q)]
 
 
 # ------------------------------------------------------------------------------------------------------------- maxima
 
 
 @inline
-def _first_places(o, windows, size, kernel, stride, pad, dilation, unit, to):
-    """unit * the first tap inside of windows o, o + 1, ..., counted from that of the last of them."""
-    last = pool_taps(o + windows - 1, size, kernel, stride, pad, dilation)[0]
-    i, first = 0, pool_taps(o, size, kernel, stride, pad, dilation)[0]
-    while i < windows and first > last:
-        to[i] = unit * (first - last)
-        i += 1
-        first = pool_taps(o + i, size, kernel, stride, pad, dilation)[0]
-    for k in range(i, windows):
-        to[k] = 0
+def _find_first(lines, line_places, shifts, taps, unit, n, best, places):
+    """places[q] = the smallest place of the taps that are as large as best[q], those of a NaN where it is one."""
+    for q in range(n):
+        places[q] = np.int32(2**31 - 1)
+    for k in range(taps):
+        a, place = U(shifts[k]), np.int32(unit * k)
+        for q in range(n):
+            v, at = lines[a + U(q)], line_places[a + U(q)] + place
+            places[q] = at if ((v == best[q]) | (v != v)) & (at < places[q]) else places[q]
 
 
 @inline
-def _start_places(row_places, column_places, rows, columns, pitch, best, places):
-    """No maximum yet; where all is minus infinity, the first tap inside of a window is its place."""
+def _write_places(places, pitch, firsts, step, to, at, to_pitch, rows, columns):
+    """to[at + r * to_pitch + q] = places[r * pitch + q], counted from firsts[r] + q * step."""
     for r in range(rows):
-        a, place = U(r * pitch), row_places[r]
+        a, b, first = U(r * pitch), U(at + r * to_pitch), firsts[r]
         for q in range(columns):
-            best[a + U(q)], places[a + U(q)] = real(-np.inf), place + column_places[q]
-
-
-@inline
-def _write_places(places, pitch, first, row_step, step, to, at, to_pitch, rows, columns):
-    """to[at + r * to_pitch + q] = places[r * pitch + q], counted from first + r * row_step + q * step."""
-    for r in range(rows):
-        a, b, begin = U(r * pitch), U(at + r * to_pitch), first + r * row_step
-        for q in range(columns):
-            to[b + U(q)] = begin + q * step + places[a + U(q)]
+            to[b + U(q)] = first + q * step + places[a + U(q)]
 
 
 @inline
 def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride, pad, dilation):
     """The maxima of rows of outputs, and their places: offsets if those are what counts, else indices, unless they are empty."""
     (D, H, W), (OD, OH, OW) = _sizes(x, y, kernel, stride)
-    line = W if H == x.shape[2] else 0  # from row to row in the count of indices
+    row_step = W if H == x.shape[2] else 0  # from row to row in the count of indices
     x1, y1, indices1, offsets1 = x.reshape(x.size), y.reshape(y.size), indices.reshape(indices.size), offsets.reshape(offsets.size)
     with_places, columns = counts_taps or indices.size > 0, max(min(COLUMNS // stride[2], OW), 1)
     unit = (kernel[1] * kernel[2], kernel[2], 1) if counts_taps else (dilation[0] * H * W, dilation[1] * W, dilation[2])
-    most_rows = max(min(ROWS, OH, (FETCHED - 1) // (W * stride[1]) + 1), 1)
-    taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
-    taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
-    by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
-    sheet, lines, best = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
-    whole = np.empty(phases_w * most, x.dtype)
-    line_places = np.empty(most if with_places else 0, np.int32)
-    places = np.empty(most_rows * lines_w if with_places else 0, np.int32)
-    row_places, column_places = np.empty(most_rows, np.int32), np.empty(columns, np.int32)
+    outside = np.int32(2**31 - 1 - unit[2] * kernel[2])  # larger than any place inside, with any tap added
+    most_rows = _band_rows(OH, W * stride[1])
+    taps_d, taps_h = _room(1, D, kernel[0], stride[0], dilation[0])[0], _room(1, H, kernel[1], stride[1], dilation[1])[0]
+    taps_w, pitch_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
+    line_shifts, line_numbers, by_tap = (
+        np.empty(taps_d * taps_h, np.int64),
+        np.empty(taps_d * taps_h, np.int32),
+        np.empty(taps_w, np.int64),
+    )
+    most = most_rows * pitch_w + AHEAD
+    lines, apart = np.empty((most + pitch_w + AHEAD) * stride[2], x.dtype), np.empty(phases_w * most + pitch_w + AHEAD, x.dtype)
+    line_places = np.empty(len(lines) if with_places else 0, np.int32)
+    apart_places = np.empty(len(apart) if with_places else 0, np.int32)
+    best, places, firsts = np.empty(most, x.dtype), np.empty(most if with_places else 0, np.int32), np.empty(most_rows, np.int64)
     row = begin
     while row < end:
         m, od, top = row // OH // OD, row // OH % OD, row % OH
         rows = min(most_rows, OH - top, end - row)
         kd, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
-        down = _cut(top, rows, H, kernel[1], stride[1], pad[1], dilation[1])
         for left in range(0, OW, columns):
             width = min(columns, OW - left)
             across = _cut(left, width, W, kernel[2], stride[2], pad[2], dilation[2])
-            pitch = across[3]
-            n, lines_n, at = rows * pitch, down[4] * down[3] * pitch, row * OW + left
-            _shifts(down, across, stride, dilation, by_line, by_tap)
-            if with_places:
-                _first_places(top, rows, H, kernel[1], stride[1], pad[1], dilation[1], unit[1], row_places)
-                _first_places(left, width, W, kernel[2], stride[2], pad[2], dilation[2], unit[2], column_places)
-                _start_places(row_places, column_places, rows, width, pitch, best, places)
-            for d in range(nd):
-                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, real(-np.inf), whole, sheet)
+            pitch, length = across[3], across[3] * stride[2]
+            lo, hi = inside(across[2], 1, W, length)
+            for r in range(rows):
+                kh, nh, h0 = pool_taps(top + r, H, kernel[1], stride[1], pad[1], dilation[1])
+                first, at = ((m * D + d0) * H + h0) * W + across[2] + lo, r * length
+                taps = _find_lines(first, nd, dilation[0] * H * W, nh, dilation[1] * W, line_shifts)
+                n = _ahead(hi - lo, line_shifts[taps - 1], len(x1))
+                fill_ahead(lines, at, lo, real(-np.inf))
                 if with_places:
-                    _find_in_rows(sheet, by_tap, across[1], unit[2], lines_n, lines, line_places)
+                    _find_lines(0, nd, unit[0], nh, unit[1], line_numbers)
+                    fill_ahead(line_places, at, lo, outside)
+                    _find_in_lines(x1, line_shifts, line_numbers, taps, n, lines, line_places, at + lo)
+                    fill_ahead(line_places, at + hi, length - hi, outside)
                 else:
-                    _maximize(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
-                if with_places:
-                    _find_in_lines(lines, line_places, by_line, down[1], d * unit[0], unit[1], n, best, places)
+                    _maximize(x1, line_shifts, taps, n, lines, at + lo)
+                fill_ahead(lines, at + hi, length - hi, real(-np.inf))
+                if counts_taps:
+                    firsts[r] = (kd * kernel[1] + kh) * kernel[2] + across[0]
                 else:
-                    _maximize(lines, by_line, down[1], n, best, d == 0)
+                    firsts[r] = d0 * H * W + h0 * row_step + across[2]
+            n, at = _rounds(rows * pitch), row * OW + left
+            source, source_places = lines, line_places
+            if stride[2] > 1:
+                _split(lines, n, stride[2], across[4], apart)
+                source = apart
+            _shifts(across, n, stride[2], dilation[2], by_tap)
+            _maximize(source, by_tap, across[1], n, best, 0)
             copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
-            if counts_taps:
-                first = (kd * kernel[1] + down[0]) * kernel[2] + across[0]
-                _write_places(places, pitch, first, 0, 0, offsets1, at, OW, rows, width)
-            elif with_places:
-                first = d0 * H * W + down[2] * line + across[2]
-                _write_places(places, pitch, first, stride[1] * line, stride[2], indices1, at, OW, rows, width)
+            if with_places:
+                if stride[2] > 1:
+                    _split(line_places, n, stride[2], across[4], apart_places)
+                    source_places = apart_places
+                _find_first(source, source_places, by_tap, across[1], unit[2], n, best, places)
+                if counts_taps:
+                    _write_places(places, pitch, firsts, 0, offsets1, at, OW, rows, width)
+                else:
+                    _write_places(places, pitch, firsts, stride[2], indices1, at, OW, rows, width)
         row += rows
 
 
@@ -329,14 +340,14 @@ def adaptive_max_pool(begin, end, x, y, indices):
     D, H, W = x.shape[1:]
     OD, OH, OW = y.shape[1:]
     x1, shifts = x.reshape(x.size), np.empty((D // OD + 2) * (H // OH + 2), np.int64)
-    line, numbers = np.empty(W, x.dtype), np.empty(W, np.int32)
+    line, numbers, counts = np.empty(W, x.dtype), np.empty(W, np.int32), np.arange(len(shifts)).astype(np.int32)
     for row in range(begin * OD * OH, end * OD * OH):
         m, od, oh = row // OH // OD, row // OH % OD, row % OH
         lines = _share_lines(m, od, oh, D, H, W, OD, OH, shifts)
         if indices.size:
-            _find_in_rows(x1, shifts, lines, oh // OH + 1, W, line, numbers)
+            _find_in_lines(x1, shifts, counts, lines, W, line, numbers, 0)
         else:
-            _maximize(x1, shifts, lines, W, line, oh >= 0)
+            _maximize(x1, shifts, lines, W, line, 0)
         for ow in range(OW):
             w0, w1 = pool_share(ow, W, OW)
             if indices.size:
@@ -392,32 +403,46 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
     """The roots of sums of powers for rows of outputs, over the product of the factors of d, h and w that each window has."""
     (D, H, W), (OD, OH, OW) = _sizes(x, y, kernel, stride)
     x1, y1, columns = x.reshape(x.size), y.reshape(y.size), max(min(COLUMNS // stride[2], OW), 1)
-    most_rows = max(min(ROWS, OH, (FETCHED - 1) // (W * stride[1]) + 1), 1)
-    taps_h, lines_h, phases_h = _room(most_rows, H, kernel[1], stride[1], dilation[1])
-    taps_w, lines_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
-    by_line, by_tap, most = np.empty(taps_h, np.int64), np.empty(taps_w, np.int64), phases_h * lines_h * lines_w
-    sheet, lines, sums = np.empty((phases_w + 1) * most, x.dtype), np.empty(most, x.dtype), np.empty(most_rows * lines_w, x.dtype)
-    whole = np.empty(phases_w * most, x.dtype)
-    row_factors, nothing = np.empty(most_rows, x.dtype), real(0) if norm > real(0) else real(np.inf)  # whose power is 0
+    most_rows = _band_rows(OH, W * stride[1])
+    taps_d, taps_h = _room(1, D, kernel[0], stride[0], dilation[0])[0], _room(1, H, kernel[1], stride[1], dilation[1])[0]
+    taps_w, pitch_w, phases_w = _room(columns, W, kernel[2], stride[2], dilation[2])
+    by_line, by_tap, most = np.empty(taps_d * taps_h, np.int64), np.empty(taps_w, np.int64), most_rows * pitch_w + AHEAD
+    lines, apart = np.empty((most + pitch_w + AHEAD) * stride[2], x.dtype), np.empty(phases_w * most + pitch_w + AHEAD, x.dtype)
+    sums, row_factors = np.empty(most, x.dtype), np.empty(most_rows, x.dtype)
+    high = min((most_rows - 1) * stride[1] + (taps_h - 1) * dilation[1] + 1, H) if norm != real(1) else 0
+    powers = np.empty(taps_d * high * W + AHEAD, x.dtype)
     row = begin
     while row < end:
         m, od, top = row // OH // OD, row // OH % OD, row % OH
         rows = min(most_rows, OH - top, end - row)
         _, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
-        down = _cut(top, rows, H, kernel[1], stride[1], pad[1], dilation[1])
+        source, start, step_d = x1, (m * D + d0) * H * W, dilation[0] * H * W
+        if norm != real(1):
+            _, _, low = pool_taps(top, H, kernel[1], stride[1], pad[1], dilation[1])
+            _, nh, h0 = pool_taps(top + rows - 1, H, kernel[1], stride[1], pad[1], dilation[1])
+            n = (h0 + (nh - 1) * dilation[1] + 1 - low) * W
+            copy_block(x1, start + low * W, step_d, 1, powers, 0, n, nd, n)
+            _raise(powers, norm, nd * n)
+            source, start, step_d = powers, -low * W, n
         for r in range(rows):
             row_factors[r] = factors[0, od] * factors[1, (top + r) % y.shape[2]]  # sequences are rows of one plane
         for left in range(0, OW, columns):
             width = min(columns, OW - left)
             across = _cut(left, width, W, kernel[2], stride[2], pad[2], dilation[2])
-            pitch = across[3]
-            n, lines_n = rows * pitch, down[4] * down[3] * pitch
-            _shifts(down, across, stride, dilation, by_line, by_tap)
-            for d in range(nd):
-                _lay_out(x1, m * D + d0 + d * dilation[0], H, W, down, across, stride, nothing, whole, sheet)
-                _raise(sheet, norm, across[4] * lines_n)
-                _add(sheet, by_tap, across[1], lines_n, lines, d >= 0)  # True; as a literal it would be compiled apart
-                _add(lines, by_line, down[1], n, sums, d == 0)
+            pitch, length = across[3], across[3] * stride[2]
+            lo, hi = inside(across[2], 1, W, length)
+            for r in range(rows):
+                _, nh, h0 = pool_taps(top + r, H, kernel[1], stride[1], pad[1], dilation[1])
+                taps = _find_lines(start + h0 * W + across[2] + lo, nd, step_d, nh, dilation[1] * W, by_line)
+                fill_ahead(lines, r * length, lo, real(0))
+                _add(source, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(source)), lines, r * length + lo)
+                fill_ahead(lines, r * length + hi, length - hi, real(0))
+            n, summed = _rounds(rows * pitch), lines
+            if stride[2] > 1:
+                _split(lines, n, stride[2], across[4], apart)
+                summed = apart
+            _shifts(across, n, stride[2], dilation[2], by_tap)
+            _add(summed, by_tap, across[1], n, sums, 0)
             _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, y1, row * OW + left, OW)
         row += rows
 
@@ -556,7 +581,7 @@ def adaptive_avg_pool(begin, end, x, y):
     for row in range(begin * OD * OH, end * OD * OH):
         m, od, oh = row // OH // OD, row // OH % OD, row % OH
         lines = _share_lines(m, od, oh, D, H, W, OD, OH, shifts)
-        _add(x1, shifts, lines, W, line, oh >= 0)
+        _add(x1, shifts, lines, W, line, 0)
         for ow in range(OW):
             w0, w1 = pool_share(ow, W, OW)
             total = real(0)
