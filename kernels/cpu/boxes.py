@@ -403,12 +403,14 @@ def _middle(low, high):
 
 
 @inline(exact=True)
-def _divide(low, high, area, begin, end, reach):
+def _divide(planes, pitch, axis, begin, end, reach):
     """Origin, scale and number of the cells of a grid along one axis, from a sample: about the reach of a middling box each."""
+    low, high, area = axis * pitch, (axis + 2) * pitch, 4 * pitch
     centres, sizes, n = np.empty(64), np.empty(64), 0
     for i in range(begin, end, (end - begin) // 63 + 1):
-        if _regular(area[i]):
-            centres[n], sizes[n] = _middle(low[i], high[i]), float(high[i]) - float(low[i])
+        if _regular(planes[area + i]):
+            centres[n] = _middle(planes[low + i], planes[high + i])
+            sizes[n] = float(planes[high + i]) - float(planes[low + i])
             n += 1
     if n < 8:
         return 0.0, 0.0, 1
@@ -426,71 +428,78 @@ SIDE = 16  # kept boxes that are looked at side by side
 
 
 @inline(exact=True)
-def _is_hit(kept, first, last, a, b, c, d, own, threshold):
+def _is_hit(kept, pitch, first, last, a, b, c, d, own, threshold):
     """Whether one of the kept boxes [first, last) overlaps more; those up to a multiple of SIDE more may be looked at, too."""
-    x1, y1, x2, y2, area = kept
     for begin in range(first, last, SIDE):
         hit = False
+        x1, y1, x2 = U(begin), U(begin + pitch), U(begin + 2 * pitch)
+        y2, area = U(begin + 3 * pitch), U(begin + 4 * pitch)
         for i in range(SIDE):
-            j = U(begin) + U(i)
-            hit |= _iou(a, b, c, d, own, x1[j], y1[j], x2[j], y2[j], area[j]) > threshold
+            j = U(i)
+            hit |= _iou(a, b, c, d, own, kept[x1 + j], kept[y1 + j], kept[x2 + j], kept[y2 + j], kept[area + j]) > threshold
         if hit:
             return True
     return False
 
 
 @inline(exact=True)
-def _keep(kept, at, planes, i):
+def _keep(kept, at, planes, i, pitch):
     for k in range(5):
-        kept[k][at] = planes[k][i]
+        kept[k * pitch + at] = planes[k * pitch + i]
 
 
 @inline(exact=True)
-def _suppress_all(planes, begin, end, alive, threshold, limit, kept, most):
+def _box(planes, pitch, i):
+    return planes[i], planes[pitch + i], planes[2 * pitch + i], planes[3 * pitch + i], planes[4 * pitch + i]
+
+
+@inline(exact=True)
+def _suppress_all(planes, pitch, begin, end, alive, threshold, limit, kept, most):
     """Each box against all kept before it, until more than `most` are; returns the first box that is left."""
     n = listed = 0
-    kept[4][: end - begin + SIDE] = real(np.nan)  # the area of no box: it overlaps nothing
+    for i in range(4 * pitch, 4 * pitch + end - begin + SIDE):
+        kept[i] = real(np.nan)  # the area of no box: it overlaps nothing
     for i in range(begin, end):
         if n == limit:
             alive[i:end] = 0
             break
         if listed > most:
             return i
-        own = planes[4][i]
-        alive[i] = not _is_hit(kept, 0, listed, planes[0][i], planes[1][i], planes[2][i], planes[3][i], own, threshold)
+        a, b, c, d, own = _box(planes, pitch, i)
+        alive[i] = not _is_hit(kept, pitch, 0, listed, a, b, c, d, own, threshold)
         n += alive[i]
         if alive[i] and (_regular(own) or threshold < 0):  # an empty or infinite box overlaps nothing
-            _keep(kept, listed, planes, i)
+            _keep(kept, listed, planes, i, pitch)
             listed += 1
     return end
 
 
 @inline(exact=True)
-def _suppress(planes, begin, end, alive, threshold, limit, kept):
+def _suppress(planes, pitch, begin, end, alive, threshold, limit, kept):
     """alive for the boxes of one group, in order of score. Where many are kept, one is looked at where its centre lies within
     the reach of the one that is asked about (see csrc/boxes.c); the cells of a grid hold the kept ones."""
-    x1, y1, x2, y2, area = planes
-    t, first = float(threshold), _suppress_all(planes, begin, end, alive, threshold, limit, kept, FEW)
+    t, first = float(threshold), _suppress_all(planes, pitch, begin, end, alive, threshold, limit, kept, FEW)
     if first == end:
         return
     cells_x = cells_y = 1
     if t > 0.05 and t < 1:
         reach = (1 - t) * max(1.0, 0.5 / t)
-        low_x, scale_x, cells_x = _divide(x1, x2, area, begin, end, reach)
-        low_y, scale_y, cells_y = _divide(y1, y2, area, begin, end, reach)
+        low_x, scale_x, cells_x = _divide(planes, pitch, 0, begin, end, reach)
+        low_y, scale_y, cells_y = _divide(planes, pitch, 1, begin, end, reach)
     tiny = False  # rounding may make any overlap of such a box
-    for i in range(begin, end):
-        tiny |= (area[i] > real(0)) & (area[i] < real(1e-30))
+    for i in range(4 * pitch + begin, 4 * pitch + end):
+        tiny |= (planes[i] > real(0)) & (planes[i] < real(1e-30))
     if tiny or cells_x * cells_y < 4:
-        _suppress_all(planes, begin, end, alive, threshold, limit, kept, end)
+        _suppress_all(planes, pitch, begin, end, alive, threshold, limit, kept, end)
         return
     cell, used = np.empty(end - begin, np.int64), np.zeros(cells_x * cells_y, np.int64)
     for i in range(begin, end):
         cell[i - begin] = -1
-        if _regular(area[i]):
-            x, y = _cell(_middle(x1[i], x2[i]), low_x, scale_x, cells_x), _cell(_middle(y1[i], y2[i]), low_y, scale_y, cells_y)
-            cell[i - begin] = y * cells_x + x
-            used[y * cells_x + x] += 1
+        a, b, c, d, own = _box(planes, pitch, i)
+        if _regular(own):
+            at = _cell(_middle(b, d), low_y, scale_y, cells_y) * cells_x + _cell(_middle(a, c), low_x, scale_x, cells_x)
+            cell[i - begin] = at
+            used[at] += 1
     starts = np.zeros(cells_x * cells_y + 1, np.int64)
     for at in range(cells_x * cells_y):
         starts[at + 1] = starts[at] + used[at]
@@ -500,9 +509,10 @@ def _suppress(planes, begin, end, alive, threshold, limit, kept):
         if n == limit:
             alive[i:end] = 0
             break
-        a, b, c, d, at = x1[i], y1[i], x2[i], y2[i], cell[i - begin]
+        at = cell[i - begin]
         if i >= first:
-            hit = at >= 0 and _is_hit(kept, starts[at], starts[at] + used[at], a, b, c, d, area[i], threshold)  # most are
+            a, b, c, d, own = _box(planes, pitch, i)
+            hit = at >= 0 and _is_hit(kept, pitch, starts[at], starts[at] + used[at], a, b, c, d, own, threshold)  # most are
             if at >= 0 and not hit:
                 w, h = float(c) - float(a), float(d) - float(b)
                 r = reach * w * 1.001 + 1.6e-5 * (abs(float(a)) + abs(float(c)) + w / t)
@@ -513,11 +523,12 @@ def _suppress(planes, begin, end, alive, threshold, limit, kept):
                 to_y = _cell(_middle(b, d) + r, low_y, scale_y, cells_y)
                 for y in range(from_y, to_y + 1):
                     for near in range(y * cells_x + from_x, y * cells_x + to_x + 1):
-                        hit = hit or _is_hit(kept, starts[near], starts[near] + used[near], a, b, c, d, area[i], threshold)
+                        last = starts[near] + used[near]
+                        hit = hit or _is_hit(kept, pitch, starts[near], last, a, b, c, d, own, threshold)
             alive[i] = not hit
         n += alive[i]
         if alive[i] and at >= 0:
-            _keep(kept, starts[at] + used[at], planes, i)
+            _keep(kept, starts[at] + used[at], planes, i, pitch)
             used[at] += 1
 
 
@@ -548,19 +559,16 @@ def nms(begin, end, boxes, scores, groups, keep, count, iou_threshold, score_thr
                 segments += 1
                 starts[segments] = i
     starts[segments + 1] = n
-    planes = (np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype), np.empty(n, boxes.dtype),
-              np.empty(n, boxes.dtype))  # fmt: skip
-    m = n + SIDE
-    kept = (np.empty(m, boxes.dtype), np.empty(m, boxes.dtype), np.empty(m, boxes.dtype), np.empty(m, boxes.dtype),
-            np.empty(m, boxes.dtype))  # fmt: skip
+    pitch = n + SIDE  # of flat planes: a tuple of arrays would be counted as used, by an atomic operation, for every box
+    planes, kept = np.empty(5 * pitch, boxes.dtype), np.empty(5 * pitch, boxes.dtype)
     for i in range(n):
         box = order[rank[i]]
         for k in range(4):
-            planes[k][i] = boxes[box, k]
-        planes[4][i] = _area(boxes[box, 0], boxes[box, 1], boxes[box, 2], boxes[box, 3])
+            planes[k * pitch + i] = boxes[box, k]
+        planes[4 * pitch + i] = _area(boxes[box, 0], boxes[box, 1], boxes[box, 2], boxes[box, 3])
     alive, chosen = np.empty(n, np.uint8), np.empty(n, np.uint8)
     for segment in range(segments + 1):
-        _suppress(planes, starts[segment], starts[segment + 1], alive, iou_threshold, max_output, kept)
+        _suppress(planes, pitch, starts[segment], starts[segment + 1], alive, iou_threshold, max_output, kept)
     for i in range(n):
         chosen[rank[i]] = alive[i]
     n = 0
