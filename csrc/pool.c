@@ -62,9 +62,10 @@ static row_place row_at(const windows *w, int64_t r)
     return (row_place){r / w->out[1] / w->out[0], r / w->out[1] % w->out[0], r % w->out[1]};
 }
 
-static void next_row(const windows *w, row_place *p)
+static void next_rows(const windows *w, row_place *p, int64_t n)
 {
-    if (++p->oh < w->out[1]) return;
+    p->oh += n; /* never past the end of a slice */
+    if (p->oh < w->out[1]) return;
     p->oh = 0;
     if (++p->od < w->out[0]) return;
     p->od = 0;
@@ -143,6 +144,11 @@ static int take_row(int kind, row_space *s, const windows *w)
     return HL_OK;
 }
 
+static inline const real *last_line(const lines *l)
+{
+    return l->first + (l->d.count - 1) * l->step_d + (l->h.count - 1) * l->step_h;
+}
+
 static inline lines lines_of(const windows *w, const row_space *s, const real *x, int64_t M, const row_place *p)
 {
     int64_t H = w->size[1], W = w->size[2], inside = w->size[0] * H * W;
@@ -173,12 +179,12 @@ static inline __attribute__((always_inline)) vreal load_before(const real *p, co
     return end > p ? load_part(p, end - p, (real)0) : splat((real)0);
 }
 
-/* n vectors of the lines from column i on, reduced; n is even. `check` becomes NaN where an element is. */
+/* n vectors of the lines from column i on, reduced, and the ids of their maxima; n is even. `check` becomes NaN where an
+ * element is. */
 static inline __attribute__((always_inline)) void down(int kind, int64_t norm, const windows *w, const lines *l,
-                                                       const row_space *s, int64_t i, int n, int whole, vreal check[2])
+                                                       int64_t i, int n, int whole, vreal v[PIECE], vint id[PIECE],
+                                                       vreal check[2])
 {
-    vreal v[PIECE];
-    vint id[PIECE];
     ireal line = (ireal)((l->d.first * w->kernel[1] + l->h.first) * w->kernel[2]);
     for (int k = 0; k < n; k++) {
         v[k] = identity(kind);
@@ -198,6 +204,12 @@ static inline __attribute__((always_inline)) void down(int kind, int64_t norm, c
                 v[k] = combined(kind, v[k], kind == SQUARES ? a * a : kind == POWERS ? power(a, norm) : a);
             }
         }
+}
+
+/* Puts n vectors of the reduced line where they belong. */
+static inline __attribute__((always_inline)) void keep_reduced(int kind, const row_space *s, int64_t i, int n,
+                                                               const vreal v[PIECE], const vint id[PIECE])
+{
     real *even = element(s, s->before + i), *odd = s->split ? element(s, s->before + i + 1) : even + LANES;
     for (int k = 0; k < n; k += 2, even += s->split ? LANES : 2 * LANES, odd += s->split ? LANES : 2 * LANES) {
         store(even, s->split ? evens(v[k], v[k + 1]) : v[k]);
@@ -214,21 +226,23 @@ static inline __attribute__((always_inline)) vreal reduce_down(int kind, int64_t
                                                                const row_space *s)
 {
     int64_t W = w->size[2];
-    const real *last = l->first + (l->d.count - 1) * l->step_d + (l->h.count - 1) * l->step_h;
-    vreal check[2] = {splat((real)0), splat((real)0)};
+    const real *last = last_line(l);
+    vreal check[2] = {splat((real)0), splat((real)0)}, v[PIECE];
+    vint id[PIECE];
     for (int64_t i = 0; i < W;) {
         int64_t rest = W - i, room = l->end - last - i;
         if (rest > PIECE / 2 * LANES && room >= PIECE * LANES) {
-            down(kind, norm, w, l, s, i, PIECE, 1, check);
+            down(kind, norm, w, l, i, PIECE, 1, v, id, check);
+            keep_reduced(kind, s, i, PIECE, v, id);
             i += PIECE * LANES;
         } else if (rest > 2 * LANES && room >= PIECE / 2 * LANES) {
-            down(kind, norm, w, l, s, i, PIECE / 2, 1, check);
+            down(kind, norm, w, l, i, PIECE / 2, 1, v, id, check);
+            keep_reduced(kind, s, i, PIECE / 2, v, id);
             i += PIECE / 2 * LANES;
-        } else if (room >= 2 * LANES) {
-            down(kind, norm, w, l, s, i, 2, 1, check);
-            i += 2 * LANES;
         } else {
-            down(kind, norm, w, l, s, i, 2, 0, check);
+            if (room >= 2 * LANES) down(kind, norm, w, l, i, 2, 1, v, id, check);
+            else down(kind, norm, w, l, i, 2, 0, v, id, check);
+            keep_reduced(kind, s, i, 2, v, id);
             i += 2 * LANES;
         }
     }
@@ -241,6 +255,37 @@ static inline __attribute__((always_inline)) void put(real *p, vreal v, int64_t 
 {
     if (n >= LANES || limit - p >= LANES) store(p, v);
     else store_part(p, n, v);
+}
+
+/* Windows two columns wide that lie side by side need no reduced line: their outputs come from the lines at once. */
+static int side_by_side(const windows *w)
+{
+    return !w->shared && w->kernel[2] == 2 && w->stride[2] == 2 && w->dilation[2] == 1 && w->pad[2] == 0 &&
+           2 * w->out[2] <= w->size[2];
+}
+
+/* How many rows of outputs from p on, at most n, have all lines of their windows inside one slice of a plane; at least 1. */
+static int64_t run_of_rows(const windows *w, const row_space *s, const row_place *p, int64_t n)
+{
+    n = min64(n, w->out[1] - p->oh);
+    while (n > 1 && (s->taps[1][p->oh].count < w->kernel[1] || s->taps[1][p->oh + n - 1].count < w->kernel[1])) n--;
+    return n;
+}
+
+/* LANES outputs, from the lines' columns from i on, and the numbers of their largest taps. */
+static inline __attribute__((always_inline)) vreal pairs(int kind, const windows *w, const lines *l, int64_t i,
+                                                         int whole, vint *tap, vreal check[2])
+{
+    vreal v[PIECE];
+    vint id[PIECE];
+    down(kind, 1, w, l, i, 2, whole, v, id, check);
+    vreal even = evens(v[0], v[1]), odd = odds(v[0], v[1]);
+    if (kind == PLACES) {
+        vint a = (vint)evens((vreal)id[0], (vreal)id[1]), b = (vint)odds((vreal)id[0], (vreal)id[1]) + 1;
+        vint right = (odd > even) | ((odd == even) & (b < a));
+        *tap = (right & b) | (~right & a);
+    }
+    return combined(kind, even, odd);
 }
 
 /* A window of n taps of the line, which goes on for a vector behind it. */
@@ -301,10 +346,18 @@ static int has_nan(const lines *l, int64_t W)
     return 0;
 }
 
+/* The plane's place of tap 0 of a row of windows, but for its column. */
+static int64_t start_of(const windows *w, const lines *l)
+{
+    int64_t d = l->d.at - l->d.first * w->dilation[0], h = l->h.at - l->h.first * w->dilation[1];
+    return (d * w->size[1] + h) * w->size[2];
+}
+
 /* A row of outputs element by element, for rows with a NaN and windows with too many taps for an ireal. */
-static void max_row_plain(const max_job *j, const lines *l, const row_space *s, int64_t start, int64_t at)
+static void max_row_plain(const max_job *j, const lines *l, const row_space *s, int64_t at)
 {
     const windows *w = &j->w;
+    int64_t start = start_of(w, l);
     for (int64_t o = 0; o < w->out[2]; o++) {
         taps t = s->taps[2][o];
         real best = 0;
@@ -343,6 +396,17 @@ static inline real largest(const real *x, const ireal *line, int64_t n, int64_t 
     return best;
 }
 
+/* Numbers of taps as bytes, GROUP together; the last ones twice where groups do not fill the row. */
+static inline void narrow(const ireal *restrict id, int64_t n, uint8_t *restrict to)
+{
+    enum { GROUP = 16 };
+    for (int64_t o = 0; o < n && n >= GROUP; o += GROUP) {
+        o = min64(o, n - GROUP);
+        for (int k = 0; k < GROUP; k++) to[o + k] = (uint8_t)id[o + k];
+    }
+    for (int64_t o = 0; o < n && n < GROUP; o++) to[o] = (uint8_t)id[o];
+}
+
 /* The largest elements first, then of the taps that equal them the smallest number. */
 static inline __attribute__((always_inline)) void across_with_places(int64_t K, const windows *w, const row_space *s,
                                                                      real *y, const real *limit)
@@ -361,9 +425,11 @@ static inline __attribute__((always_inline)) void across_with_places(int64_t K, 
     }
 }
 
-/* A row of outputs and the numbers of their taps. */
-static void max_row_with_places(const windows *w, const row_space *s, real *y, const real *limit)
+/* A row of outputs and the numbers of their taps, as bytes too; the result is that of reduce_down. */
+static vreal max_row_with_places(const windows *w, const lines *l, const row_space *s, real *y, uint8_t *offsets,
+                                 const real *limit)
 {
+    vreal check = reduce_down(PLACES, 1, w, l, s);
     if (!s->by_vectors)
         for (int64_t o = 0; o < w->out[2]; o++) {
             taps t = s->taps[2][o];
@@ -373,6 +439,8 @@ static void max_row_with_places(const windows *w, const row_space *s, real *y, c
     else if (w->kernel[2] == 2) across_with_places(2, w, s, y, limit);
     else if (w->kernel[2] == 3) across_with_places(3, w, s, y, limit);
     else across_with_places(w->kernel[2], w, s, y, limit);
+    if (offsets) narrow(s->id, w->out[2], offsets);
+    return check;
 }
 
 static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, const row_space *s, real *y,
@@ -385,25 +453,45 @@ static inline __attribute__((always_inline)) void max_across(int64_t K, const wi
     }
 }
 
-static void max_row(const windows *w, const row_space *s, real *y, const real *limit)
+static vreal max_row(const windows *w, const lines *l, const row_space *s, real *y, const real *limit)
 {
+    vreal check = reduce_down(MAXIMUM, 1, w, l, s);
     if (!s->by_vectors)
         for (int64_t o = 0; o < w->out[2]; o++)
             y[o] = reduced(MAXIMUM, s->part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
     else if (w->kernel[2] == 2) max_across(2, w, s, y, limit);
     else if (w->kernel[2] == 3) max_across(3, w, s, y, limit);
     else max_across(w->kernel[2], w, s, y, limit);
+    return check;
 }
 
-/* Numbers of taps as bytes, GROUP together; the last ones twice where groups do not fill the row. */
-static inline void narrow(const ireal *restrict id, int64_t n, uint8_t *restrict to)
+/* n rows of outputs of windows side by side, and the numbers of their taps as bytes; the result is that of reduce_down. */
+static inline __attribute__((always_inline)) vreal max_pairs(int kind, windows w, lines l, int64_t n, ireal *id,
+                                                             real *y, uint8_t *offsets, const real *limit)
 {
-    enum { GROUP = 16 };
-    for (int64_t o = 0; o < n && n >= GROUP; o += GROUP) {
-        o = min64(o, n - GROUP);
-        for (int k = 0; k < GROUP; k++) to[o + k] = (uint8_t)id[o + k];
+    vreal check[2] = {splat((real)0), splat((real)0)};
+    int64_t OW = w.out[2];
+    for (int64_t r = 0; r < n; r++, l.first += w.stride[1] * w.size[2], y += OW) {
+        int64_t whole = l.end - last_line(&l) - 2 * LANES;
+        for (int64_t o = 0; o < OW; o += LANES) {
+            vint tap;
+            vreal v = pairs(kind, &w, &l, 2 * o, 2 * o <= whole, &tap, check);
+            put(y + o, v, OW - o, limit);
+            if (kind == PLACES) store((real *)id + o, (vreal)tap);
+        }
+        if (kind == PLACES && offsets) narrow(id, OW, offsets + r * OW);
     }
-    for (int64_t o = 0; o < n && n < GROUP; o++) to[o] = (uint8_t)id[o];
+    return check[0] + check[1];
+}
+
+/* The planes' places of a row of taps. */
+static void put_indices(const windows *w, const lines *l, const row_space *s, const int64_t *table, int64_t *indices)
+{
+    int64_t start = start_of(w, l);
+    for (int64_t o = 0; o < w->out[2]; o++) {
+        int64_t first = start + s->taps[2][o].at - s->taps[2][o].first * w->dilation[2];
+        indices[o] = table ? first + table[s->id[o]] : place(w, first, s->id[o]);
+    }
 }
 
 static int max_rows(int64_t begin, int64_t end, void *context)
@@ -411,35 +499,30 @@ static int max_rows(int64_t begin, int64_t end, void *context)
     const max_job *j = context;
     const windows *w = &j->w;
     int with_places = j->indices || j->offsets, few = volume(w->kernel) <= TABLE;
-    int fits = volume(w->kernel) < NO_TAP;
+    int fits = !with_places || volume(w->kernel) < NO_TAP, paired = side_by_side(w) && fits;
     int64_t OW = w->out[2], table[TABLE];
     row_space s;
     if (take_row(with_places ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
     if (j->indices) fill_table(w, table);
     row_place p = row_at(w, begin);
-    for (int64_t r = begin; r < end; r++, next_row(w, &p)) {
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
         lines l = lines_of(w, &s, j->x, j->M, &p);
-        int64_t at = r * OW,
-                start = ((l.d.at - l.d.first * w->dilation[0]) * w->size[1] + l.h.at - l.h.first * w->dilation[1]) *
-                        w->size[2];
+        real *y = j->y + r * OW, *limit = j->y + end * OW;
+        uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
         vreal check = splat((real)0);
-        if (!with_places) check = reduce_down(MAXIMUM, 1, w, &l, &s);
-        else if (fits) check = reduce_down(PLACES, 1, w, &l, &s);
-        if ((with_places && !fits) || (lane_bits(check != check) && has_nan(&l, w->size[2]))) {
-            max_row_plain(j, &l, &s, start, at);
-            continue;
+        n = paired && !j->indices ? run_of_rows(w, &s, &p, end - r) : 1;
+        if (paired && !with_places) check = max_pairs(MAXIMUM, *w, l, n, NULL, y, NULL, limit);
+        else if (paired) check = max_pairs(PLACES, *w, l, n, s.id, y, offsets, limit);
+        else if (!with_places) check = max_row(w, &l, &s, y, limit);
+        else if (fits) check = max_row_with_places(w, &l, &s, y, offsets, limit);
+        int doubtful = !fits || lane_bits(check != check);
+        if (!doubtful && !j->indices) continue;
+        row_place at = p;
+        for (int64_t k = r; k < r + n; k++, next_rows(w, &at, 1)) {
+            l = lines_of(w, &s, j->x, j->M, &at);
+            if (doubtful && (!fits || has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, k * OW);
+            else if (j->indices) put_indices(w, &l, &s, few ? table : NULL, j->indices + k * OW);
         }
-        if (!with_places) {
-            max_row(w, &s, j->y + at, j->y + end * OW);
-            continue;
-        }
-        max_row_with_places(w, &s, j->y + at, j->y + end * OW);
-        if (j->offsets) narrow(s.id, OW, j->offsets + at);
-        if (j->indices)
-            for (int64_t o = 0; o < OW; o++) {
-                int64_t first = start + s.taps[2][o].at - s.taps[2][o].first * w->dilation[2];
-                j->indices[at + o] = few ? first + table[s.id[o]] : place(w, first, s.id[o]);
-            }
     }
     hl_give(s.block);
     return HL_OK;
@@ -681,15 +764,33 @@ typedef struct {
     const real *counts;
 } scaling;
 
+/* Sums of the outputs from i on, scaled. */
+static inline __attribute__((always_inline)) vreal scaled(vreal sum, scaling by, int64_t i)
+{
+    if (by.factor != 0) return sum * splat(by.factor);
+    return sum / (by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor));
+}
+
 static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, const row_space *s,
                                                              scaling by, real *y, const real *limit)
 {
     for (int64_t i = 0; i < w->out[2]; i += LANES) {
         vreal v = load(s->part[0] + i);
         for (int64_t k = 1; k < K; k++) v += load(element(s, k * w->dilation[2]) + i);
-        if (by.factor != 0) v *= splat(by.factor);
-        else v /= by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor);
-        put(y + i, v, w->out[2] - i, limit);
+        put(y + i, scaled(v, by, i), w->out[2] - i, limit);
+    }
+}
+
+/* n rows of outputs of windows side by side. */
+static inline __attribute__((always_inline)) void sum_pairs(int kind, windows w, lines l, int64_t n, scaling by,
+                                                            real *y, const real *limit)
+{
+    vreal check[2];
+    int64_t OW = w.out[2];
+    for (int64_t r = 0; r < n; r++, l.first += w.stride[1] * w.size[2], y += OW) {
+        int64_t whole = l.end - last_line(&l) - 2 * LANES;
+        for (int64_t o = 0; o < OW; o += LANES)
+            put(y + o, scaled(pairs(kind, &w, &l, 2 * o, 2 * o <= whole, NULL, check), by, o), OW - o, limit);
     }
 }
 
@@ -720,13 +821,11 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
         alike &= counts[o] == counts[0];
     }
     scaling by = {.counts = NULL};
+    int paired = side_by_side(w) && (j->norm == 0 || j->norm == 1 || j->norm == 2);
     row_place p = row_at(w, begin);
-    for (int64_t r = begin; r < end; r++, next_row(w, &p)) {
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
         lines l = lines_of(w, &s, j->x, j->M, &p);
-        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s);
-        else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s);
-        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s);
-        else powers_down(j->norm, w, &l, &s);
+        n = paired ? run_of_rows(w, &s, &p, end - r) : 1;
         int64_t now = l.d.count * l.h.count;
         if (j->include) now = padded_count(w, 0, p.od) * padded_count(w, 1, p.oh);
         if (now != outer) { /* seldom: the rows inside are alike */
@@ -737,8 +836,18 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
             else if (!alike) by.counts = counts;
             if (!by.counts) by.factor = exact_factor(by.divisor);
         }
-        sum_row(w, &s, by, j->y + r * OW, j->y + end * OW);
-        if (j->norm != 0) root(j->norm, j->y + r * OW, OW);
+        real *y = j->y + r * OW, *limit = j->y + end * OW;
+        if (paired) {
+            if (j->norm == 2) sum_pairs(SQUARES, *w, l, n, by, y, limit);
+            else sum_pairs(SUM, *w, l, n, by, y, limit);
+        } else {
+            if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s);
+            else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s);
+            else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s);
+            else powers_down(j->norm, w, &l, &s);
+            sum_row(w, &s, by, y, limit);
+        }
+        if (j->norm != 0) root(j->norm, y, n * OW);
     }
     hl_give(s.block);
     return HL_OK;
