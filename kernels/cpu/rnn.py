@@ -1,14 +1,19 @@
 """Recurrent layers over a sequence: four samples walk the steps together, so that a weight that is read serves all four.
 
-A block of fewer samples is computed as one of four, by the same code: what a sample gets does not depend on its neighbours.
+What a sample gets does not depend on its neighbours: a product of one sample adds in the order of that of four; two or three
+are computed as four.
 """
 
 import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import exp
+from .panels import U
 
 ROWS = 4
+LINE = 64  # bytes of a cache line
+WIDTH = 64  # columns of a panel of weights: a constant, so that sweeps need no tail
+LONG = 16  # steps from which on making the panels of a product pays
 
 
 # 1 / (1 + e^-x): exactly 1 from some 17 (float64: 37) on; e^-x overflows to infinity, which gives 0.
@@ -142,15 +147,95 @@ def _cut(d, gate, low, high):
         d[i] = d[i] if low < gate[i] and gate[i] < high else real(0)
 
 
+# n zeros of the type of `like`, from a whole cache line on: vectors do not lie across two.
 @inline
-def _transposed(w):
-    J, K = w.shape
-    wt = np.empty((K, J), w.dtype)
-    for j0 in range(0, J, 16):  # 16 rows at a time: a whole cache line of wt
-        for k in range(K):
-            for j in range(j0, min(j0 + 16, J)):
-                wt[k, j] = w[j, k]
-    return wt
+def _zeros(n, like):
+    zeros = np.zeros(n + LINE // like.itemsize, like.dtype)
+    first = -zeros.ctypes.data % LINE // like.itemsize
+    return zeros[first : first + n]
+
+
+# The matrix w^T ("turned") or w of a product x w^T or x w, WIDTH columns after the other: panels[p, k, t] is row k, column
+# p * WIDTH + t. Zeros behind the last column. `turned` comes as a comparison: of a literal each value would be compiled apart.
+@inline
+def _panels(w, turned):
+    rows, columns = w.shape
+    depth, n = (columns, rows) if turned else (rows, columns)
+    panels = _zeros((n + WIDTH - 1) // WIDTH * depth * WIDTH, w)
+    for first in range(0, n, 16 if turned else WIDTH):  # 16 columns: a whole cache line of a panel
+        at, last = first // WIDTH * depth * WIDTH + first % WIDTH, min(first + (16 if turned else WIDTH), n)
+        for k in range(depth):
+            for j in range(first, last):
+                panels[U(at + k * WIDTH) + U(j - first)] = w[j, k] if turned else w[k, j]
+    return panels
+
+
+# sums[t] = the sum over k of x[k] panels[at + k * WIDTH + t], in the order of k: eight of them in a sweep.
+@inline(ordered=True)
+def _multiply_one(x, depth, panels, at, sums):
+    for t in range(WIDTH):
+        sums[t] = real(0)
+    for k in range(0, depth - depth % 8, 8):
+        a = x[k : k + 8]
+        x0, x1, x2, x3, x4, x5, x6, x7 = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+        for t in range(WIDTH):
+            p = U(at + k * WIDTH) + U(t)
+            total = sums[t] + x0 * panels[p] + x1 * panels[p + U(WIDTH)]
+            total = total + x2 * panels[p + U(2 * WIDTH)] + x3 * panels[p + U(3 * WIDTH)]
+            total = total + x4 * panels[p + U(4 * WIDTH)] + x5 * panels[p + U(5 * WIDTH)]
+            sums[t] = total + x6 * panels[p + U(6 * WIDTH)] + x7 * panels[p + U(7 * WIDTH)]
+    for k in range(depth - depth % 8, depth):
+        for t in range(WIDTH):
+            sums[t] = sums[t] + x[k] * panels[U(at + k * WIDTH) + U(t)]
+
+
+# The same for four rows of x: four k in a sweep, sixteen multiply-adds for eight loads and four stores.
+@inline(ordered=True)
+def _multiply_four(x, depth, panels, at, sums):
+    for t in range(4 * WIDTH):
+        sums[t] = real(0)
+    for k in range(0, depth - depth % 4, 4):
+        a, b = x[k : k + 4], x[depth + k : depth + k + 4]
+        c, d = x[2 * depth + k : 2 * depth + k + 4], x[3 * depth + k : 3 * depth + k + 4]
+        a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+        b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
+        c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+        d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
+        for t in range(WIDTH):
+            p = U(at + k * WIDTH) + U(t)
+            p0, p1, p2, p3 = panels[p], panels[p + U(WIDTH)], panels[p + U(2 * WIDTH)], panels[p + U(3 * WIDTH)]
+            sums[t] = sums[t] + a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
+            sums[t + WIDTH] = sums[t + WIDTH] + b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
+            sums[t + 2 * WIDTH] = sums[t + 2 * WIDTH] + c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
+            sums[t + 3 * WIDTH] = sums[t + 3 * WIDTH] + d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
+    for k in range(depth - depth % 4, depth):
+        for b in range(4):
+            for t in range(WIDTH):
+                sums[b * WIDTH + t] = sums[b * WIDTH + t] + x[b * depth + k] * panels[U(at + k * WIDTH) + U(t)]
+
+
+# u[b] = x[b] times the matrix whose panels these are, for as many rows.
+@inline
+def _sweep(u, x, panels, rows):
+    n, depth = u.shape[1], x.shape[1]
+    x1, u1, sums = x.reshape(x.size), u.reshape(u.size), _zeros(ROWS * WIDTH, x)
+    for first in range(0, n, WIDTH):
+        if rows == 1:
+            _multiply_one(x1, depth, panels, first * depth, sums)
+        else:
+            _multiply_four(x1, depth, panels, first * depth, sums)
+        for b in range(rows):
+            for t in range(min(WIDTH, n - first)):
+                u1[U(b * n + first) + U(t)] = sums[U(b * WIDTH) + U(t)]
+
+
+# u[b] = w x[b]: by sweeps over the panels of w^T where there are any.
+@inline
+def _recur(u, x, w, panels, rows):
+    if panels.size:
+        _sweep(u, x, panels, rows)
+    else:
+        _products(u, x, w)
 
 
 # Parallel over N. Per step and block the rows of the weights are read in order, 4*H dot products of D and of H for four
@@ -162,6 +247,7 @@ def lstm_sequence(
     T, H = x.shape[0], h0.shape[1]
     u, ax, xs = np.empty((ROWS, 4 * H), h0.dtype), np.empty((ROWS, 4 * H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     h, c = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
+    panels = _panels(w_hh[: 4 * H if T >= LONG else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -172,7 +258,7 @@ def lstm_sequence(
             turn = step % _steps_ahead(rows)
             if turn == 0:
                 _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _products(u, h, w_hh)
+            _recur(u, h, w_hh, panels, rows)
             for b in range(rows):
                 n = first + b
                 a = ax[turn * rows + b]
@@ -221,8 +307,7 @@ def lstm_sequence(
 @cpu(over="N")
 def lstm_sequence_backward(begin, end, gy, ghn, gcn, gates, cells, c0, w_hh, peephole, lengths, gpre, gh0, gc0, reverse, clip):
     T, H = gates.shape[0], c0.shape[1]
-    wt = _transposed(w_hh)
-    d = np.zeros((ROWS, 4 * H), c0.dtype)
+    panels, d = _panels(w_hh, T < 0), np.zeros((ROWS, 4 * H), c0.dtype)
     u, gh, gc = np.zeros((ROWS, H), c0.dtype), np.zeros((ROWS, H), c0.dtype), np.zeros((ROWS, H), c0.dtype)
     tanh_c = np.empty(H, c0.dtype)
     low, high, tanh_low, tanh_high = _sigmoid(-clip), _sigmoid(clip), _tanh(-clip), _tanh(clip)
@@ -281,7 +366,7 @@ def lstm_sequence_backward(begin, end, gy, ghn, gcn, gates, cells, c0, w_hh, pee
                     _add_product(dc, d_i, peephole[0])
                     _add_product(dc, d_f, peephole[2])
                 _copy(gpre[t, n], db)
-            _products(u, d, wt)
+            _sweep(u, d, panels, rows)
             for b in range(rows):
                 if not lengths.size or t < lengths[first + b]:
                     _copy(gh[b], u[b])
@@ -321,6 +406,8 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
     w_rz, w_n = w_hh[: 2 * H], w_hh[2 * H :]
     u_rz, u_n = np.empty((ROWS, 2 * H), h0.dtype), np.empty((ROWS, H), h0.dtype)
     h, kept = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
+    long = T >= LONG
+    panels_rz, panels_n = _panels(w_rz[: 2 * H if long else 0], T >= 0), _panels(w_n[: H if long else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -330,7 +417,7 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
             turn = step % _steps_ahead(rows)
             if turn == 0:
                 _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _products(u_rz, h, w_rz)
+            _recur(u_rz, h, w_rz, panels_rz, rows)
             for b in range(rows):
                 n = first + b
                 a, hb, kb = ax[turn * rows + b], h[b], kept[b]
@@ -344,7 +431,7 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
                 if not reset_after:
                     for j in range(H):
                         kb[j] = r[j] * hb[j]
-            _products(u_n, h if reset_after else kept, w_n)
+            _recur(u_n, h if reset_after else kept, w_n, panels_n, rows)
             for b in range(rows):
                 n = first + b
                 if lengths.size and t >= lengths[n]:
@@ -382,7 +469,7 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
 @cpu(over="N")
 def gru_sequence_backward(begin, end, gy, ghn, gates, hidden, previous, w_hh, lengths, gpre, ghidden, gh0, reverse, reset_after):
     T, H = gates.shape[0], w_hh.shape[1]
-    wt_rz, wt_n = _transposed(w_hh[: 2 * H]), _transposed(w_hh[2 * H :])
+    panels_rz, panels_n = _panels(w_hh[: 2 * H], T < 0), _panels(w_hh[2 * H :], T < 0)
     d_rz = np.zeros((ROWS, 2 * H), w_hh.dtype)
     d_u, gh = np.zeros((ROWS, H), w_hh.dtype), np.zeros((ROWS, H), w_hh.dtype)
     u_rz, u_n = np.zeros((ROWS, H), w_hh.dtype), np.zeros((ROWS, H), w_hh.dtype)
@@ -415,7 +502,7 @@ def gru_sequence_backward(begin, end, gy, ghn, gates, hidden, previous, w_hh, le
                         d_r[j] = d_n[j] * kept[j] * r[j] * (real(1) - r[j])
                     for j in range(H):
                         du[j] *= r[j]
-            _products(u_n, d_u, wt_n)
+            _sweep(u_n, d_u, panels_n, rows)
             if not reset_after:
                 for b in range(rows):
                     n = first + b
@@ -426,7 +513,7 @@ def gru_sequence_backward(begin, end, gy, ghn, gates, hidden, previous, w_hh, le
                         d_r[j] = ub[j] * before[j] * r[j] * (real(1) - r[j])
                     for j in range(H):
                         ub[j] *= r[j]
-            _products(u_rz, d_rz, wt_rz)
+            _sweep(u_rz, d_rz, panels_rz, rows)
             for b in range(rows):
                 n = first + b
                 if lengths.size and t >= lengths[n]:
@@ -449,6 +536,7 @@ def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
     T, H = x.shape[0], h0.shape[1]
     ax, xs = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     u, h = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
+    panels = _panels(w_hh[: H if T >= LONG else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -458,7 +546,7 @@ def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
             turn = step % _steps_ahead(rows)
             if turn == 0:
                 _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _products(u, h, w_hh)
+            _recur(u, h, w_hh, panels, rows)
             for b in range(rows):
                 n = first + b
                 a, hb = ax[turn * rows + b], h[b]
@@ -491,7 +579,7 @@ def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
 @cpu(over="N")
 def rnn_sequence_backward(begin, end, gy, ghn, gates, w_hh, lengths, gpre, gh0, reverse, relu):
     T, H = gates.shape[0], w_hh.shape[1]
-    wt = _transposed(w_hh)
+    panels = _panels(w_hh, T < 0)
     d, u, gh = np.zeros((ROWS, H), w_hh.dtype), np.zeros((ROWS, H), w_hh.dtype), np.zeros((ROWS, H), w_hh.dtype)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
@@ -517,7 +605,7 @@ def rnn_sequence_backward(begin, end, gy, ghn, gates, w_hh, lengths, gpre, gh0, 
                     for j in range(H):
                         db[j] = dh[j] * (real(1) - h[j] * h[j])
                 _copy(gpre[t, n], db)
-            _products(u, d, wt)
+            _sweep(u, d, panels, rows)
             for b in range(rows):
                 if not lengths.size or t < lengths[first + b]:
                     _copy(gh[b], u[b])

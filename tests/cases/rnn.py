@@ -36,6 +36,7 @@ SHAPES = [
     ("units_in_blocks", dict(T=3, N=5, D=64, H=256, reverse=0)),
     ("units_in_blocks_tail", dict(T=6, N=5, D=37, H=200, reverse=1, lengths=some_lengths)),
     ("few_sequences_ahead", dict(T=9, N=7, D=5, H=40, reverse=1)),
+    ("long", dict(T=18, N=7, D=3, H=70, reverse=0)),
     ("no_inputs", dict(T=3, N=2, D=0, H=5, reverse=0)),
     ("no_steps", dict(T=0, N=2, D=2, H=3, reverse=0)),
 ]
