@@ -606,6 +606,7 @@ typedef struct {
     grid grid;
     int64_t depth;
     int by_rows; /* direct_rows applies */
+    int fetch; /* and is worth a fetch */
     real *packed; /* w: by rows as it lies, else [group][part of K][row panels] */
 } direct;
 
@@ -694,7 +695,7 @@ typedef struct {
 static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int vectors,
                                                              const lines *x, int64_t vector, const real *w, real bias,
                                                              int64_t top, int64_t bottom, int64_t W, real *y,
-                                                             const real *end, int64_t ahead)
+                                                             const real *end, const ptrdiff_t *next)
 {
     vreal sum[8 * 3];
 #pragma GCC unroll 24
@@ -733,11 +734,11 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
                     for (int v = 0; v < vectors; v++) sum[kh * vectors + v] += wk * in[v];
                 }
             }
-        if (ahead)
+        if (next)
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
-                __builtin_prefetch(line + (ahead + KH - 1) * x->pitch + v * LANES);
-                __builtin_prefetch(y + (ahead + KH - 1) * W + v * LANES, 1);
+            for (int v = 0; v < vectors * LANES; v += 64 / (int)sizeof(real)) { /* line of the cache by line */
+                __builtin_prefetch(line + next[0] + v);
+                __builtin_prefetch(y + next[1] + v, 1);
             }
         if (r >= top + KH - 1)
 #pragma GCC unroll 3
@@ -775,18 +776,27 @@ static void fill_inside(const axis *W, vint *inside)
 
 /* One channel of one image. Strips of vectors go from the right to the left: what a vector writes beyond its row is written
  * again by the strip on the left; only at the end of the box is part of a vector stored. A plane for which the second cache
- * is small goes by bands of rows that stay in the first with what they read; each strip fetches its part of the next. */
-static void direct_rows(const conv_job *j, const box *b, const lines *l, const real *w, real bias, real *y)
+ * is small goes by bands of rows that stay in the first with what they read. With `fetch` each strip fetches what the next
+ * one reads and writes: lines so far apart are not fetched by the machine itself. */
+static void direct_rows(const conv_job *j, const box *b, const lines *l, const real *w, real bias, real *y, int fetch)
 {
     enum { SECOND = 32768, FIRST = 4096 }; /* outputs: with what they read a fourth, all of such caches in float32 */
     int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
     /* Both of two bands multiply the KH - 1 lines between them. */
-    int64_t rows = H * W > SECOND ? max64(FIRST / W, 3 * (KH - 1)) : H, ahead = rows < H ? rows : 0;
+    int64_t rows = H * W > SECOND ? max64(FIRST / W, 3 * (KH - 1)) : H;
     for (int64_t top = 0; top < H; top += rows)
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
             take = vectors % 2 == 0 ? 2 : vectors > 1 && KH == 3 ? 3 : 1; /* the sums fit in registers */
+            /* From a line and the row of y that is not done yet: to the left, or on the right of the next band or plane. */
+            ptrdiff_t next[2] = {-2 * LANES, (KH - 1) * W - 2 * LANES};
+            if (vectors == take) {
+                int64_t right = (ceil_div(W, LANES) - take) * LANES, last = top + rows >= H;
+                next[0] = (last ? inputs_of(j) - top * l->pitch : rows * l->pitch) + right;
+                next[1] = (KH - 1) * W + (last ? j->y_channel - top * W : rows * W) + right;
+            }
 #define ROWS_STRIP(kh, kw, v) \
-    rows_strip(kh, kw, v, l, vectors - v, w, bias, top, min64(top + rows, H), W, y, y + H * W, ahead)
+    rows_strip(kh, kw, v, l, vectors - v, w, bias, top, min64(top + rows, H), W, y, y + H * W, \
+               fetch || rows < H ? next : NULL)
             if (KH == 3 && KW == 3)
                 take == 3 ? ROWS_STRIP(3, 3, 3) : take == 2 ? ROWS_STRIP(3, 3, 2) : ROWS_STRIP(3, 3, 1);
             else if (KH == 3)
@@ -865,7 +875,7 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
         for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
             real *y = j->y + row_target(j, &b, 0) + f * j->y_channel;
             l.zeros = has_nonfinite(t->packed + f * K, K) ? zeros + W->pad : NULL;
-            direct_rows(j, &b, &l, t->packed + f * K, j->bias ? j->bias[f] : 0, y);
+            direct_rows(j, &b, &l, t->packed + f * K, j->bias ? j->bias[f] : 0, y, t->fetch);
             activate_rows(j->activation, 1, b.size[1] * b.size[2], y, 0);
         }
     }
@@ -947,6 +957,10 @@ static int conv_direct(const conv_job *j)
     if (t.by_rows)
         positions =
             j->axes[2].stride == 1 && j->images * j->groups >= 2 * enough_tasks() ? outputs_of(j) : max64(4096, 16 * W);
+    /* Where x and y do not stay in the caches; strips of narrow vectors, one line of the cache wide, wait for the third
+     * cache, too. */
+    double bytes = (double)(j->images * j->groups) * sizeof(real) * (double)(inputs_of(j) + j->filters * outputs_of(j));
+    t.fetch = bytes > (sizeof(vreal) == 64 ? 16 : 8) * 1048576.0;
     t.grid = make_grid(j, positions);
     if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
@@ -1246,7 +1260,7 @@ typedef struct {
     grid grid;
     int64_t first_box, boxes; /* of this pass */
     int64_t row_blocks, rows, filter_blocks, padded; /* of K; filters, and filters rounded up to LANES */
-    int64_t box_size;                                /* elements of one packed box of one group */
+    int64_t box_size; /* elements of one packed box of one group */
     int flat;
     real *packed;
 } weight_job;
