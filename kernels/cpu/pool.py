@@ -136,30 +136,42 @@ def _max(v, best):
 
 @inline
 def _maximize(source, shifts, taps, n, best, at):
-    """best[at + q] = the largest source[q + shift] of the taps."""
-    a, b, c, to = U(shifts[0]), U(shifts[min(1, taps - 1)]), U(shifts[min(2, taps - 1)]), U(at)
+    """best[at + q] = the largest source[q + shift] of the taps: four, then three at a time, of the last ones some again."""
+    last, to = taps - 1, U(at)
+    a, b, c, d = U(shifts[0]), U(shifts[min(1, last)]), U(shifts[min(2, last)]), U(shifts[min(3, last)])
     if taps == 1:
         for q in range(n):
             best[to + U(q)] = source[a + U(q)]
     elif taps == 2:
         for q in range(n):
             best[to + U(q)] = _max(source[b + U(q)], source[a + U(q)])
-    else:
+    elif taps == 3:
         for q in range(n):
             best[to + U(q)] = _max(source[c + U(q)], _max(source[b + U(q)], source[a + U(q)]))
-    for k in range(3, taps):
-        a = U(shifts[k])
+    else:
         for q in range(n):
-            best[to + U(q)] = _max(source[a + U(q)], best[to + U(q)])
+            v = _max(source[b + U(q)], source[a + U(q)])
+            best[to + U(q)] = _max(source[d + U(q)], _max(source[c + U(q)], v))
+    for k in range(4, taps, 3):
+        a, b, c = U(shifts[k]), U(shifts[min(k + 1, last)]), U(shifts[min(k + 2, last)])
+        for q in range(n):
+            v = _max(source[a + U(q)], best[to + U(q)])
+            best[to + U(q)] = _max(source[c + U(q)], _max(source[b + U(q)], v))
 
 
 @inline
 def _find_in_lines(source, shifts, places, taps, n, best, found, at):
-    """As _maximize; found[at + q] = the place of the first tap with the largest."""
-    first, to = U(shifts[0]), U(at)
+    """As _maximize; found[at + q] = the place of the first tap with the largest. A tap that counts again changes nothing."""
+    last, to = taps - 1, U(at)
+    a, b, c = U(shifts[0]), U(shifts[min(1, last)]), U(shifts[min(2, last)])
+    place_a, place_b, place_c = places[0], places[min(1, last)], places[min(2, last)]
     for q in range(n):
-        best[to + U(q)], found[to + U(q)] = source[first + U(q)], places[0]
-    for k in range(1, taps):
+        u, v, w = source[a + U(q)], source[b + U(q)], source[c + U(q)]
+        take = _larger(v, u)
+        u, place = v if take else u, place_b if take else place_a
+        take = _larger(w, u)
+        best[to + U(q)], found[to + U(q)] = w if take else u, place_c if take else place
+    for k in range(3, taps):
         a, place = U(shifts[k]), places[k]
         for q in range(n):
             u, v = best[to + U(q)], source[a + U(q)]
@@ -172,15 +184,26 @@ def _find_in_lines(source, shifts, places, taps, n, best, found, at):
 
 
 @inline
+def _smaller(place, v, best, smallest):
+    """The place of v where it is as large as the best, or a NaN, and comes first."""
+    return place if ((v == best) | (v != v)) & (place < smallest) else smallest
+
+
+@inline
 def _find_first(lines, line_places, shifts, taps, unit, n, best, places):
     """places[q] = the smallest place of the taps that are as large as best[q], those of a NaN where it is one."""
+    last = taps - 1
+    a, b, c = U(shifts[0]), U(shifts[min(1, last)]), U(shifts[min(2, last)])
+    step_b, step_c = np.int32(unit * min(1, last)), np.int32(unit * min(2, last))
     for q in range(n):
-        places[q] = np.int32(2**31 - 1)
-    for k in range(taps):
-        a, place = U(shifts[k]), np.int32(unit * k)
+        largest = best[q]
+        place = _smaller(line_places[a + U(q)], lines[a + U(q)], largest, np.int32(2**31 - 1))
+        place = _smaller(np.int32(line_places[b + U(q)] + step_b), lines[b + U(q)], largest, place)
+        places[q] = _smaller(np.int32(line_places[c + U(q)] + step_c), lines[c + U(q)], largest, place)
+    for k in range(3, taps):
+        a, step = U(shifts[k]), np.int32(unit * k)
         for q in range(n):
-            v, at = lines[a + U(q)], line_places[a + U(q)] + place
-            places[q] = at if ((v == best[q]) | (v != v)) & (at < places[q]) else places[q]
+            places[q] = _smaller(np.int32(line_places[a + U(q)] + step), lines[a + U(q)], best[q], places[q])
 
 
 @inline
