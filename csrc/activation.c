@@ -182,33 +182,41 @@ static inline __attribute__((always_inline)) vreal row_sum(const real *x, int64_
     return splat(sum_lanes(sum));
 }
 
-/* The next row's maximum is found between the two passes over a row: the second waits for the sum of the first, lane after
- * lane, and for a division. */
-static void softmax_rows(pointers p, int64_t K, int64_t n)
+static inline __attribute__((always_inline)) vreal finished(vreal v, vreal by, int logarithm)
 {
-    vreal next = row_max(p.a, K);
-    for (; n > 0; n--, p.a += K, p.y += K) {
-        vreal scale = splat((real)1) / row_sum(p.a, K, next, EXPONENTIALS, p.y);
-        if (n > 1) next = row_max(p.a + K, K);
-        for (int64_t i = 0; i < K; i += LANES) {
-            int64_t m = min64(K - i, LANES);
-            put(p.y + i, m, take(p.y + i, m, (real)0) * scale);
-        }
-    }
+    return logarithm ? v - by : v * by;
 }
 
-static void log_softmax_rows(pointers p, int64_t K, int64_t n)
+/* The next row's maximum is found between the two passes over a row: the second waits for the sum of the first, lane after
+ * lane, and for a division. A result for memory passes through a row in the first cache, so that no line of y is fetched
+ * before it is overwritten. */
+static inline __attribute__((always_inline)) void softmax_over(pointers p, int64_t K, int64_t n, int logarithm,
+                                                               int past_cache)
 {
+    real row[BUFFER];
     vreal next = row_max(p.a, K);
     for (; n > 0; n--, p.a += K, p.y += K) {
-        vreal rest = vlog(row_sum(p.a, K, next, DIFFERENCES, p.y));
+        real *y = past_cache ? row : p.y;
+        vreal sum = row_sum(p.a, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, y);
+        vreal by = logarithm ? vlog(sum) : splat((real)1) / sum;
         if (n > 1) next = row_max(p.a + K, K);
-        for (int64_t i = 0; i < K; i += LANES) {
+        int64_t i = 0;
+        if (past_cache) {
+            i = min64((int64_t)(-(uintptr_t)p.y % HL_VLEN / sizeof(real)), K);
+            if (i) put(p.y, i, finished(take(y, i, (real)0), by, logarithm));
+            for (; i + LANES <= K; i += LANES) stream(p.y + i, finished(load(y + i), by, logarithm));
+        }
+        for (; i < K; i += LANES) {
             int64_t m = min64(K - i, LANES);
-            put(p.y + i, m, take(p.y + i, m, (real)0) - rest);
+            put(p.y + i, m, finished(take(y + i, m, (real)0), by, logarithm));
         }
     }
+    if (past_cache) stream_end();
 }
+static void softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 0, 0); }
+static void softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 0, 1); }
+static void log_softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 1, 0); }
+static void log_softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 1, 1); }
 
 static void logsumexp_rows(pointers p, int64_t K, int64_t n)
 {
@@ -322,16 +330,23 @@ static int slices(slices_job *j)
     return hl_parallel_for(j->M * ((j->I + j->width - 1) / j->width), hl_grain(work * (double)j->width), columns, j);
 }
 
+/* Rows that fit into the buffer, of a result too large for the caches. */
+static int past_cache(int64_t M, int64_t K, int64_t I)
+{
+    return I == 1 && K <= BUFFER && M * K > CACHE_BYTES / (int64_t)sizeof(real);
+}
+
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)
 {
-    return slices(
-        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_rows, softmax_column, softmax_columns, LANES});
+    rows_fn rows = past_cache(p->M, p->K, p->I) ? softmax_rows_past_cache : softmax_rows;
+    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, rows, softmax_column, softmax_columns, LANES});
 }
 
 int HL(log_softmax)(const hl_log_softmax_plan *p, const real *x, real *y)
 {
-    return slices(&(slices_job){
-        p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_rows, log_softmax_column, log_softmax_columns, LANES});
+    rows_fn rows = past_cache(p->M, p->K, p->I) ? log_softmax_rows_past_cache : log_softmax_rows;
+    return slices(
+        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, rows, log_softmax_column, log_softmax_columns, LANES});
 }
 
 int HL(logsumexp)(const hl_logsumexp_plan *p, const real *x, real *y)

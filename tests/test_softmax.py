@@ -24,6 +24,18 @@ def test_by_hand(host_backend):
     assert_oracle(hl.logsumexp(x, 0), np.array(math.log(8)))
 
 
+@pytest.mark.parametrize("op", BOTH)
+@pytest.mark.parametrize(("rows", "length", "dtype"), [(2500, 1001, np.float32), (530, 4095, np.float32), (40000, 33, np.float64)])
+def test_a_result_larger_than_caches(op, rows, length, dtype):
+    """Written another way, with the same bits as a part of it alone; wherever its rows begin."""
+    x = draw(rows, length, dtype=dtype)
+    memory = np.full(rows * length + 2, 7, dtype)
+    y = op(x, out=memory[1:-1].reshape(rows, length))
+    assert memory[0] == memory[-1] == 7
+    for part in (slice(0, 3), slice(rows // 2, rows // 2 + 5), slice(rows - 2, rows)):
+        assert_same(y[part], op(x[part]), f"rows {part.start} to {part.stop}")
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (4, 3, 70), (2, 3, 4, 5), (300, 2), (3, 0), (0, 3), (2, 2000)])
 def test_any_axis(shape, host_backend):
     x = np.asarray(draw(*shape))
