@@ -17,10 +17,16 @@ from conftest import host_backends
 
 import hotloops as hl
 from hotloops import _dispatch
+from hotloops._backends import numba_cpu
 from hotloops.kernels import spec
 
 CASES = all_cases()
 FAST = [name for name in host_backends() if name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def small_calls_have_threads_too(monkeypatch):
+    monkeypatch.setattr(numba_cpu, "MIN_BYTES", 0)
 
 
 def run(name, backend, case, dtype="float32"):

@@ -174,31 +174,37 @@ def _multiply_tile(w, per_filter, at, depth, b, f_begin, f_end, row, panel, sums
 
 
 @inline
-def _pad_plane(source, padded, rows, pitch, front, stride_h, stride_w):
-    """padded[i, j, r, q] = source[r * stride_h + i - front[0], q * stride_w + j - front[1]], 0 outside, for i < stride_h,
-    j < stride_w: whatever the stride, the inputs of neighbouring outputs are neighbours."""
-    H, W = source.shape
+def _pad_plane(x, start, H, W, padded, rows, pitch, front, stride_h, stride_w):
+    """padded[i, j, r, q] = plane[r * stride_h + i - front[0], q * stride_w + j - front[1]], 0 outside, for i < stride_h,
+    j < stride_w, of the plane of H x W that begins at x[start]: whatever the stride, the inputs of neighbouring outputs are
+    neighbours. AHEAD elements after that may change, too."""
+    zero = real(min(W, 0))  # were it known, the compiler would call memset for a few elements
     for i in range(stride_h):
         for j in range(stride_w):
             lo, hi = _first(front[1] - j, stride_w, pitch), _first(W + front[1] - j, stride_w, pitch)
-            for r in range(rows):
-                at = U(((i * stride_w + j) * rows + r) * pitch)
-                h = r * stride_h + i - front[0]
-                if h < 0 or h >= H or lo >= hi:
-                    for q in range(pitch):
-                        padded[at + U(q)] = real(0)
-                    continue
-                for q in range(lo):
-                    padded[at + U(q)] = real(0)
-                down, begin, target = U(h), U(lo * stride_w + j - front[1]), at + U(lo)
-                if stride_w == 1:
-                    for q in range(hi - lo):
-                        padded[target + U(q)] = source[down, begin + U(q)]
+            first, last = _first(front[0] - i, stride_h, rows), _first(H + front[0] - i, stride_h, rows)
+            if lo >= hi or first >= last:
+                first, last, lo = rows, rows, 0
+            at = (i * stride_w + j) * rows * pitch
+            fill_ahead(padded, at, first * pitch + lo, zero)
+            for r in range(first, last):  # of each the elements of the plane, then zeros up to those of the next row
+                to, begin = at + r * pitch, start + (r * stride_h + i - front[0]) * W + lo * stride_w + j - front[1]
+                if stride_w == 1 and begin + hi - lo + AHEAD <= len(x):
+                    copy_ahead(x, begin, padded, to + lo, hi - lo)
                 else:
-                    for q in range(hi - lo):
-                        padded[target + U(q)] = source[down, begin + U(q) * U(stride_w)]
-                for q in range(hi, pitch):
-                    padded[at + U(q)] = real(0)
+                    copy_block(x, begin, 0, stride_w, padded, to + lo, 0, 1, hi - lo)
+                fill_ahead(padded, to + hi, min(pitch - hi + lo, (rows - r) * pitch - hi), zero)
+            fill_ahead(padded, at + last * pitch + lo, (rows - last) * pitch - lo, zero)
+
+
+@inline
+def _put_plane(sums, pitch, rows, columns, y, start):
+    """The plane of rows x columns that begins at y[start], from sums whose rows are `pitch` apart; AHEAD more are read."""
+    ahead = max(rows - (AHEAD + columns - 1) // columns, 0)  # rows with room behind them for what copy_ahead writes too much
+    for r in range(ahead):
+        copy_ahead(sums, r * pitch, y, start + r * columns, columns)
+    for r in range(ahead, rows):
+        copy_row(sums, r * pitch, y, start + r * columns, columns)
 
 
 @inline
@@ -338,17 +344,16 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
     D, H, W, OD, OH, OW = x.shape[2], x.shape[3], x.shape[4], y.shape[2], y.shape[3], y.shape[4]
     rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
     flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
-    padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
-    sums, y1 = np.empty(OH * pitch if flat else 0, x.dtype), y.reshape(y.size)
-    length = (OH - 1) * pitch + OW
+    padded = np.empty(stride[1] * stride[2] * rows * pitch + AHEAD if flat else 0, x.dtype)
+    sums, length, taps = np.empty(OH * pitch + AHEAD if flat else 0, x.dtype), (OH - 1) * pitch + OW, KH * KW
+    x1, w1, y1 = x.reshape(x.size), w.reshape(w.size), y.reshape(y.size)
     offsets, kept = _layout(KH, KW, rows, pitch, stride, dilation), -1
     for unit in range(begin, end):
         n, f = unit // F, unit % F
         bias = b[f] if len(b) else real(0)
         for od in range(OD):
             if flat:
-                for i in range(length):
-                    sums[i] = bias
+                fill_ahead(sums, 0, length, bias)
             else:
                 for oh in range(OH):
                     for ow in range(OW):
@@ -358,13 +363,15 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                     d = od * stride[0] - pad[0] + kd * dilation[0]
                     if d < 0 or d >= D:
                         continue
-                    plane = x[n, f // FG * CG + c, d]
+                    channel = f // FG * CG + c
                     if flat:
-                        if ((n * F + f) // FG * CG + c) * D + d != kept:
-                            _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
-                            kept = ((n * F + f) // FG * CG + c) * D + d
-                        _sweep(w[f, c, kd].reshape(KH * KW), offsets, padded, length, sums)
+                        at, start = ((f * CG + c) * KD + kd) * taps, ((n * x.shape[1] + channel) * D + d) * H * W
+                        if start != kept:
+                            _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                            kept = start
+                        _sweep(w1[at : at + taps], offsets, padded, length, sums)
                         continue
+                    plane = x[n, channel, d]
                     for kh in range(KH):
                         up = pad[1] - kh * dilation[1]
                         for kw in range(KW):
@@ -376,8 +383,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                                 line = plane[oh * stride[1] - up, lo * stride[2] - left :]
                                 _add(w[f, c, kd, kh, kw], line, stride[2], y[n, f, od, oh, lo:hi], 1, hi - lo)
             if flat:
-                for oh in range(OH):
-                    copy_row(sums, oh * pitch, y1, (((n * F + f) * OD + od) * OH + oh) * OW, OW)
+                _put_plane(sums, pitch, OH, OW, y1, ((n * F + f) * OD + od) * OH * OW)
             for oh in range(OH if activation else 0):
                 to = y[n, f, od, oh]
                 for i in range(OW):
@@ -471,8 +477,10 @@ def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
     D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
     rows, pitch = H + (KH - 1) * dilation[1], W + (KW - 1) * dilation[2]
     flat = stride[1] == 1 and stride[2] == 1 and rows * pitch <= 4 * (H * W + OH * OW) + 65536
-    flat = flat and _all_finite(w.reshape(w.size))  # zeros around gy are multiplied too
-    padded, sums = np.empty(rows * pitch if flat else 0, gx.dtype), np.empty(H * pitch if flat else 0, gx.dtype)
+    w1 = w.reshape(w.size)
+    flat = flat and _all_finite(w1)  # zeros around gy are multiplied too
+    padded = np.empty(rows * pitch + AHEAD if flat else 0, gx.dtype)
+    sums, gx1, gy1 = np.empty(H * pitch + AHEAD if flat else 0, gx.dtype), gx.reshape(gx.size), gy.reshape(gy.size)
     length = (H - 1) * pitch + W
     offsets = _layout(KH, KW, rows, pitch, (1, 1, 1), dilation)[::-1].copy()  # the filter turned around
     for unit in range(begin, end):
@@ -496,8 +504,10 @@ def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
                     plane = gy[n, f, od]
                     if flat:
                         front = ((KH - 1) * dilation[1] - pad[1], (KW - 1) * dilation[2] - pad[2])
-                        _pad_plane(plane, padded, rows, pitch, front, 1, 1)
-                        _sweep(w[f, c - g * CG, kd].reshape(KH * KW), offsets, padded, length, sums)
+                        start = ((n * F + f) * OD + od) * OH * OW
+                        _pad_plane(gy1, start, OH, OW, padded, rows, pitch, front, 1, 1)
+                        at = ((f * CG + c - g * CG) * KD + kd) * KH * KW
+                        _sweep(w1[at : at + KH * KW], offsets, padded, length, sums)
                         continue
                     for kh in range(KH):
                         up = pad[1] - kh * dilation[1]
@@ -510,10 +520,7 @@ def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
                                 line = gx[n, c, d, oh * stride[1] - up, lo * stride[2] - left :]
                                 _add(w[f, c - g * CG, kd, kh, kw], plane[oh, lo:hi], 1, line, stride[2], hi - lo)
             if flat:
-                for h in range(H):
-                    to, part = gx[n, c, d, h], sums[h * pitch : h * pitch + W]
-                    for i in range(W):
-                        to[i] = part[i]
+                _put_plane(sums, pitch, H, W, gx1, ((n * C + c) * D + d) * H * W)
 
 
 # Parallel over channels, or over filters where a group has few of them.
@@ -598,8 +605,9 @@ def _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation):
     N, D, H, W, OD, OH, OW = gy.shape[0], x.shape[2], x.shape[3], x.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
     rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
     flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
-    padded = np.empty(stride[1] * stride[2] * rows * pitch if flat else 0, x.dtype)
-    spread = np.empty(OH * pitch if flat else 0, x.dtype)
+    padded = np.empty(stride[1] * stride[2] * rows * pitch + AHEAD if flat else 0, x.dtype)
+    spread = np.empty(OH * pitch + AHEAD if flat else 0, x.dtype)
+    x1, gy1, F = x.reshape(x.size), gy.reshape(gy.size), gy.shape[1]
     length = (OH - 1) * pitch + OW
     offsets = _layout(KH, KW, rows, pitch, stride, dilation)
     for f in range(begin, end):
@@ -611,7 +619,8 @@ def _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation):
         for n in range(N):
             for od in range(OD):
                 if flat:
-                    _pad_plane(gy[n, f, od], spread, OH, pitch, (0, 0), 1, 1)
+                    start = ((n * F + f) * OD + od) * OH * OW
+                    _pad_plane(gy1, start, OH, OW, spread, OH, pitch, (0, 0), 1, 1)
                 for c in range(CG):
                     for kd in range(KD):
                         d = od * stride[0] - pad[0] + kd * dilation[0]
@@ -619,7 +628,8 @@ def _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation):
                             continue
                         plane = x[n, f // FG * CG + c, d]
                         if flat:
-                            _pad_plane(plane, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                            start = ((n * x.shape[1] + f // FG * CG + c) * D + d) * H * W
+                            _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
                         for kh in range(KH):
                             up = pad[1] - kh * dilation[1]
                             for kw in range(KW):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import functools
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor  # imported on first use: it brings logging, 10 ms
 
 MAX_THREADS = 256
 _wanted = 0
 _found = 0  # what `run_ranges` found when nothing was wanted: files of the system say how many, too slow for every call
-_pool: ThreadPoolExecutor | None = None
+_idle: list[_Worker] = []
+_workers = 0  # idle or not
 _lock = threading.Lock()
 _listeners: list[Callable[[int], object]] = []
 
@@ -97,7 +96,7 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         n is no integer, or below 1.
     """
-    global _wanted, _pool
+    global _wanted, _idle, _workers
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"set_num_threads: n must be an integer, {type(n).__name__} came")
     n = n.__index__()
@@ -105,7 +104,10 @@ def set_num_threads(n: int) -> None:
         raise ValueError(f"set_num_threads: n must be at least 1, {n} came")
     with _lock:
         _wanted = min(n, MAX_THREADS)
-        _pool = None
+        former, _idle = _idle, []
+        _workers -= len(former)
+    for worker in former:
+        worker.ask(None)
     for listener in _listeners:
         listener(_wanted)
 
@@ -124,49 +126,85 @@ def num_threads(n: int) -> Iterator[None]:
 VECTORS = 64  # elements, a multiple of what one round of a compiled loop takes on any instruction set
 
 
+class _Worker:
+    """A thread that waits for work. Two locks hand it over, which takes a quarter of the time of an executor's queue."""
+
+    def __init__(self) -> None:
+        self._asked, self._done = _thread.allocate_lock(), _thread.allocate_lock()
+        self._asked.acquire()
+        self._done.acquire()
+        self._work: Callable[[], object] | None = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._serve, name="hotloops", daemon=True).start()
+
+    def _serve(self) -> None:
+        while self._asked.acquire() and self._work is not None:
+            try:
+                self._work()
+            except BaseException as error:
+                self._error = error
+            self._work = None  # it holds arrays
+            self._done.release()
+
+    def ask(self, work: Callable[[], object] | None) -> None:
+        """Begins with this work; None: the thread ends."""
+        self._work = work
+        self._asked.release()
+
+    def wait(self) -> BaseException | None:
+        """Returns when the work is done, with the exception that it ended in. An interrupt waits, too: arrays are in use."""
+        interrupt = None
+        while True:
+            try:
+                self._done.acquire()
+                break
+            except BaseException as error:
+                interrupt = error
+        failed, self._error = self._error, None
+        return failed or interrupt
+
+
+def _take_workers(n: int) -> list[_Worker]:
+    """So many workers, fewer where other callers have them or the system has no thread."""
+    global _workers
+    with _lock:
+        taken = [_idle.pop() for _ in range(min(n, len(_idle)))]
+        with contextlib.suppress(RuntimeError):
+            while len(taken) < n and _workers < n:
+                taken.append(_Worker())
+                _workers += 1
+        return taken
+
+
 def run_ranges(work: Callable[[int, int], None], n: int, parallel: bool) -> None:
     """Calls work(begin, end) on ranges that cover [0, n), on several threads when `parallel` says that it pays."""
-    global _found, _pool
-    if not parallel or getattr(_inside, "yes", False):
-        work(0, n)
-        return
+    global _found
     _found = _found or get_num_threads()
-    threads = min(_wanted or _found, n)
+    threads = min(_wanted or _found, n) if parallel else 1
     if threads <= 1:
         work(0, n)
         return
-    with _lock:
-        if _pool is None:
-            from concurrent.futures import ThreadPoolExecutor
-
-            _pool = ThreadPoolExecutor(max(threads, get_num_threads()) - 1, thread_name_prefix="hotloops")
-        pool = _pool
+    workers = _take_workers(threads - 1)
+    threads = len(workers) + 1
     # A loop over elements becomes vectors and a tail that may round differently: long ranges begin at whole vectors, so that
     # the tail is the same elements for any number of threads.
     step = VECTORS if n >= VECTORS**2 * threads else 1
     bounds = [n * i // threads // step * step for i in range(threads)] + [n]
-
-    def part(i: int) -> None:
-        _inside.yes = True
-        try:
-            work(bounds[i], bounds[i + 1])
-        finally:
-            _inside.yes = False
-
-    futures = [pool.submit(part, i) for i in range(1, threads)]
+    for i, worker in enumerate(workers, 1):
+        worker.ask(functools.partial(work, bounds[i], bounds[i + 1]))
     try:
-        part(0)
+        work(0, bounds[1])
     finally:
-        for future in futures:
-            future.result()
-
-
-_inside = threading.local()
+        errors = [worker.wait() for worker in workers]
+        _idle.extend(workers)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def _after_fork() -> None:
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _idle, _workers, _lock
+    _idle, _workers, _lock = [], 0, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

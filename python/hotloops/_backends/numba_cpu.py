@@ -18,7 +18,7 @@ NAME = "numba"
 SPACE = "host"
 _REAL = (np.dtype(np.float32), np.dtype(np.float64))
 _ELEMENTS = {"i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
-MIN_BYTES = 1 << 18  # below this the hand-over to another Python thread (some 50 microseconds) costs more than the loop
+MIN_BYTES = 1 << 21  # with less to move a loop takes 100 microseconds; waking another Python thread takes 50 in a virtual machine
 
 
 @functools.cache
