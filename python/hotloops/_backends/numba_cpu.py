@@ -18,7 +18,7 @@ NAME = "numba"
 SPACE = "host"
 _REAL = (np.dtype(np.float32), np.dtype(np.float64))
 _ELEMENTS = {"i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
-MIN_BYTES = 1 << 21  # with less to move a loop takes 100 microseconds; waking another Python thread takes 50 in a virtual machine
+MIN_BYTES = 1 << 20  # with less to move a loop takes 50 to 100 microseconds; waking another Python thread takes up to 50
 
 
 @functools.cache
