@@ -127,7 +127,7 @@ VECTORS = 64  # elements, a multiple of what one round of a compiled loop takes 
 
 
 class _Worker:
-    """A thread that waits for work. Two locks hand it over, which takes a quarter of the time of an executor's queue."""
+    """A thread that waits for work. Two locks hand it over, 10 to 20 microseconds sooner than an executor does."""
 
     def __init__(self) -> None:
         self._asked, self._done = _thread.allocate_lock(), _thread.allocate_lock()
