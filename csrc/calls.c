@@ -1,5 +1,6 @@
 /* hotloops._calls: a call of a C kernel that repeats, prepared (see _plan.py). Called with an op's arguments it makes the
- * results, takes the addresses of the arrays, runs the kernel without the interpreter's lock, and returns the results. */
+ * results, or takes the one that is given (`out`), takes the addresses of the arrays, runs the kernel without the
+ * interpreter's lock, and returns the results. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stddef.h>
@@ -13,11 +14,12 @@ typedef struct {
     const void *plan;
     PyObject *kept; /* what kernel and plan are the addresses of */
     PyObject *fail; /* called with a status that is not 0, it raises */
-    PyObject *made; /* of each result (function, shape, element type) */
+    PyObject *made; /* of each result (function, shape, element type), or which argument it is */
     PyObject *sources; /* of each pointer: argument i, result -2 - i, or ABSENT */
     Py_ssize_t arguments; /* that the op takes here */
     int returns_tuple;
     int source[MAX_POINTERS];
+    int given[MAX_RESULTS]; /* the argument that a result is, or ABSENT */
 } Call;
 
 /* Every kernel takes the address of its plan, then as many more. */
@@ -84,6 +86,24 @@ static PyObject *finish(const Call *c, PyObject **results, Py_ssize_t count)
     return tuple;
 }
 
+/* Whether a result that was given shares memory with an array that is read. */
+static int overlaps(const Call *c, const Py_buffer *views, Py_ssize_t pointers)
+{
+    for (Py_ssize_t i = 0, out = 0; i < pointers; i++) {
+        if (c->source[i] == ABSENT) continue;
+        const Py_buffer *written = &views[out++];
+        if (c->source[i] >= 0 || c->given[-2 - c->source[i]] == ABSENT) continue;
+        const char *begin = written->buf, *end = begin + written->len;
+        for (Py_ssize_t k = 0, in = 0; k < pointers; k++) {
+            if (c->source[k] == ABSENT) continue;
+            const Py_buffer *read = &views[in++];
+            if (c->source[k] >= 0 && (const char *)read->buf < end && begin < (const char *)read->buf + read->len)
+                return 1;
+        }
+    }
+    return 0;
+}
+
 static PyObject *call(PyObject *self, PyObject *const *arguments, size_t flags, PyObject *names)
 {
     const Call *c = (const Call *)self;
@@ -96,16 +116,22 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, size_t flags, 
     Py_buffer views[MAX_POINTERS];
     void *p[MAX_POINTERS];
     for (; made < count; made++) {
-        PyObject *const *how = &PyTuple_GET_ITEM(PyTuple_GET_ITEM(c->made, made), 0);
-        results[made] = PyObject_Vectorcall(how[0], how + 1, 2, NULL);
+        PyObject *how = PyTuple_GET_ITEM(c->made, made);
+        if (c->given[made] != ABSENT) results[made] = Py_NewRef(arguments[c->given[made]]);
+        else results[made] = PyObject_Vectorcall(PyTuple_GET_ITEM(how, 0), &PyTuple_GET_ITEM(how, 1), 2, NULL);
         if (!results[made]) goto out;
     }
     for (Py_ssize_t i = 0; i < pointers; i++) {
         p[i] = NULL;
         if (c->source[i] == ABSENT) continue;
         PyObject *array = c->source[i] >= 0 ? arguments[c->source[i]] : results[-2 - c->source[i]];
-        if (PyObject_GetBuffer(array, &views[held], PyBUF_SIMPLE)) goto out; /* ValueError: not contiguous */
+        /* ValueError: not contiguous, or not to be written */
+        if (PyObject_GetBuffer(array, &views[held], c->source[i] >= 0 ? PyBUF_SIMPLE : PyBUF_WRITABLE)) goto out;
         p[i] = views[held++].buf;
+    }
+    if (overlaps(c, views, pointers)) {
+        PyErr_SetString(PyExc_ValueError, "the array that is written overlaps one that is read");
+        goto out;
     }
     int status;
     Py_BEGIN_ALLOW_THREADS;
@@ -143,7 +169,10 @@ static PyObject *new(PyTypeObject *type, PyObject *args, PyObject *names)
     int fits = results > 0 && results <= MAX_RESULTS && pointers > 0 && pointers <= MAX_POINTERS;
     for (Py_ssize_t i = 0; fits && i < results; i++) {
         PyObject *how = PyTuple_GET_ITEM(c->made, i);
-        fits = PyTuple_CheckExact(how) && PyTuple_GET_SIZE(how) == 3;
+        long argument = PyLong_CheckExact(how) ? PyLong_AsLong(how) : ABSENT;
+        c->given[i] = (int)argument;
+        fits = PyLong_CheckExact(how) ? argument >= 0 && argument < c->arguments
+                                      : PyTuple_CheckExact(how) && PyTuple_GET_SIZE(how) == 3;
     }
     for (Py_ssize_t i = 0; fits && i < pointers; i++) {
         long source = PyLong_AsLong(PyTuple_GET_ITEM(c->sources, i));

@@ -219,6 +219,36 @@ def test_plans_are_used_and_bounded():
     assert len(calls) == 1 + _plan.MAX_PLANS + 4 + 1
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+def test_calls_with_out_repeat(backend):
+    """The short way is taken, where `out` allows it; a result that lies in an input is not."""
+    seen = []
+
+    def counted(input, *, out=None):
+        seen.append(1)
+        return hl.softmax.__wrapped__(input, out=out)
+
+    op = hl._check.op(counted, repeats=True)
+    x, room = X.copy(), np.zeros(2 * X.size, np.float32)
+    expected = hl.softmax(X)
+    with hl.backend(backend):
+        op(x, out=x)
+        x[...] = X
+        for _ in range(3):
+            out = np.zeros_like(X)
+            assert op(x, out=out) is out
+            np.testing.assert_allclose(out, expected, rtol=1e-5)
+        assert len(seen) == 2
+        op(x, out=room[1::2].reshape(X.shape, copy=False))
+        part = room[3 : 3 + X.size].reshape(X.shape)
+        part[...] = X
+        op(part, out=room[5 : 5 + X.size].reshape(X.shape))
+        np.testing.assert_allclose(room[5 : 5 + X.size].reshape(X.shape), expected, rtol=1e-5)
+        assert len(seen) == 4
+        op(X, out=out)
+        assert len(seen) == 4
+
+
 @needs_c
 def test_prepared_calls_refuse_what_does_not_fit():
     from hotloops._calls import Call
@@ -234,7 +264,15 @@ def test_prepared_calls_refuse_what_does_not_fit():
         "arguments": 1,
         "returns_tuple": False,
     }
-    for wrong in ({"made": ()}, {"sources": (1, -2)}, {"sources": (0, -3)}, {"sources": (0,) * 16}, {"made": ((np.empty, (2,)),)}):
+    for wrong in (
+        {"made": ()},
+        {"sources": (1, -2)},
+        {"sources": (0, -3)},
+        {"sources": (0,) * 16},
+        {"made": ((np.empty, (2,)),)},
+        {"made": (1,)},
+        {"made": (-1,)},
+    ):
         with pytest.raises(ValueError, match="cannot be prepared"):
             Call(**{**good, **wrong})
     for wrong in ({"sources": ("x", -2)}, {"made": None}):

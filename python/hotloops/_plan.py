@@ -2,9 +2,10 @@
 
 An op marked `@op(repeats=True)` depends on its arrays through their shapes and element types alone. Its first call on given
 shapes, types and options runs as written while its `Call` keeps a log. Where that log is one C or Numba kernel reading arguments
-and writing fresh results, it becomes a plan: sizes and options, which argument each pointer comes from, what to allocate. The
-next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel. Whatever is unusual
-(strided or misaligned arrays, subclasses, `out=`, float16, graphs, GPU arrays, `explain`) takes the long way each time.
+and writing fresh results or `out`, it becomes a plan: sizes and options, which argument each pointer comes from, what to
+allocate. The next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel. Whatever is
+unusual (strided or misaligned arrays, an `out` that overlaps an input, subclasses, float16, graphs, GPU arrays, `explain`) takes
+the long way each time.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def new_pattern(patterns: list[tuple[Any, dict[Any, Any]]], values: tuple[Any, .
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(the result of the call, its plan; NO_PLAN where there can be none, None where it is these arrays that are unusual)."""
-    if kwargs.get("out") is None:
-        seen: set[tuple[int, int]] = set()
-        args, kwargs = tuple(_apart(v, seen) for v in args), {k: _apart(v, seen) for k, v in kwargs.items()}
+    seen: set[tuple[int, int]] = set()
+    args = tuple(_apart(v, seen) for v in args)
+    kwargs = {k: v if k == "out" else _apart(v, seen) for k, v in kwargs.items()}
     before = getattr(recording, "log", None)
     log: list[Any] = []
     recording.log = log
@@ -81,6 +82,9 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         recording.log = before
     values = (*args, *kwargs.values())
     if any(isinstance(v, _ndarray) and not (v.flags.c_contiguous and v.flags.aligned) for v in values):
+        return result, None
+    out, given = kwargs.get("out"), (*args, *(v for k, v in kwargs.items() if k != "out"))
+    if out is not None and any(isinstance(v, _ndarray) and np.may_share_memory(out, v) for v in given):
         return result, None
     plan = _plan(log, values, result) if len(log) == 1 else None
     return result, plan or NO_PLAN
@@ -102,13 +106,16 @@ def _place(array: np.ndarray) -> tuple[int, int]:
 
 def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[..., Any] | None:
     [call] = log
-    if call.once or call.space != "host" or call.dtype != call.compute or call.out is not None or len(call.runs) != 1:
+    if call.once or call.space != "host" or call.dtype != call.compute or len(call.runs) != 1:
         return None
     name, arrays, scalars = call.runs[0]
     arguments = (*call.constants, *arguments)
     sources: dict[tuple[int, int], int] = {}  # where a pointer comes from: argument i, or result -2 - i; -1: it is absent
+    out = None
     for i, value in enumerate(arguments):
-        if isinstance(value, _ndarray):
+        if value is call.out is not None:
+            out = i
+        elif isinstance(value, _ndarray):
             if _place(value) in sources or not value.size:
                 return None
             sources[_place(value)] = i
@@ -128,7 +135,10 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
         name,
         arrays,
         scalars,
-        made=tuple((np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty, r.shape, r.dtype) for r in results),
+        made=tuple(
+            out if r is call.out else (np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty, r.shape, r.dtype)
+            for r in results
+        ),
         sources=tuple(-1 if array is None else (sources | fresh)[_place(array)] for array in arrays),
         arguments=arguments,
         returns_tuple=type(result) is tuple,

@@ -103,17 +103,32 @@ def prepared_call(
     """
     kernel, sizes = find(record), record.bind(arrays)
     absent, options, n, parallel = _arrange(record, kernel, dtype, arrays, sizes, scalars)
-    names = {"function": kernel.compiled(dtype), "run_ranges": _threads.run_ranges, "ndarray": np.ndarray}
+    names = {
+        "function": kernel.compiled(dtype),
+        "run_ranges": _threads.run_ranges,
+        "ndarray": np.ndarray,
+        "share": np.may_share_memory,
+    }
     lines, given = [], []
-    for i, (make, shape, element) in enumerate(made):
-        names |= {f"make{i}": make, f"shape{i}": shape, f"element{i}": element}
+    forms = []  # shape and element type of each result
+    for i, how_made in enumerate(made):
+        if isinstance(how_made, int):  # an argument: what is read must not lie in it, and a reshape must not copy it
+            out = f"value{how_made}"
+            unfit = [f"not ({out}.flags.c_contiguous and {out}.flags.aligned and {out}.flags.writeable)"]
+            unfit += [f"share({out}, value{source})" for source in sources if source >= 0]
+            lines += [f"if {' or '.join(unfit)}: raise ValueError", f"result{i} = {out}"]
+            forms.append((arguments[how_made].shape, arguments[how_made].dtype))
+            continue
+        make, *form = how_made
+        forms.append(tuple(form))
+        names |= {f"make{i}": make, f"shape{i}": form[0], f"element{i}": form[1]}
         lines.append(f"result{i} = make{i}(shape{i}, element{i})")
     for i, (array, none, source) in enumerate(zip(arrays, absent, sources, strict=True)):
         if array is None:
             names[f"given{i}"] = none
         else:  # the same memory in the kernel's shape
             name = f"value{source}" if source >= 0 else f"result{-2 - source}"
-            shape, element = (arguments[source].shape, arguments[source].dtype) if source >= 0 else made[-2 - source][1:]
+            shape, element = (arguments[source].shape, arguments[source].dtype) if source >= 0 else forms[-2 - source]
             names |= {f"form{i}": array.shape, f"type{i}": array.dtype}
             if element != array.dtype:
                 name = f"ndarray(form{i}, type{i}, {name})"
@@ -128,9 +143,10 @@ def prepared_call(
         call = f"run_ranges(lambda begin, end: function(begin, end, {', '.join(given)}), {n}, True)"
     else:
         call = f"function(0, {n}, {', '.join(given)})"
+    body = "\n    ".join(lines)
     text = f"""
 def prepared({values}):
-    {"; ".join(lines)}
+    {body}
     try:
         {call}
     except TypeError as error:  # the compiled function takes no other arrays, and says so before it begins
