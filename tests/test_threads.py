@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,7 @@ from compare import assert_same_bits
 from conftest import host_backends
 
 import hotloops as hl
-from hotloops import _dispatch
+from hotloops import _dispatch, _threads
 from hotloops._backends import numba_cpu
 from hotloops.kernels import spec
 
@@ -185,3 +187,24 @@ except KeyboardInterrupt:
 sys.exit(1)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_ranges_that_raise_leave_the_threads_in_order():
+    done = []
+
+    def work(begin, end, bad):
+        done.append((begin, end))
+        if begin == bad:
+            raise RuntimeError("range")
+
+    with hl.num_threads(3):
+        for bad in (0, 10, 20, None):
+            done.clear()
+            with pytest.raises(RuntimeError, match="range") if bad is not None else contextlib.nullcontext():
+                _threads.run_ranges(functools.partial(work, bad=bad), 30, True)
+            assert sorted(done) == [(0, 10), (10, 20), (20, 30)]
+        running = [t for t in threading.enumerate() if t.name == "hotloops"]
+        assert len(running) >= 2
+    for thread in running:  # another number of threads: those of before end
+        thread.join(20)
+        assert not thread.is_alive()
