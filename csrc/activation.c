@@ -330,10 +330,11 @@ static int slices(slices_job *j)
     return hl_parallel_for(j->M * ((j->I + j->width - 1) / j->width), hl_grain(work * (double)j->width), columns, j);
 }
 
-/* Rows that fit into the buffer, of a result too large for the caches. */
+/* Rows that fit into the buffer, of a result that the last cache cannot hold: exponentials take so long that below that, one
+ * thread would be 10 % slower. */
 static int past_cache(int64_t M, int64_t K, int64_t I)
 {
-    return I == 1 && K <= BUFFER && M * K > CACHE_BYTES / (int64_t)sizeof(real);
+    return I == 1 && K <= BUFFER && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real);
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)

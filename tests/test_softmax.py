@@ -25,7 +25,9 @@ def test_by_hand(host_backend):
 
 
 @pytest.mark.parametrize("op", BOTH)
-@pytest.mark.parametrize(("rows", "length", "dtype"), [(2500, 1001, np.float32), (530, 4095, np.float32), (40000, 33, np.float64)])
+@pytest.mark.parametrize(
+    ("rows", "length", "dtype"), [(8500, 1001, np.float32), (2100, 4095, np.float32), (130000, 33, np.float64)]
+)
 def test_a_result_larger_than_caches(op, rows, length, dtype):
     """Written another way, with the same bits as a part of it alone; wherever its rows begin."""
     x = draw(rows, length, dtype=dtype)
