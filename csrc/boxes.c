@@ -854,11 +854,24 @@ static int choose_grid(const segment *s, double reach, grid_axis grid[2])
     return grid[0].cells * grid[1].cells > 3;
 }
 
-/* Does a kept box suppress box i? The boxes of cell c are blocks from start[c] on, used[c] of them. */
-static int near_kept(const segment *s, int64_t i, const grid_axis grid[2], const int64_t *start, const int64_t *used,
-                     const real *blocks)
+/* Does one of so many kept boxes, in blocks from there on, suppress box a? An empty lane overlaps nothing. */
+INLINE int meets(const vbox *a, const real *blocks, int64_t used, vreal t)
+{
+    for (int64_t at = 0; at < used; at += LANES) {
+        vbox b = load_block(blocks + at * FIELDS);
+        if (above(a, &b, t)) return 1;
+    }
+    return 0;
+}
+
+/* Does a kept box suppress box i of cell `home`? The boxes of cell c are blocks from start[c] on, used[c] of them. */
+static int near_kept(const segment *s, int64_t i, int64_t home, const grid_axis grid[2], const int64_t *start,
+                     const int64_t *used, const real *blocks)
 {
     const double t = (double)s->threshold;
+    const vreal vt = splat(s->threshold);
+    const vbox a = splat_field(s, i);
+    if (meets(&a, blocks + start[home] * FIELDS, used[home], vt)) return 1; /* most are suppressed from there */
     int64_t low[2], high[2];
     for (int axis = 0; axis < 2; axis++) {
         double w = size_of(s, axis, i), c = centre_of(s, axis, i);
@@ -868,16 +881,10 @@ static int near_kept(const segment *s, int64_t i, const grid_axis grid[2], const
         low[axis] = cell_of(&grid[axis], c - r);
         high[axis] = cell_of(&grid[axis], c + r);
     }
-    const vreal vt = splat(s->threshold);
-    vbox a = splat_field(s, i);
-    unsigned hit = 0;
-    for (int64_t y = low[1]; y <= high[1] && !hit; y++)
-        for (int64_t c = y * grid[0].cells + low[0]; c <= y * grid[0].cells + high[0] && !hit; c++)
-            for (int64_t at = start[c], end = start[c] + used[c]; at < end && !hit; at += LANES) {
-                vbox b = load_block(blocks + at * FIELDS);
-                hit = above(&a, &b, vt); /* an empty lane overlaps nothing */
-            }
-    return hit != 0;
+    for (int64_t y = low[1]; y <= high[1]; y++)
+        for (int64_t c = y * grid[0].cells + low[0]; c <= y * grid[0].cells + high[0]; c++)
+            if (c != home && meets(&a, blocks + start[c] * FIELDS, used[c], vt)) return 1;
+    return 0;
 }
 
 /* The boxes from `first` on; those before are decided. HL_INVALID where a grid cannot be had and every pair must be looked
@@ -919,7 +926,7 @@ static int suppress_by_grid(const segment *s, int64_t first)
             memset(s->alive + i, 0, (size_t)(s->n - i));
             break;
         }
-        if (i >= first) s->alive[i] = cell[i] < 0 || !near_kept(s, i, grid, start, used, blocks);
+        if (i >= first) s->alive[i] = cell[i] < 0 || !near_kept(s, i, cell[i], grid, start, used, blocks);
         kept += s->alive[i];
         if (!s->alive[i] || cell[i] < 0) continue; /* empty or not finite: overlaps nothing */
         int64_t c = cell[i], lane = used[c] % LANES;
