@@ -606,7 +606,7 @@ typedef struct {
     grid grid;
     int64_t depth;
     int by_rows; /* direct_rows applies */
-    int fetch; /* and is worth a fetch */
+    int fetch; /* by rows: x and y do not stay in the caches */
     real *packed; /* w: by rows as it lies, else [group][part of K][row panels] */
 } direct;
 
@@ -787,7 +787,8 @@ static void direct_rows(const conv_job *j, const box *b, const lines *l, const r
     for (int64_t top = 0; top < H; top += rows)
         for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
             take = vectors % 2 == 0 ? 2 : vectors > 1 && KH == 3 ? 3 : 1; /* the sums fit in registers */
-            /* From a line and the row of y that is not done yet: to the left, or on the right of the next band or plane. */
+            /* Where the next strip lies from here: on the left, or at the right end of the next band or plane. y is KH - 1
+             * rows behind the lines. */
             ptrdiff_t next[2] = {-2 * LANES, (KH - 1) * W - 2 * LANES};
             if (vectors == take) {
                 int64_t right = (ceil_div(W, LANES) - take) * LANES, last = top + rows >= H;

@@ -208,3 +208,26 @@ def test_ranges_that_raise_leave_the_threads_in_order():
     for thread in running:  # another number of threads: those of before end
         thread.join(20)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_interrupt_between_workers_leaves_the_threads_in_order(monkeypatch, earlier):
+    done, asked, ask = [], [], _threads._Worker.ask
+
+    def work(begin, end):
+        done.append((begin, end))
+
+    def interrupted(worker, work):
+        if len(asked) == earlier:
+            raise KeyboardInterrupt
+        asked.append(worker)
+        ask(worker, work)
+
+    with hl.num_threads(3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(_threads._Worker, "ask", interrupted)
+            _threads.run_ranges(work, 30, True)
+        for _ in range(2):
+            done.clear()
+            _threads.run_ranges(work, 30, True)
+            assert sorted(done) == [(0, 10), (10, 20), (20, 30)]

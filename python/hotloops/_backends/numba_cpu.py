@@ -18,7 +18,7 @@ NAME = "numba"
 SPACE = "host"
 _REAL = (np.dtype(np.float32), np.dtype(np.float64))
 _ELEMENTS = {"i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
-MIN_BYTES = 1 << 20  # with less to move a loop takes 50 to 100 microseconds; waking another Python thread takes up to 50
+MIN_BYTES = 1 << 20  # a loop that moves less is about as soon done as another Python thread is awake
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _arrange(
 ) -> tuple[list[Any], list[Any], int, bool]:
     """(what stands for each array where it is left out, the scalars, the size of the outermost loop, whether threads pay)."""
     absent = [np.empty((0,) * len(a.dims), _ELEMENTS.get(a.dtype, dtype)) for a in record.arrays]
-    # Python's floats: a NumPy scalar takes half a microsecond more on its way in.
+    # Python's floats: a NumPy scalar takes longer on its way in.
     options = [scalars[s.name] if s.type == "int" else float(dtype.type(scalars[s.name])) for s in record.scalars]
     moved = sum(a.nbytes for a in arrays if a is not None)
     parallel = moved + record.count_flops(sizes, scalars) / 4 >= MIN_BYTES
