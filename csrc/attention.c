@@ -94,15 +94,14 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
-    for (int64_t k = o->depth; k > 0; k--, a += a_step, b += b_row) {
-        vreal bk[GEMM_VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i * a_row]) * bk[v];
+    int64_t depth = o->depth;
+    if (b_row == QUERIES && a_step == 1) { /* scores: keys as they lie */
+        int64_t most = depth / GEMM_STEPS * GEMM_STEPS;
+        gemm_multiply(GEMM_STEPS, rows, vectors, most, a, a_row, 1, b, QUERIES, NULL, NULL, 0, sum);
+        a += most, b += most * QUERIES, depth -= most;
     }
+    if (a_row == 1) gemm_multiply(1, rows, vectors, depth, a, 1, a_step, b, b_row, NULL, NULL, 0, sum);
+    else gemm_multiply(1, rows, vectors, depth, a, a_row, a_step, b, b_row, NULL, NULL, 0, sum);
     real *c = o->c;
     const int64_t c_row = o->c_row;
     if (o->add)

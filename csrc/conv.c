@@ -545,7 +545,9 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
             for (int64_t s = 0, step; s < positions; s += step) {
                 step = gemm_columns(positions - s);
                 int64_t width = min64(step, positions - s);
-                pack_patches(depth, offsets, copies, list_copies(&b, &p, s, width, copies), from, stop, step, panel);
+                int64_t n = list_copies(&b, &p, s, width, copies);
+                int whole = t->flat && width == step; /* the panel's rows lie in x: the first tile packs them */
+                if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
                 gemm_out out = {.c = y + s, .c_row = y_row};
                 if (soon.first && depth)
                     fetch_soon(t, &soon, copies[0].from, s / GEMM_COLUMNS * (filters / GEMM_ROWS), step, depth, &out);
@@ -553,7 +555,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                     out.add = out.c;
                     out.add_row = y_row;
                 } else out.row_bias = bias;
-                gemm_block(filters, width, depth, a, panel, &out);
+                if (whole) gemm_block(filters, width, depth, a, from + copies[0].from, S, panel, &out);
+                else gemm_block(filters, width, depth, a, panel, 0, NULL, &out);
                 if (k + depth >= K) activate_rows(j->activation, filters, width, y + s, y_row);
             }
             k += depth;

@@ -89,6 +89,42 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
 /* to[k * step + i] = from[i * stride + k] for i < width, k < depth. */
 void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step);
 
+/* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
+ * pay where strides are constants: addresses are then part of the instructions, and a processor that shares its core with
+ * another one has a tenth less to do. `panel`: where B is packed on the way; `ahead`: what is fetched; or NULL. */
+enum { GEMM_STEPS = 4 };
+static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors, int64_t K,
+                                                           const real *a, const int64_t a_row, const int64_t a_col,
+                                                           const real *b, const int64_t b_row, real *panel,
+                                                           const real *ahead, int64_t ahead_k,
+                                                           vreal sum[GEMM_ROWS][GEMM_VECTORS])
+{
+    /* Addresses of the rows: so few that all are in registers. */
+    const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
+    for (int64_t k = 0; k < K; k += steps) {
+#pragma GCC unroll 4
+        for (int s = 0; s < steps; s++) {
+            if (ahead) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += ahead_k;
+            }
+            vreal bk[GEMM_VECTORS];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                bk[v] = load(b + s * b_row + v * LANES);
+                if (panel) store(panel + (s * vectors + v) * LANES, bk[v] = kept(bk[v]));
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++)
+                    sum[i][v] += splat((i < 3 ? a : i < 6 ? a3 : a6)[i % 3 * a_row + s * a_col]) * bk[v];
+        }
+        a += steps * a_col, a3 += steps * a_col, a6 += steps * a_col, b += steps * b_row;
+        if (panel) panel += steps * vectors * LANES;
+    }
+}
+
 /* What is added to the products, and where they go. */
 typedef struct {
     real *c;
@@ -102,7 +138,9 @@ typedef struct {
     int64_t ahead_tile, ahead_k, ahead_tiles;
 } gemm_out;
 
-/* One block of C from packed panels: a holds the row panels one after the other ([row][depth] in size), b the column
- * panels ([round_up(columns, LANES)][depth]). */
-void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, const gemm_out *out);
+/* One block of C from panels: a holds the row panels one after the other ([row][depth] in size), b the column panels
+ * ([round_up(columns, LANES)][depth]). Where b_row is not 0, b is the matrix itself, columns side by side, rows b_row
+ * apart, all vectors whole: its panels are made on the way, in `panels`. */
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row, real *panels,
+                const gemm_out *out);
 #endif

@@ -151,12 +151,12 @@ static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile
         }
 }
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, int64_t columns, int64_t K,
-                                                       const real *a, int64_t a_row, int64_t a_col, const real *b,
-                                                       int64_t b_row, const gemm_out *o)
+/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what o names is fetched. */
+static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const int packs,
+                                                       const int fetches, int64_t columns, int64_t K, const real *a,
+                                                       int64_t a_row, const real *b, int64_t b_row, real *panel,
+                                                       const gemm_out *o)
 {
-    /* Addresses of the rows: so few that all are in registers. */
-    const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
@@ -167,31 +167,30 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
-    int64_t k = 0;
+    int64_t a_col = a_row ? 1 : rows, k = 0;
+    if (!a_row) a_row = 1;
+    if (!b_row) b_row = vectors * LANES;
     if (rows == 1) { /* so few sums would wait for each other: those of every other k are apart */
         vreal odd[GEMM_VECTORS];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) odd[v] = splat((real)0);
-        for (; k + 2 <= K; k += 2, a += 2 * a_col, b += 2 * b_row)
+        for (; k + 2 <= K; k += 2, a += 2, b += 2 * b_row)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) {
                 sum[0][v] += splat(a[0]) * load(b + v * LANES);
-                odd[v] += splat(a[a_col]) * load(b + b_row + v * LANES);
+                odd[v] += splat(a[1]) * load(b + b_row + v * LANES);
             }
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
     }
-    const real *ahead = o->ahead;
-    for (; k < K; k++, a += a_col, a3 += a_col, a6 += a_col, b += b_row, ahead += o->ahead_k) {
-        __builtin_prefetch(ahead, 0, 2);
-        vreal bk[GEMM_VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) bk[v] = load(b + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) sum[i][v] += splat((i < 3 ? a : i < 6 ? a3 : a6)[i % 3 * a_row]) * bk[v];
+    const real *ahead = fetches ? o->ahead : NULL;
+    if (rows == GEMM_ROWS && !packs && !fetches && b_row == vectors * LANES) {
+        k = K / GEMM_STEPS * GEMM_STEPS;
+        if (a_col == 1) gemm_multiply(GEMM_STEPS, rows, vectors, k, a, a_row, 1, b, vectors * LANES, NULL, NULL, 0, sum);
+        else gemm_multiply(GEMM_STEPS, rows, vectors, k, a, 1, rows, b, vectors * LANES, NULL, NULL, 0, sum);
+        a += k * a_col, b += k * b_row;
     }
+    gemm_multiply(1, rows, vectors, K - k, a, a_row, a_col, b, b_row, packs ? panel : NULL, ahead, o->ahead_k, sum);
     if (o->row_bias)
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -217,14 +216,15 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     }
 }
 
-typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, int64_t a_col, const real *b,
-                        int64_t b_row, const gemm_out *o);
-#define TILE(r, v) \
-    static void tile_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, int64_t a_col, const real *b, \
-                               int64_t b_row, const gemm_out *o) \
+typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, int64_t b_row,
+                        real *panel, const gemm_out *o);
+#define TILE_AS(name, r, v, packs, fetches) \
+    static void name##_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, \
+                                 int64_t b_row, real *panel, const gemm_out *o) \
     { \
-        tile(r, v, columns, K, a, a_row, a_col, b, b_row, o); \
+        tile(r, v, packs, fetches, columns, K, a, a_row, b, b_row, panel, o); \
     }
+#define TILE(r, v) TILE_AS(tile, r, v, 0, 0)
 #define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
 TILES(1)
 TILES(2)
@@ -238,39 +238,64 @@ TILE(7, 3)
 TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
+#define WHOLE_TILES(name, packs, fetches) \
+    TILE_AS(name, 8, 1, packs, fetches) \
+    TILE_AS(name, 8, 2, packs, fetches) \
+    TILE_AS(name, 8, 3, packs, fetches) \
+    static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_8_1, name##_8_2, name##_8_3};
 #else
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
+#define WHOLE_TILES(name, packs, fetches) \
+    TILE_AS(name, 6, 1, packs, fetches) \
+    TILE_AS(name, 6, 2, packs, fetches) \
+    static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_6_1, name##_6_2};
 #endif
+/* Tiles of GEMM_ROWS rows that do more than multiply. */
+WHOLE_TILES(packing, 1, 0)
+WHOLE_TILES(fetching, 0, 1)
+WHOLE_TILES(packing_fetching, 1, 1)
 
-/* a_row and b_row are 0 for packed panels. Else A is read where it lies, a[m * a_row + k * a_col], or b_row is the row
- * stride of a B whose columns are read where they lie (full vectors only). */
-static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, int64_t a_col,
-                  const real *b, int64_t b_row, const gemm_out *out)
+/* a_row is 0 for packed panels; else A is read where it lies, a[m * a_row + k]. B is in packed `panels`, unless b_row is
+ * the row stride of a B whose columns (full vectors only) lie side by side: then the first tile packs them into `panels`
+ * for the others, or without `panels` all read them where they lie. */
+static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
+                  int64_t b_row, real *panels, const gemm_out *out)
 {
     for (int64_t n = 0, step; n < columns;
          n += step) { /* a panel of B stays in the first cache, A streams from the second */
         step = gemm_columns(columns - n);
+        int64_t vectors = step / LANES;
+        real *panel = panels + n * depth;
+        int packs = b_row && panels;
+        if (packs && gemm_rows(rows) < GEMM_ROWS) {
+            gemm_pack_panel(step, step, depth, b + n, 1, b_row, panel);
+            packs = 0;
+        }
         const real *bn = b_row ? b + n : b + n * depth;
-        const tile_fn *fn = tiles[step / LANES - 1];
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
-            int fetches = t < out->ahead_tiles;
+            int fetches = t < out->ahead_tiles && height == GEMM_ROWS;
             gemm_out o = {.c = out->c + m * out->c_row + n,
                           .c_row = out->c_row,
                           .add = out->add ? out->add + m * out->add_row + n : NULL,
                           .add_row = out->add_row,
                           .row_bias = out->row_bias ? out->row_bias + m : NULL,
-                          .ahead = fetches ? out->ahead + t * out->ahead_tile : bn, /* bn is near */
-                          .ahead_k = fetches ? out->ahead_k : 0};
-            fn[height - 1](min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row ? a_row : 1,
-                           a_row ? a_col : height, bn, b_row ? b_row : step, &o);
+                          .ahead = fetches ? out->ahead + t * out->ahead_tile : NULL,
+                          .ahead_k = out->ahead_k};
+            tile_fn fn = tiles[vectors - 1][height - 1];
+            if (packs && !m) fn = fetches ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
+            else if (fetches) fn = fetching_tiles[vectors - 1];
+            int lies = b_row && (!panels || (packs && !m));
+            fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row,
+               lies || !b_row ? bn : panel, lies ? b_row : 0, panel, &o);
         }
     }
 }
-void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, const gemm_out *out)
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row, real *panels,
+                const gemm_out *out)
 {
-    block(rows, columns, depth, a, 0, 0, b, 0, out);
+    block(rows, columns, depth, a, 0, b, b_row, panels, out);
 }
 
 /* ---- few rows ---- */
@@ -382,6 +407,7 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
             columns_max = min64(n1 - n0, BLOCK_COLUMNS + 2 * GEMM_COLUMNS);
     /* Few rows do not repay packing a B whose rows are contiguous. */
     int in_place = !g->packed_b && g->b_col == 1 && g->M <= GEMM_ROWS;
+    int packs = !g->packed_b && g->b_col == 1 && !in_place; /* tiles, on the way */
     /* Rows of A are read where they lie: a tile's 8 streams are no slower than a panel. Columns are packed. */
     int64_t a_row = g->a_col == 1 ? g->a_row : 0;
     int64_t a_size = a_row ? 0 : round_up(rows_max * depth_max, LANES);
@@ -391,14 +417,14 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
     real *pack_b = pack_a ? pack_a + a_size : NULL;
     for (int64_t n = n0, columns; n < n1; n += columns) {
         columns = n1 - n < BLOCK_COLUMNS + 2 * GEMM_COLUMNS ? n1 - n : BLOCK_COLUMNS; /* no small last block */
-        int64_t body = in_place ? columns / LANES * LANES : 0;
+        int64_t body = packs || in_place ? columns / LANES * LANES : 0; /* no panels of it, or none yet */
         int64_t k = 0;
         do { /* once for K = 0 */
             int64_t depth = min64(depth_max, g->K - k);
             const real *b = g->packed_b ? g->packed_b + k * round_up(g->N, LANES) + n * depth : pack_b;
             if (!g->packed_b)
                 pack_columns(columns - body, depth, g->b + k * g->b_row + (n + body) * g->b_col, g->b_row, g->b_col,
-                             pack_b);
+                             packs ? pack_b + body * depth : pack_b);
             for (int64_t m = m0, rows; m < m1; m += rows) {
                 rows = m1 - m < BLOCK_ROWS + 2 * GEMM_ROWS ? m1 - m : BLOCK_ROWS;
                 const real *a = g->a + m * g->a_row + k * g->a_col;
@@ -414,10 +440,13 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                     if (g->column_bias) out.add = g->column_bias + n;
                     if (g->row_bias) out.row_bias = g->row_bias + m;
                 }
-                if (body) block(rows, body, depth, a, a_row, g->a_col, g->b + k * g->b_row + n, g->b_row, &out);
+                if (packs && m > m0) block(rows, body, depth, a, a_row, pack_b, 0, NULL, &out);
+                else if (body)
+                    block(rows, body, depth, a, a_row, g->b + k * g->b_row + n, g->b_row,
+                          packs ? pack_b : NULL, &out);
                 if (out.add) out.add += body;
                 out.c += body;
-                block(rows, columns - body, depth, a, a_row, g->a_col, b, 0, &out);
+                block(rows, columns - body, depth, a, a_row, packs ? b + body * depth : b, 0, NULL, &out);
                 if (k + depth >= g->K) activate_rows(g->activation, rows, columns, g->c + m * g->c_row + n, g->c_row);
             }
             k += depth;

@@ -432,16 +432,10 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
-    for (int64_t c = 0; c < channels; c += LANES, v += v_step)
-        for (int64_t lane = 0; lane < min64(LANES, channels - c); lane++, u += vectors * LANES) {
-            vreal uc[GEMM_VECTORS];
-#pragma GCC unroll 3
-            for (int k = 0; k < vectors; k++) uc[k] = load(u + k * LANES);
-#pragma GCC unroll 8
-            for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-                for (int k = 0; k < vectors; k++) sum[i][k] += splat(v[i * LANES + lane]) * uc[k];
-        }
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES, v += v_step, u += LANES * vectors * LANES)
+        gemm_multiply(GEMM_STEPS, rows, vectors, LANES, v, LANES, 1, u, vectors * LANES, NULL, NULL, 0, sum);
+    gemm_multiply(1, rows, vectors, channels - c, v, LANES, 1, u, vectors * LANES, NULL, NULL, 0, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
