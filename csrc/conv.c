@@ -546,7 +546,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 step = gemm_columns(positions - s);
                 int64_t width = min64(step, positions - s);
                 int64_t n = list_copies(&b, &p, s, width, copies);
-                int whole = t->flat && width == step; /* the panel's rows lie in x: the first tile packs them */
+                /* The rows of a panel that lie in x, in one image, are packed by its first tile. */
+                int whole = t->flat && width == step && s % b.size[2] + width <= b.size[2];
                 if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
                 gemm_out out = {.c = y + s, .c_row = y_row};
                 if (soon.first && depth)

@@ -93,21 +93,18 @@ void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stri
  * pay where strides are constants: addresses are then part of the instructions, and a processor that shares its core with
  * another one has a tenth less to do. `panel`: where B is packed on the way; `ahead`: what is fetched; or NULL. */
 enum { GEMM_STEPS = 4 };
-static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors, int64_t K,
-                                                           const real *a, const int64_t a_row, const int64_t a_col,
-                                                           const real *b, const int64_t b_row, real *panel,
-                                                           const real *ahead, int64_t ahead_k,
-                                                           vreal sum[GEMM_ROWS][GEMM_VECTORS])
+static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors,
+                                                                int64_t K, const real *a, const int64_t a_row,
+                                                                const int64_t a_col, const real *b, const int64_t b_row,
+                                                                real *panel, const real *ahead, int64_t ahead_k,
+                                                                vreal sum[GEMM_ROWS][GEMM_VECTORS])
 {
     /* Addresses of the rows: so few that all are in registers. */
     const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
     for (int64_t k = 0; k < K; k += steps) {
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
-            if (ahead) {
-                __builtin_prefetch(ahead, 0, 2);
-                ahead += ahead_k;
-            }
+            if (ahead) __builtin_prefetch(ahead + s * ahead_k, 0, 2);
             vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) {
@@ -122,6 +119,7 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
         }
         a += steps * a_col, a3 += steps * a_col, a6 += steps * a_col, b += steps * b_row;
         if (panel) panel += steps * vectors * LANES;
+        if (ahead) ahead += steps * ahead_k;
     }
 }
 

@@ -186,7 +186,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     const real *ahead = fetches ? o->ahead : NULL;
     if (rows == GEMM_ROWS && !packs && !fetches && b_row == vectors * LANES) {
         k = K / GEMM_STEPS * GEMM_STEPS;
-        if (a_col == 1) gemm_multiply(GEMM_STEPS, rows, vectors, k, a, a_row, 1, b, vectors * LANES, NULL, NULL, 0, sum);
+        if (a_col == 1)
+            gemm_multiply(GEMM_STEPS, rows, vectors, k, a, a_row, 1, b, vectors * LANES, NULL, NULL, 0, sum);
         else gemm_multiply(GEMM_STEPS, rows, vectors, k, a, 1, rows, b, vectors * LANES, NULL, NULL, 0, sum);
         a += k * a_col, b += k * b_row;
     }
@@ -287,8 +288,8 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
             if (packs && !m) fn = fetches ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
             else if (fetches) fn = fetching_tiles[vectors - 1];
             int lies = b_row && (!panels || (packs && !m));
-            fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row,
-               lies || !b_row ? bn : panel, lies ? b_row : 0, panel, &o);
+            fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row, lies || !b_row ? bn : panel,
+               lies ? b_row : 0, panel, &o);
         }
     }
 }
@@ -442,8 +443,7 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                 }
                 if (packs && m > m0) block(rows, body, depth, a, a_row, pack_b, 0, NULL, &out);
                 else if (body)
-                    block(rows, body, depth, a, a_row, g->b + k * g->b_row + n, g->b_row,
-                          packs ? pack_b : NULL, &out);
+                    block(rows, body, depth, a, a_row, g->b + k * g->b_row + n, g->b_row, packs ? pack_b : NULL, &out);
                 if (out.add) out.add += body;
                 out.c += body;
                 block(rows, columns - body, depth, a, a_row, packs ? b + body * depth : b, 0, NULL, &out);

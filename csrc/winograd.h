@@ -318,7 +318,7 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
     }
 }
 
-/* ---- U = G g G^T of some filters and channels: [point][filter panel][channels][panel] ---- */
+/* ---- U = G g G^T of some filters: [point][filter panel][channels][panel] ---- */
 
 /* A row of points is one vector longer than it need be: powers of two apart they would fall on one set of the cache. */
 static int64_t u_point(int64_t channels, int64_t filters) { return channels * round_up(filters, LANES) + LANES; }
@@ -386,12 +386,13 @@ static int64_t phase_filters(const winograd *t)
     return t->y.stride > 1 ? round_up(t->y.channels, LANES) : t->y.channels;
 }
 
-/* `stage` takes LANES filters of all those channels as [channel][tap][LANES]. */
+/* Channels from c0 on; u holds `all` from `before` on. `stage` takes LANES filters of those channels as
+ * [channel][tap][LANES]. */
 static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters, int64_t c0, int64_t channels,
-                   real *stage, real *u)
+                   int64_t before, int64_t all, real *stage, real *u)
 {
     const conv_job *j = t->j;
-    int64_t taps = t->kernel * t->kernel, point = u_point(channels, filters), tap_at[25];
+    int64_t taps = t->kernel * t->kernel, point = u_point(all, filters), tap_at[25];
     for (int64_t f = 0, step; f < filters; f += step) {
         step = gemm_columns(filters - f);
         for (int64_t v = 0; v < step; v += LANES) {
@@ -409,7 +410,7 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
                         gemm_pack_panel(width, LANES, taps, source + i * j->w_channel, j->w_filter, 1,
                                         stage + i * taps * LANES);
                 for (int64_t i = 0; i < n; i++) {
-                    real *to = u + f * channels + (c + i) * step + v;
+                    real *to = u + f * all + (c0 - before + c + i) * step + v;
                     const real *tile = stage + i * taps * LANES;
                     if (t->taps == 2) weight_tile_u(2, tap_at, tile, to, point);
                     else if (t->taps == 3) weight_tile_u(3, tap_at, tile, to, point);
@@ -423,8 +424,10 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
 
 /* ---- M[point][slot][filters] = V U ---- */
 
+/* `ahead`: the part of U that comes next, of which each step of a tile fetches the line `ahead_step` elements on. */
 static inline __attribute__((always_inline)) void point_tile(const int rows, const int vectors, int64_t channels,
-                                                             int64_t v_step, const real *v, const real *u, real *m,
+                                                             int64_t v_step, const real *v, const real *u,
+                                                             const real *ahead, int64_t ahead_step, real *m,
                                                              int64_t m_row, int add)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
@@ -433,8 +436,8 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
     int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES, v += v_step, u += LANES * vectors * LANES)
-        gemm_multiply(GEMM_STEPS, rows, vectors, LANES, v, LANES, 1, u, vectors * LANES, NULL, NULL, 0, sum);
+    for (; c + LANES <= channels; c += LANES, v += v_step, u += LANES * vectors * LANES, ahead += LANES * ahead_step)
+        gemm_multiply(GEMM_STEPS, rows, vectors, LANES, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum);
     gemm_multiply(1, rows, vectors, channels - c, v, LANES, 1, u, vectors * LANES, NULL, NULL, 0, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
@@ -455,19 +458,18 @@ static int64_t phases_at(const winograd *t, int p)
     return down && across ? 1 : down ? t->stride : across ? all - 1 : all;
 }
 
-/* M of filters from f0 on, by the channels from c0 on; added to it where c0 is not 0. The last rows of a range may be
- * computed beyond it, into slots that this point does not serve. */
+/* M of filters from f0 on, by the channels from c0 on; added to it where c0 is not 0. Point by point, so that what is
+ * multiplied at a time stays in the second cache; in parts of the channels, so that a panel of U stays in the first. The
+ * last rows of a range may be computed beyond it, into slots that this point does not serve. */
 static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64_t channels, int64_t f0,
                             int64_t filters, const real *v, const real *u, real *m)
 {
     int64_t m_row = round_up(filters, LANES);
-    v += c0 / LANES * t->v_step;
     for (int p = 0; p < POINTS; p++, v += t->T * LANES, u += u_point(channels, filters), m += m_point(t, filters)) {
         int64_t first, last, phases = phases_at(t, p);
         range_of(t, s, p, &first, &last);
-        int64_t depth = t->adjoint ? channels : min64(channels, phases * t->x.channels - c0);
+        int64_t end = t->adjoint ? c0 + channels : min64(c0 + channels, phases * t->x.channels);
         int64_t used = t->adjoint ? phases * phase_filters(t) - f0 : filters;
-        if (depth <= 0) continue;
         for (int64_t f = 0, step; f < filters; f += step) {
             step = gemm_columns(filters - f);
             if (f >= used) {
@@ -475,18 +477,24 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
                     for (int64_t k = 0; k < step; k += LANES) store(m + i * m_row + f + k, splat(0));
                 continue;
             }
-            for (int64_t i = first, rows; i < last; i += rows) {
-                rows = last - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
+            for (int64_t c = c0, depth; c < end; c += depth) {
+                depth = min64(t->chunk, end - c);
+                const real *vc = v + c / LANES * t->v_step, *uc = u + f * channels + (c - c0) * step;
+                int64_t share = step * GEMM_ROWS / max64(last - first, GEMM_ROWS); /* of what comes next, a step */
+                for (int64_t i = first, rows; i < last; i += rows) {
+                    rows = last - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;
+                    const real *ahead = uc + depth * step + (i - first) / GEMM_ROWS * depth * share;
 #define POINT_TILE(r, k) \
-    point_tile(r, k, depth, t->v_step, v + i * LANES, u + f * channels, m + i * m_row + f, m_row, c0 > 0)
-                if (rows == GEMM_ROWS) {
-                    if (step == LANES) POINT_TILE(GEMM_ROWS, 1);
-                    else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS, 2);
-                    else POINT_TILE(GEMM_ROWS, GEMM_VECTORS);
-                } else {
-                    if (step == LANES) POINT_TILE(GEMM_ROWS / 2, 1);
-                    else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS / 2, 2);
-                    else POINT_TILE(GEMM_ROWS / 2, GEMM_VECTORS);
+    point_tile(r, k, depth, t->v_step, vc + i * LANES, uc, ahead, share, m + i * m_row + f, m_row, c > 0)
+                    if (rows == GEMM_ROWS) {
+                        if (step == LANES) POINT_TILE(GEMM_ROWS, 1);
+                        else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS, 2);
+                        else POINT_TILE(GEMM_ROWS, GEMM_VECTORS);
+                    } else {
+                        if (step == LANES) POINT_TILE(GEMM_ROWS / 2, 1);
+                        else if (step == 2 * LANES) POINT_TILE(GEMM_ROWS / 2, 2);
+                        else POINT_TILE(GEMM_ROWS / 2, GEMM_VECTORS);
+                    }
                 }
             }
         }
@@ -606,6 +614,13 @@ static int64_t stage_size(const winograd *t)
     return max64((rows * columns + lane_pitch(rows * columns)) * LANES, t->chunk * t->kernel * t->kernel * LANES);
 }
 
+/* LANES channels after the other, but all phases of them before the next: they lie in the same lines. */
+static int64_t nth_part(const winograd *t, int64_t k)
+{
+    int64_t phases = t->x.stride * t->x.stride;
+    return t->x.channels % LANES ? k : k % phases * (t->x.channels / LANES) + k / phases;
+}
+
 /* V of LANES channels of one (box, group). */
 static int winograd_inputs(int64_t begin, int64_t end, void *context)
 {
@@ -614,7 +629,7 @@ static int winograd_inputs(int64_t begin, int64_t end, void *context)
     real *stage = hl_take((size_t)stage_size(t) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
-        int64_t at = i / parts, part = i % parts;
+        int64_t at = i / parts, part = nth_part(t, i % parts);
         box b = box_at(&t->tiles, &t->grid, at / t->j->groups);
         make_v(t, &b, at % t->j->groups, part * LANES, stage, t->shared_v + at * t->box_size + part * t->v_step);
     }
@@ -622,21 +637,18 @@ static int winograd_inputs(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* U of one (group, block of filters). */
+/* U of one (group, block of filters, part of the channels). */
 static int winograd_weights(int64_t begin, int64_t end, void *context)
 {
     const winograd *t = context;
-    int64_t F = t->filters, blocks = ceil_div(F, t->filter_block);
+    int64_t F = t->filters, blocks = ceil_div(F, t->filter_block), parts = ceil_div(t->channels, t->chunk);
     real *stage = hl_take((size_t)stage_size(t) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
-        int64_t f0 = i % blocks * t->filter_block, filters = min64(t->filter_block, F - f0);
-        real *u = t->shared_u + i / blocks * t->group_size + i % blocks * (t->group_size / blocks);
-        for (int64_t c = 0, channels; c < t->channels; c += channels) {
-            channels = min64(t->chunk, t->channels - c);
-            make_u(t, i / blocks, f0, filters, c, channels, stage, u);
-            u += POINTS * u_point(channels, filters);
-        }
+        int64_t block = i / parts % blocks, f0 = block * t->filter_block, c = i % parts * t->chunk;
+        real *u = t->shared_u + i / parts / blocks * t->group_size + block * (t->group_size / blocks);
+        make_u(t, i / parts / blocks, f0, min64(t->filter_block, F - f0), c, min64(t->chunk, t->channels - c), 0,
+               t->channels, stage, u);
     }
     hl_give(stage);
     return HL_OK;
@@ -658,18 +670,20 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
         box b = box_at(&t->tiles, &t->grid, at / j->groups);
         slots s = slots_of(t, &b);
         const real *v = t->shared_v ? t->shared_v + at * t->box_size : own_v;
-        for (int64_t c = 0; c < t->C && !t->shared_v; c += LANES)
-            make_v(t, &b, group, c, scratch, own_v + c / LANES * t->v_step);
+        for (int64_t k = 0; k < t->C / LANES && !t->shared_v; k++) {
+            int64_t part = nth_part(t, k);
+            make_v(t, &b, group, part * LANES, scratch, own_v + part * t->v_step);
+        }
         for (int64_t block = blocks * split / t->splits; block < blocks * (split + 1) / t->splits; block++) {
             int64_t f0 = block * t->filter_block, filters = min64(t->filter_block, F - f0);
-            const real *u =
-                t->shared_u ? t->shared_u + group * t->group_size + block * (t->group_size / blocks) : own_u;
-            for (int64_t c = 0, channels; c < t->channels; c += channels) {
-                channels = min64(t->chunk, t->channels - c);
-                if (!t->shared_u) make_u(t, group, f0, filters, c, channels, scratch, own_u);
-                multiply_points(t, &s, c, channels, f0, filters, v, u, m);
-                if (t->shared_u) u += POINTS * u_point(channels, filters);
-            }
+            int64_t u = group * t->group_size + block * (t->group_size / blocks);
+            if (t->shared_u) multiply_points(t, &s, 0, t->channels, f0, filters, v, t->shared_u + u, m);
+            else
+                for (int64_t c = 0, channels; c < t->channels; c += channels) { /* while they are in cache */
+                    channels = min64(t->chunk, t->channels - c);
+                    make_u(t, group, f0, filters, c, channels, c, channels, scratch, own_u);
+                    multiply_points(t, &s, c, channels, f0, filters, v, own_u, m);
+                }
             make_y(t, &b, group, f0, filters, m, scratch);
         }
     }
@@ -890,11 +904,11 @@ static winograd make_winograd(const conv_job *j, int adjoint)
     t.C = round_up(t.channels, LANES);
     /* Tiles at a time. Up to 128 channels V (at most 576 KiB) stays in a second-level cache of 1 MiB; the fewer they are, the
      * more tiles, whose rims are read less often. More channels do not fit, V streams from the third level: 128 tiles then,
-     * so that U comes by a quarter as often, with M (and U of 128 channels) of 32 filters 576 KiB; but 32 where few filters
-     * take V and U stays near, too. */
+     * so that U comes by seldom, with M (and U of 128 channels) of 32 filters 576 KiB. Where few filters take V and U stays
+     * near, too, V had better come by once, for 128 filters: then 48 tiles, whose V, U and M of one point are 512 KiB. */
     int few = t.C <= 128, near = t.filters < t.C && POINTS * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
-    t.grid = make_grid(&t.tiles, few ? min64(128, 4096 / t.C) : near ? 32 : 128);
-    t.filter_block = min64(few ? 64 : 32, t.filters);
+    t.grid = make_grid(&t.tiles, few ? min64(128, 4096 / t.C) : near ? 48 : 128);
+    t.filter_block = min64(few ? 64 : near ? 128 : 32, t.filters);
     t.chunk = min64(128, t.C);
     box largest = box_at(&t.tiles, &t.grid, 0);
     t.T = (positions_of(&largest) + GEMM_ROWS / 2) | 1;
@@ -911,11 +925,11 @@ static int conv_winograd(const conv_job *j, int adjoint)
 {
     winograd t = make_winograd(j, adjoint);
     int64_t boxes = t.grid.boxes * j->groups;
-    while (t.filter_block > LANES && boxes * ceil_div(t.filters, t.filter_block) < 8) t.filter_block /= 2;
+    while (t.filter_block > LANES && boxes * ceil_div(t.filters, t.filter_block) < enough_tasks()) t.filter_block /= 2;
     t.filter_block = round_up(t.filter_block, LANES);
     int64_t blocks = ceil_div(t.filters, t.filter_block);
     t.splits = boxes >= 16 ? 1 : min64(blocks, ceil_div(16, boxes));
-    t.group_size = blocks * POINTS * (t.channels * t.filter_block + ceil_div(t.channels, t.chunk) * LANES);
+    t.group_size = blocks * POINTS * u_point(t.channels, t.filter_block);
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     hl_pack weights = {0};
     int share_u = t.grid.boxes > 1 || hl_is_prepacked(j->weights);
@@ -927,7 +941,8 @@ static int conv_winograd(const conv_job *j, int adjoint)
     if (status == HL_OK && t.shared_v)
         status = parallel_even(boxes * t.C / LANES, (double)t.v_step / 4, winograd_inputs, &t);
     if (status == HL_OK && share_u && !weights.ready) {
-        status = parallel_even(j->groups * blocks, (double)t.group_size / (double)blocks / 4, winograd_weights, &t);
+        int64_t parts = blocks * ceil_div(t.channels, t.chunk);
+        status = parallel_even(j->groups * parts, (double)t.group_size / (double)parts / 4, winograd_weights, &t);
         if (status == HL_OK) hl_pack_ready(&weights);
     }
     double work = (double)t.T * POINTS * (double)t.C * (double)t.filters / (double)t.splits / 16;
