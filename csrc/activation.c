@@ -165,6 +165,7 @@ static inline __attribute__((always_inline)) vreal pass_over(vreal x, vreal top,
  * and then the row is NaN already. Sums of pieces, so that rounding does not grow with the row. */
 static inline __attribute__((always_inline)) vreal row_sum(const real *x, int64_t K, vreal top, enum pass pass, real *y)
 {
+    const int64_t ahead = hl_ahead;
     vreal sum = splat((real)0);
     int64_t i = 0;
     while (i < K) {
@@ -172,7 +173,11 @@ static inline __attribute__((always_inline)) vreal row_sum(const real *x, int64_
         vreal s[2] = {splat((real)0), splat((real)0)};
         for (; i + 2 * LANES <= stop; i += 2 * LANES)
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) s[j] += pass_over(load(x + i + j * LANES), top, pass, y + i + j * LANES, LANES);
+            for (int j = 0; j < 2; j++) {
+                fetch(x + i + j * LANES, ahead);
+                if (pass != BOUNDED) fetch_to_write(y + i + j * LANES, ahead / 2);
+                s[j] += pass_over(load(x + i + j * LANES), top, pass, y + i + j * LANES, LANES);
+            }
         for (; i < stop; i += LANES) {
             int64_t n = min64(stop - i, LANES);
             s[0] += pass_over(take(x + i, n, (real)-INFINITY), top, pass, y + i, n);

@@ -161,8 +161,12 @@ int HL(unfold)(const hl_unfold_plan *p, const real *x, real *cols)
 static inline void add_row(const real *from, real *to, int64_t n, int64_t stride)
 {
     if (stride == 1) {
+        const int64_t ahead = hl_ahead;
         int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) store(to + i, load(to + i) + load(from + i));
+        for (; i + LANES <= n; i += LANES) {
+            fetch(from + i, ahead);
+            store(to + i, load(to + i) + load(from + i));
+        }
         for (; i < n; i++) to[i] += from[i];
     } else if (stride == 2)
         for (int64_t i = 0; i < n; i++) to[2 * i] += from[i];
@@ -176,6 +180,7 @@ static void fold_moved(const job *j, int64_t plane, int64_t top, int64_t bottom)
 {
     const axis *h = &j->h, *w = &j->w;
     int64_t W = w->inputs, size = h->outputs * W;
+    const int64_t ahead = hl_ahead;
     real *image = j->to + plane * h->inputs * W;
     for (int64_t tap = 0; tap < h->taps * w->taps; tap++) {
         const real *from = j->from + (plane * h->taps * w->taps + tap) * size;
@@ -183,6 +188,7 @@ static void fold_moved(const job *j, int64_t plane, int64_t top, int64_t bottom)
         int64_t lo = max64(right, 0), hi = min64(W + right, W);
         int64_t q = max64(top * W, move), end = min64(bottom * W, size + move), column = q % W;
         for (; q + LANES <= end; q += LANES) {
+            fetch(from + q - move, ahead);
             store(image + q, load(image + q) + (vreal)(in_columns(column, W, lo, hi) & (vint)load(from + q - move)));
             column += LANES;
             if (column >= W) column -= W;

@@ -19,6 +19,7 @@
 enum { MAX_THREADS = 256, SPIN = 2000, MAX_CHUNKS = 0x7fff };
 
 int (*hl_poll)(void);
+int64_t hl_ahead;
 
 static pthread_mutex_t job_lock = PTHREAD_MUTEX_INITIALIZER, sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
@@ -365,4 +366,11 @@ static void in_child(void)
     pthread_cond_init(&wake, NULL);
     started = sleepers = 0;
 }
-__attribute__((constructor)) static void init(void) { pthread_atfork(before, in_parent, in_child); }
+__attribute__((constructor)) static void init(void)
+{
+    pthread_atfork(before, in_parent, in_child);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    hl_ahead = __builtin_cpu_is("intel") ? 2 * PAGE : 0;
+#endif
+}

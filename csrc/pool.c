@@ -185,6 +185,7 @@ static inline __attribute__((always_inline)) void down(int kind, int64_t norm, c
                                                        int64_t i, int n, int whole, vreal v[PIECE], vint id[PIECE],
                                                        vreal check[2])
 {
+    const int64_t ahead = hl_ahead;
     ireal line = (ireal)((l->d.first * w->kernel[1] + l->h.first) * w->kernel[2]);
     for (int k = 0; k < n; k++) {
         v[k] = identity(kind);
@@ -195,6 +196,7 @@ static inline __attribute__((always_inline)) void down(int kind, int64_t norm, c
             const real *x = l->first + d * l->step_d + h * l->step_h + i;
             line = (ireal)(((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2]);
             for (int k = 0; k < n; k++) {
+                fetch(x + k * LANES, ahead);
                 vreal a = kept(load_before(x + k * LANES, l->end, whole));
                 if (kind == PLACES) {
                     vint larger = a > v[k];

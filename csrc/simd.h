@@ -241,6 +241,16 @@ static inline void stream_end(void)
 #endif
 }
 
+/* Asks for the line so many bytes ahead of p (hl_ahead), to read or to write it. */
+static inline __attribute__((always_inline)) void fetch(const real *p, int64_t ahead)
+{
+    __builtin_prefetch((const char *)p + ahead);
+}
+static inline __attribute__((always_inline)) void fetch_to_write(real *p, int64_t ahead)
+{
+    __builtin_prefetch((char *)p + ahead, 1);
+}
+
 /* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of as
  * many elements as stay in the first cache. */
 enum { CACHE_BYTES = 8 << 20, BUFFER = 4096 };
