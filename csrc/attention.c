@@ -381,6 +381,7 @@ static inline __attribute__((always_inline)) vreal fold(const int n, vreal *x)
 /* The products of q with LANES neighbouring keys, DOTS of them side by side. */
 static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_t k_row, int64_t D)
 {
+    const int64_t ahead = hl_ahead;
     vreal group[LANES / DOTS];
     int64_t body = D / LANES * LANES;
 #pragma GCC unroll 4
@@ -390,7 +391,10 @@ static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_
         for (int i = 0; i < DOTS; i++) sum[i] = splat((real)0);
         for (int64_t d = 0; d < body; d += LANES)
 #pragma GCC unroll 4
-            for (int i = 0; i < DOTS; i++) sum[i] += load(q + d) * load(k + i * k_row + d);
+            for (int i = 0; i < DOTS; i++) {
+                fetch(k + i * k_row + d, ahead);
+                sum[i] += load(q + d) * load(k + i * k_row + d);
+            }
         if (body < D)
 #pragma GCC unroll 4
             for (int i = 0; i < DOTS; i++)
@@ -422,12 +426,16 @@ static real row_exp(real *row, int64_t n, real base)
 static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
                                                                    const real *v, int64_t v_row, real *y)
 {
+    const int64_t ahead = hl_ahead;
     vreal sum[8];
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; i++) sum[i] = load(y + i * LANES);
     for (int64_t s = 0; s < n; s++, v += v_row) {
 #pragma GCC unroll 8
-        for (int i = 0; i < vectors; i++) sum[i] += splat(w[s]) * load(v + i * LANES);
+        for (int i = 0; i < vectors; i++) {
+            fetch(v + i * LANES, ahead);
+            sum[i] += splat(w[s]) * load(v + i * LANES);
+        }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; i++) store(y + i * LANES, sum[i]);
