@@ -184,12 +184,13 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
     }
     const real *ahead = fetches ? o->ahead : NULL;
-    if (rows == GEMM_ROWS && !packs && !fetches && b_row == vectors * LANES) {
+    if (rows == GEMM_ROWS && !packs && b_row == vectors * LANES) {
         k = K / GEMM_STEPS * GEMM_STEPS;
-        if (a_col == 1)
-            gemm_multiply(GEMM_STEPS, rows, vectors, k, a, a_row, 1, b, vectors * LANES, NULL, NULL, 0, sum);
-        else gemm_multiply(GEMM_STEPS, rows, vectors, k, a, 1, rows, b, vectors * LANES, NULL, NULL, 0, sum);
+#define WHOLE_STEPS(row, col) \
+    gemm_multiply(GEMM_STEPS, rows, vectors, k, a, row, col, b, vectors *LANES, NULL, ahead, o->ahead_k, sum)
+        a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
         a += k * a_col, b += k * b_row;
+        if (fetches) ahead += k * o->ahead_k;
     }
     gemm_multiply(1, rows, vectors, K - k, a, a_row, a_col, b, b_row, packs ? panel : NULL, ahead, o->ahead_k, sum);
     if (o->row_bias)
@@ -263,27 +264,34 @@ WHOLE_TILES(packing_fetching, 1, 1)
 static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
                   int64_t b_row, real *panels, const gemm_out *out)
 {
+    /* Where the processor fetches little by itself, each step of a tile fetches a share of the panel that comes next, if
+     * the panels may not all be in the second cache. */
+    enum { NEAR = (128 << 10) / (int)sizeof(real) };
+    const int fetches_panels = hl_ahead && !b_row && !out->ahead_tiles && columns * depth >= NEAR;
     for (int64_t n = 0, step; n < columns;
          n += step) { /* a panel of B stays in the first cache, A streams from the second */
         step = gemm_columns(columns - n);
         int64_t vectors = step / LANES;
-        real *panel = panels + n * depth;
+        real *panel = panels ? panels + n * depth : NULL;
         int packs = b_row && panels;
         if (packs && gemm_rows(rows) < GEMM_ROWS) {
             gemm_pack_panel(step, step, depth, b + n, 1, b_row, panel);
             packs = 0;
         }
         const real *bn = b_row ? b + n : b + n * depth;
+        int64_t share = fetches_panels && n + step < columns ? step * GEMM_ROWS / max64(rows, GEMM_ROWS) : 0;
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
-            int fetches = t < out->ahead_tiles && height == GEMM_ROWS;
+            int fetches = (t < out->ahead_tiles || share) && height == GEMM_ROWS;
             gemm_out o = {.c = out->c + m * out->c_row + n,
                           .c_row = out->c_row,
                           .add = out->add ? out->add + m * out->add_row + n : NULL,
                           .add_row = out->add_row,
                           .row_bias = out->row_bias ? out->row_bias + m : NULL,
-                          .ahead = fetches ? out->ahead + t * out->ahead_tile : NULL,
-                          .ahead_k = out->ahead_k};
+                          .ahead = share     ? bn + depth * (step + t * share)
+                                   : fetches ? out->ahead + t * out->ahead_tile
+                                             : NULL,
+                          .ahead_k = share ? share : out->ahead_k};
             tile_fn fn = tiles[vectors - 1][height - 1];
             if (packs && !m) fn = fetches ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
             else if (fetches) fn = fetching_tiles[vectors - 1];
