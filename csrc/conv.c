@@ -359,6 +359,7 @@ typedef struct {
     grid grid;
     int64_t filter_blocks, depth, tasks;
     int flat;     /* one tap on each input: x is its own plane */
+    int past_cache; /* y does not stay in the caches, and is written once */
     real *packed; /* w: [group][part of K][row panels] */
 } product;
 
@@ -549,7 +550,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 /* The rows of a panel that lie in x, in one image, are packed by its first tile. */
                 int whole = t->flat && width == step && s % b.size[2] + width <= b.size[2];
                 if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
-                gemm_out out = {.c = y + s, .c_row = y_row};
+                int aligned = ((uintptr_t)(y + s) | (uintptr_t)y_row * sizeof(real)) % HL_VLEN == 0;
+                gemm_out out = {.c = y + s, .c_row = y_row, .past_cache = t->past_cache && dense && aligned};
                 if (soon.first && depth)
                     fetch_soon(t, &soon, copies[0].from, s / GEMM_COLUMNS * (filters / GEMM_ROWS), step, depth, &out);
                 if (k) {
@@ -564,6 +566,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         } while (k < K);
         if (!dense) scatter(j, &b, group, f0, filters, result, y_row);
     }
+    if (t->past_cache) stream_end();
     hl_give(scratch);
     return HL_OK;
 }
@@ -578,6 +581,8 @@ static int conv_product(const conv_job *j)
     int64_t taps = taps_of(j), K = j->channels * taps;
     product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = part_depth(j->channels, taps)};
     t.flat = is_flat(j);
+    t.past_cache = K <= t.depth && !j->activation &&
+                   j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
     hl_pack weights;
     int status = begin_panels(j, t.depth, &weights);

@@ -130,6 +130,7 @@ typedef struct {
     const real *add; /* add[m * add_row + n]: C itself, a bias over n (add_row 0), or NULL */
     int64_t add_row;
     const real *row_bias; /* [rows] or NULL */
+    int past_cache; /* whole vectors are written past the cache: c and c_row are multiples of HL_VLEN bytes */
     /* What is packed next: each of the first `ahead_tiles` tiles fetches the line at ahead + tile * ahead_tile + k * ahead_k
      * while it multiplies step k. */
     const real *ahead;

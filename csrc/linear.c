@@ -163,10 +163,11 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
     /* The lines of C are on their way while the products are summed. */
+    if (!o->past_cache)
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
+        for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
+            for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
     int64_t a_col = a_row ? 1 : rows, k = 0;
     if (!a_row) a_row = 1;
     if (!b_row) b_row = vectors * LANES;
@@ -207,7 +208,9 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) store(o->c + i * o->c_row + v * LANES, sum[i][v]);
+            for (int v = 0; v < vectors; v++)
+                if (o->past_cache) stream(o->c + i * o->c_row + v * LANES, sum[i][v]);
+                else store(o->c + i * o->c_row + v * LANES, sum[i][v]);
     } else {
         real edge[GEMM_ROWS * GEMM_COLUMNS];
 #pragma GCC unroll 8
@@ -287,6 +290,7 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
                           .c_row = out->c_row,
                           .add = out->add ? out->add + m * out->add_row + n : NULL,
                           .add_row = out->add_row,
+                          .past_cache = out->past_cache,
                           .row_bias = out->row_bias ? out->row_bias + m : NULL,
                           .ahead = share     ? bn + depth * (step + t * share)
                                    : fetches ? out->ahead + t * out->ahead_tile
