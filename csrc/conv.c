@@ -581,7 +581,8 @@ static int conv_product(const conv_job *j)
     int64_t taps = taps_of(j), K = j->channels * taps;
     product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = part_depth(j->channels, taps)};
     t.flat = is_flat(j);
-    t.past_cache = K <= t.depth && !j->activation &&
+    /* Less than three lines of a row at a time are slower written so. */
+    t.past_cache = K <= t.depth && !j->activation && GEMM_COLUMNS * sizeof(real) >= 192 &&
                    j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
     hl_pack weights;

@@ -91,8 +91,13 @@ void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stri
 
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
  * pay where strides are constants: addresses are then part of the instructions, and a processor that shares its core with
- * another one has a tenth less to do. `panel`: where B is packed on the way; `ahead`: what is fetched; or NULL. */
+ * another one has a tenth less to do; but only where registers are left over. `panel`: where B is packed on the way;
+ * `ahead`: what is fetched; or NULL. */
+#if defined(__AVX512F__)
 enum { GEMM_STEPS = 4 };
+#else
+enum { GEMM_STEPS = 1 };
+#endif
 static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors,
                                                                 int64_t K, const real *a, const int64_t a_row,
                                                                 const int64_t a_col, const real *b, const int64_t b_row,

@@ -430,15 +430,20 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
                                                              const real *ahead, int64_t ahead_step, real *m,
                                                              int64_t m_row, int add)
 {
+    if (HL_REGISTERS < 32) ahead = NULL; /* to small tiles that costs more than it brings */
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
-    int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES, v += v_step, u += LANES * vectors * LANES, ahead += LANES * ahead_step)
-        gemm_multiply(GEMM_STEPS, rows, vectors, LANES, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum);
-    gemm_multiply(1, rows, vectors, channels - c, v, LANES, 1, u, vectors * LANES, NULL, NULL, 0, sum);
+    for (int64_t c = 0; c < channels; c += LANES, v += v_step, u += LANES * vectors * LANES) {
+        int64_t n = min64(LANES, channels - c), most = n / GEMM_STEPS * GEMM_STEPS;
+        gemm_multiply(GEMM_STEPS, rows, vectors, most, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum);
+        if (GEMM_STEPS > 1 && most < n)
+            gemm_multiply(1, rows, vectors, n - most, v + most, LANES, 1, u + most * vectors * LANES, vectors * LANES,
+                          NULL, NULL, 0, sum);
+        if (ahead) ahead += LANES * ahead_step;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
