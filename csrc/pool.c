@@ -605,9 +605,11 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     const windows *w = &j->w;
     int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], stride = w->stride[2],
             table[TABLE];
+    real *buffer = j->past_cache ? hl_take((size_t)inside * sizeof(real)) : NULL;
+    if (j->past_cache && !buffer) return HL_NOMEM;
     fill_table(w, table);
     for (int64_t m = begin; m < end; m++) {
-        real *gx = j->gx + m * inside;
+        real *gx = buffer ? buffer : j->gx + m * inside;
         memset(gx, 0, (size_t)inside * sizeof(real));
         for (int64_t r = 0; r < OD * OH; r++) {
             const real *g = j->gy + (m * OD * OH + r) * OW;
@@ -616,13 +618,16 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
             int64_t start = (d * w->size[1] + h) * w->size[2] - w->pad[2];
             for (int64_t o = 0; o < OW; o++) gx[start + o * stride + table[offset[o]]] += g[o];
         }
+        if (buffer) copy_past_cache(j->gx + m * inside, buffer, inside);
     }
+    if (buffer) stream_end();
+    hl_give(buffer);
     return HL_OK;
 }
 
 /* Parallel over rows of windows of 2 x 2 that lie side by side: their lines are written once, large results past the cache.
- * Else over planes: a plane is cleared and then added to while it sits in cache; one read and one write of an element of gx
- * per output, besides the clearing. gy and offsets stream through. Source: the chain rule. */
+ * Else over planes: a plane is cleared and then added to while it sits in cache, if all of gx does not, in a buffer that is
+ * written past it; one read and one write of an element of gx per output, besides the clearing. gy and offsets stream through. Source: the chain rule. */
 int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, const uint8_t *offsets, real *gx)
 {
     max_backward_job j = {{KERNEL(p), BEFORE(p)}, gy, offsets, gx, 0};
@@ -633,6 +638,7 @@ int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, co
         w->size[0] == w->out[0] && w->size[1] == 2 * w->out[1] && w->size[2] == 2 * w->out[2] &&
         !(w->pad[1] | w->pad[2]) && w->out[2] >= LANES)
         return hl_parallel_for(p->M * w->out[0] * w->out[1], hl_grain(5 * (double)w->out[2]), pairs_rows, &j);
+    j.past_cache &= inside * (int64_t)sizeof(real) <= 256 << 10;
     return hl_parallel_for(p->M, hl_grain((double)inside + 4 * (double)volume(w->out)), max_backward_planes, &j);
 }
 
