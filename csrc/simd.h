@@ -241,14 +241,14 @@ static inline void stream_end(void)
 #endif
 }
 
-/* Asks for the line so many bytes ahead of p (hl_ahead), to read or to write it. */
+/* Asks for the line so many bytes ahead of p (hl_ahead), to read or to write it; 0: asks for nothing. */
 static inline __attribute__((always_inline)) void fetch(const real *p, int64_t ahead)
 {
-    __builtin_prefetch((const char *)p + ahead);
+    if (ahead) __builtin_prefetch((const char *)p + ahead);
 }
 static inline __attribute__((always_inline)) void fetch_to_write(real *p, int64_t ahead)
 {
-    __builtin_prefetch((char *)p + ahead, 1);
+    if (ahead) __builtin_prefetch((char *)p + ahead, 1);
 }
 
 /* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of as
