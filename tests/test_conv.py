@@ -481,9 +481,10 @@ def test_too_large():
 
 @pytest.mark.parametrize("kernel, stride", [(2, 1), (3, 1), (4, 1), (5, 1), (3, 2), (4, 2), (5, 2), (7, 2), (9, 2)])
 def test_errors_that_exact_convolution_names(kernel, stride):
-    x, w = (normal(*shape).astype(np.float32) for shape in ((2, 128, 33, 33), (64, 128, kernel, kernel)))
+    numbers = np.random.default_rng(10 * kernel + stride)  # its own: the largest error of many is another one for other numbers
+    x, w = (numbers.standard_normal(shape, np.float32) for shape in ((2, 128, 33, 33), (64, 128, kernel, kernel)))
     options = (stride, kernel // 2)
-    gy = normal(*hl.conv2d(x, w, None, *options).shape).astype(np.float32)
+    gy = numbers.standard_normal(hl.conv2d(x, w, None, *options).shape, np.float32)
 
     def results(*arrays):
         x, w, gy = arrays
