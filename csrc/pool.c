@@ -627,7 +627,8 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
 
 /* Parallel over rows of windows of 2 x 2 that lie side by side: their lines are written once, large results past the cache.
  * Else over planes: a plane is cleared and then added to while it sits in cache, if all of gx does not, in a buffer that is
- * written past it; one read and one write of an element of gx per output, besides the clearing. gy and offsets stream through. Source: the chain rule. */
+ * written past it; one read and one write of an element of gx per output, besides the clearing. gy and offsets stream
+ * through. Source: the chain rule. */
 int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, const uint8_t *offsets, real *gx)
 {
     max_backward_job j = {{KERNEL(p), BEFORE(p)}, gy, offsets, gx, 0};

@@ -502,6 +502,16 @@ def test_errors_that_exact_convolution_names(kernel, stride):
         assert np.abs(slow - right).max() <= slow_limit * largest
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("width", [512, 509])  # rows of y that begin a vector, and some that do not
+def test_pointwise_result_beyond_the_caches(host_backend, dtype, width):
+    x = rng.integers(-8, 8, (2, 5, 512, width)).astype(dtype)
+    w, bias = rng.integers(-8, 8, (11, 5, 1, 1)).astype(dtype), rng.integers(-8, 8, 11).astype(dtype)
+    y = hl.conv2d(x, w, bias)
+    assert y.nbytes > 8 << 20
+    assert_same(y, np.einsum("fc,nchw->nfhw", w[:, :, 0, 0], x) + bias[:, None, None], "y")
+
+
 def test_huge_options_that_mean_nothing(host_backend):
     """A stride past the only window, a dilation of a single tap."""
     x, w = normal(1, 2, 3, 3), normal(2, 2, 3, 3)
