@@ -7,6 +7,7 @@ function that kernels share (kernels/scalars.py); it is compiled into its caller
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -160,7 +161,7 @@ def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[st
     import numba
 
     def build(cached: bool) -> Any:
-        dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+        dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", pipeline_class=_widest_vectors())(function)
         if cached:
             folder, before = cache_folder(), numba.config.CACHE_DIR
             try:
@@ -178,6 +179,32 @@ def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[st
         except Exception:  # a full disk, a spoilt file, no place for the cache; an error of the kernel itself comes again below
             pass
     return build(cached=False)
+
+
+@functools.cache
+def _widest_vectors() -> Any:
+    """Numba's compiler, but a kernel uses the widest vectors there are: for Intel's processors LLVM prefers halves, because a few
+    wide operations among others once slowed them all down; loops that are nothing else take up to half the time with whole ones."""
+    from numba.core import compiler, compiler_machinery, lowering, typed_passes
+
+    class Lower(lowering.Lower):
+        def setup_function(self, fndesc: Any) -> None:
+            super().setup_function(fndesc)
+            set.add(self.function.attributes, '"prefer-vector-width"="512"')  # not among those that llvmlite knows by name
+
+    class Lowering(typed_passes.BaseNativeLowering):
+        _name = "native_lowering_with_the_widest_vectors"
+        lowering_class = Lower
+
+    class Compiler(compiler.CompilerBase):
+        def define_pipelines(self) -> list[Any]:
+            pipeline = compiler.DefaultPassBuilder.define_nopython_pipeline(self.state)
+            pipeline.passes = [(Lowering if made is typed_passes.NativeLowering else made, why) for made, why in pipeline.passes]
+            pipeline.finalize()
+            return [pipeline]
+
+    compiler_machinery.register_pass(mutates_CFG=True, analysis_only=False)(Lowering)
+    return Compiler
 
 
 _folder: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from ..compile import cpu, inline, real
 from ..scalars import cap, exp, exp_below, random24
 from .activation import LANES, larger, row_max
+from .product import add_product
 
 ROWS, KEYS, FEW = 32, 128, 4
 
@@ -24,30 +25,14 @@ def turn(x, s0, n, tile):
     tile[:, n:] = real(0)
 
 
-# c[m] += sum over k < depth of a[m, k0 + k] b[b0 + k] for m0 <= m < m1. Two rows of c and four of b in the inner loop: six
-# reads and two writes for eight multiply-adds, all along n.
+# c[m] += sum over k < depth of a[m, k0 + k] b[b0 + k] for m0 <= m < m1; rows of b and c are in one piece.
 @inline
 def product(a, b, c, m0, m1, k0, b0, depth):
-    N = c.shape[1]
-    for m in range(m0, m1 - 1, 2):
-        for k in range(0, depth - 3, 4):
-            j, i = b0 + k, k0 + k
-            p0, p1, p2, p3 = a[m, i], a[m, i + 1], a[m, i + 2], a[m, i + 3]
-            q0, q1, q2, q3 = a[m + 1, i], a[m + 1, i + 1], a[m + 1, i + 2], a[m + 1, i + 3]
-            for n in range(N):
-                b0n, b1n, b2n, b3n = b[j, n], b[j + 1, n], b[j + 2, n], b[j + 3, n]
-                c[m, n] += p0 * b0n + p1 * b1n + p2 * b2n + p3 * b3n
-                c[m + 1, n] += q0 * b0n + q1 * b1n + q2 * b2n + q3 * b3n
-        for k in range(depth // 4 * 4, depth):
-            p, q = a[m, k0 + k], a[m + 1, k0 + k]
-            for n in range(N):
-                c[m, n] += p * b[b0 + k, n]
-                c[m + 1, n] += q * b[b0 + k, n]
-    for m in range(m0 + (m1 - m0) // 2 * 2, m1):
-        for k in range(depth):
-            p = a[m, k0 + k]
-            for n in range(N):
-                c[m, n] += p * b[b0 + k, n]
+    size = c.itemsize
+    a_row, a_col, b_row, c_row = a.strides[0] // size, a.strides[1] // size, b.strides[0] // size, c.strides[0] // size
+    add_product(
+        a, m0 * a_row + k0 * a_col, a_row, a_col, b, b0 * b_row, b_row, c, m0 * c_row, c_row, m1 - m0, c.shape[1], depth
+    )  # fmt: skip
 
 
 # c[m] += sum of a[m, k] b[b0 + k] without the products of weights 0: what is hidden may be NaN.

@@ -1,7 +1,7 @@
 """Convolution, its gradients, and the patches that it is made of.
 
-Where a group has four filters or more, everything is one small matrix product, `multiply`, on panels of TILE positions:
-the patches of a tile (never of the whole image) are packed into rows that the product reads one after the other. With fewer
+Where a group has four filters or more, everything is a matrix product on panels of TILE positions: the patches of a tile
+(never of the whole image) are packed into rows that the product reads one after the other. With fewer
 filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
 """
 
@@ -14,22 +14,19 @@ from ..scalars import activate
 from .panels import (
     AHEAD,
     DEPTH,
-    NARROW,
     TILE,
     U,
     add_row,
+    aligned,
     copy_ahead,
     copy_block,
     copy_row,
-    end_with_zeros,
     fill_ahead,
     fill_block,
-    fours,
     inside,
     move_row,
-    multiply,
-    multiply_narrow,
 )
+from .product import add_product
 from .winograd import is_winograd, winograd
 
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
@@ -42,23 +39,13 @@ def _first(at, stride, outputs):
 
 
 @inline
-def _four_rows(turned, c, rows, taps, tap, pitch, start):
-    """The rows of _turn_weights of `rows` <= 4 channels from c on, for one tap, from filter `start` on; the last again."""
-    at = (c * taps + tap) * pitch + start
-    step, last = taps * pitch, (rows - 1) * taps * pitch
-    one, two, three = at + min(step, last), at + min(2 * step, last), at + last
-    return turned[at:], turned[one:], turned[two:], turned[three:]
-
-
-@inline
 def _turn_weights(w):
-    """w[F, CG, taps] of one group as [CG, taps, fours(F)], flat."""
+    """w[F, CG, taps] of one group as [CG, taps, F], flat."""
     F, CG, taps = w.shape
-    depth = fours(F)
-    turned = np.zeros(CG * taps * depth, w.dtype)
+    turned = np.empty(CG * taps * F, w.dtype)
     for c in range(CG):
         for tap in range(taps):
-            to = turned[(c * taps + tap) * depth : (c * taps + tap + 1) * depth]
+            to = turned[(c * taps + tap) * F : (c * taps + tap + 1) * F]
             for f in range(F):
                 to[f] = w[f, c, tap]
     return turned
@@ -146,31 +133,39 @@ def _pack(x, shape, channel, channels, first, count, panel, out, taps, stride, p
 
 
 @inline
-def _multiply_tile(w, per_filter, at, depth, b, f_begin, f_end, row, panel, sums, y, F, size, first, count, is_first, activation):
+def _multiply_tile(w, per_filter, at, depth, b, f_begin, f_end, panel, sums, y, F, size, first, count, is_first, activation):
     """The products of a tile's panel and the weights w[f * per_filter + at + k], k < depth, written where the positions are in
-    y[n, f, s]: with the bias if these are the first of several, added if not."""
-    pitch = fours(depth)
-    for f in range(f_begin, f_end, 4):
-        rows = min(4, f_end - f)
-        for i in range(4):
-            filter = f + min(i, rows - 1)
-            fill_ahead(sums, i * TILE, TILE, b[filter] if len(b) and is_first else real(0))
-            copy_row(w, filter * per_filter + at, row, i * pitch, depth)
-            for k in range(i * pitch + depth, (i + 1) * pitch):
-                row[k] = real(0)
-        multiply(row[:pitch], row[pitch : 2 * pitch], row[2 * pitch : 3 * pitch], row[3 * pitch :], pitch, panel, sums)
-        t, n, s = 0, first // size, first % size
-        while t < count:  # a run of positions in one image
-            run = min(size - s, count - t)
-            for i in range(rows):
-                to = (n * F + f + i) * size + s
-                if is_first:
-                    copy_row(sums, t + i * TILE, y, to, run)
-                else:
-                    add_row(sums, t + i * TILE, 1, y, to, 1, run)
-                for j in range(to, to + run if activation else to):
-                    y[j] = activate(y[j], activation)
-            t, n, s = t + run, n + 1, 0
+    y[n, f, s]: with the bias if these are the first of several, added if not. Those of several images are summed in `sums`."""
+    at, filters, pitch = at + f_begin * per_filter, f_end - f_begin, TILE
+    to, start, whole = sums, 0, first % size + count > size
+    if not whole:
+        to, start, pitch = y, (first // size * F + f_begin) * size + first % size, size
+    for f in range(filters if is_first else 0):
+        fill_block(to, start + f * pitch, 0, 1, count, b[f_begin + f] if len(b) else real(0))
+    if whole and not is_first:
+        _move_tile(y, sums, True, f_begin, filters, F, size, first, count)
+    add_product(w, at, per_filter, 1, panel, 0, TILE, to, start, pitch, filters, count, depth)
+    for f in range(filters if activation else 0):
+        line = to[start + f * pitch : start + f * pitch + count]
+        for t in range(count):
+            line[t] = activate(line[t], activation)
+    if whole:
+        _move_tile(y, sums, False, f_begin, filters, F, size, first, count)
+
+
+@inline
+def _move_tile(y, sums, back, f_begin, filters, F, size, first, count):
+    """sums[f, t] to where the positions first + t of the filters are in y[n, f, s], or `back` from there."""
+    t, n, s = 0, first // size, first % size
+    while t < count:  # a run of positions in one image
+        run = min(size - s, count - t)
+        for f in range(filters):
+            at = (n * F + f_begin + f) * size + s
+            if back:
+                copy_row(y, at, sums, f * TILE + t, run)
+            else:
+                copy_row(sums, f * TILE + t, y, at, run)
+        t, n, s = t + run, n + 1, 0
 
 
 @inline
@@ -315,8 +310,7 @@ def conv(
     size = out[0] * out[1] * out[2]
     tiles, blocks = (N * size + TILE - 1) // TILE, (FG + FILTERS - 1) // FILTERS
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
-    pitch = fours(step * taps)
-    panel, sums, row = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype), np.empty(4 * pitch, x.dtype)
+    panel, sums = aligned(step * taps * TILE + AHEAD, x), aligned(FILTERS * TILE, x)
     w1, x1, y1 = w.reshape(w.size), x.reshape(x.size), y.reshape(y.size)
     plan, packed = _plan(x, out[2], KW, stride_w, pad_w, dilation_w), -1
     for unit in range(begin, end):
@@ -329,10 +323,9 @@ def conv(
             if packed != tile or CG > step:
                 c = g * CG + channel
                 _pack(x1, x.shape, c, channels, first, count, panel, out, (KD, KH, KW), stride, pad, dilation, plan)
-                end_with_zeros(panel, channels * taps, TILE)
                 packed = tile
             _multiply_tile(
-                w1, CG * taps, channel * taps, channels * taps, b, f_begin, f_end, row, panel, sums, y1, F, size, first, count,
+                w1, CG * taps, channel * taps, channels * taps, b, f_begin, f_end, panel, sums, y1, F, size, first, count,
                 channel == 0, activation if channel + step >= CG else 0,
             )  # fmt: skip
 
@@ -413,8 +406,7 @@ def conv_grad_input(
     D, H, W, OD, OH, OW = gx.shape[2], gx.shape[3], gx.shape[4], gy.shape[2], gy.shape[3], gy.shape[4]
     size = OD * OH * OW
     blocks = (CG + 15) // 16
-    pitch = fours(FG)
-    panel, sums = np.empty(min(pitch, DEPTH) * TILE, gx.dtype), np.empty(4 * TILE, gx.dtype)
+    panel, sums = aligned(min(FG, DEPTH) * TILE, gx), aligned(16 * TILE, gx)
     w4, gy3 = w.reshape((groups, FG, CG, taps)), gy.reshape((N, F, size))
     turned, group = np.empty(0, gx.dtype), -1
     for unit in range(begin, end):
@@ -435,30 +427,27 @@ def conv_grad_input(
                     source, to = gy3[n, g * FG + start + k, first : first + count], panel[k * TILE : k * TILE + count]
                     for t in range(count):
                         to[t] = source[t]
-                end_with_zeros(panel, depth, TILE)
-                for c in range(c_begin, c_end, 4):
-                    rows = min(4, c_end - c)
-                    for tap in range(taps):
-                        for t in range(4 * TILE):
-                            sums[t] = real(0)
-                        r0, r1, r2, r3 = _four_rows(turned, c, rows, taps, tap, pitch, start)
-                        multiply(r0, r1, r2, r3, fours(depth), panel, sums)
-                        kd, kh, kw = tap // KW // KH, tap // KW % KH, tap % KW
-                        left = pad[2] - kw * dilation[2]
-                        low, high = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
-                        t = 0
-                        while t < count:  # a run of positions in one row of outputs
-                            ow, row = (first + t) % OW, (first + t) // OW
-                            run = min(OW - ow, count - t)
-                            d = row // OH * stride[0] - pad[0] + kd * dilation[0]
-                            h = row % OH * stride[1] - pad[1] + kh * dilation[1]
-                            lo, hi = max(low, ow), min(high, ow + run)
-                            if 0 <= d < D and 0 <= h < H and lo < hi:
-                                for i in range(rows):
-                                    part = sums[i * TILE + t + lo - ow : i * TILE + t + hi - ow]
-                                    line = gx[n, g * CG + c + i, d, h, lo * stride[2] - left :]
-                                    _add(real(1), part, 1, line, stride[2], hi - lo)
-                            t += run
+                for tap in range(taps):
+                    for t in range(16 * TILE):
+                        sums[t] = real(0)
+                    at = (c_begin * taps + tap) * FG + start
+                    add_product(turned, at, taps * FG, 1, panel, 0, TILE, sums, 0, TILE, c_end - c_begin, count, depth)
+                    kd, kh, kw = tap // KW // KH, tap // KW % KH, tap % KW
+                    left = pad[2] - kw * dilation[2]
+                    low, high = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                    t = 0
+                    while t < count:  # a run of positions in one row of outputs
+                        ow, row = (first + t) % OW, (first + t) // OW
+                        run = min(OW - ow, count - t)
+                        d = row // OH * stride[0] - pad[0] + kd * dilation[0]
+                        h = row % OH * stride[1] - pad[1] + kh * dilation[1]
+                        lo, hi = max(low, ow), min(high, ow + run)
+                        if 0 <= d < D and 0 <= h < H and lo < hi:
+                            for i in range(c_end - c_begin):
+                                part = sums[i * TILE + t + lo - ow : i * TILE + t + hi - ow]
+                                line = gx[n, g * CG + c_begin + i, d, h, lo * stride[2] - left :]
+                                _add(real(1), part, 1, line, stride[2], hi - lo)
+                        t += run
 
 
 @inline
@@ -545,8 +534,8 @@ def conv_grad_weight(
     gy3, gw3 = gy.reshape((N, F, size)), gw.reshape((F, CG, taps))
     x1, plan = x.reshape(x.size), _plan(x, out[2], KW, stride_w, pad_w, dilation_w)
     step = min(max(DEPTH // taps, 1), end - begin)  # channels of a panel
-    panel, turned = np.empty(step * taps * TILE + AHEAD, x.dtype), np.empty(TILE * NARROW, x.dtype)
-    sums = np.empty((FG + NARROW - 1) // NARROW * fours(step * taps) * NARROW, x.dtype)
+    panel, turned = aligned(step * taps * TILE + AHEAD, x), aligned(TILE * FILTERS, x)
+    sums = aligned((FG + FILTERS - 1) // FILTERS * step * taps * FILTERS, x)
     channel = begin
     while channel < end:
         channels = min(step, end - channel, (channel // CG + 1) * CG - channel)
@@ -564,27 +553,18 @@ def conv_grad_weight(
 def _add_products(gy, f_begin, filters, first, count, panel, rows, turned, sums):
     """sums[block of filters, row, filter] += the sum over t < count of panel[row, t] and gy at position first + t."""
     size = gy.shape[2]
-    for k in range(rows):  # the depth of the products is a multiple of four
-        for t in range(k * TILE + count, k * TILE + fours(count)):
-            panel[t] = real(0)
-    for block in range((filters + NARROW - 1) // NARROW):
-        width = min(NARROW, filters - block * NARROW)
+    for block in range((filters + FILTERS - 1) // FILTERS):
+        width = min(FILTERS, filters - block * FILTERS)
         t = 0
         while t < count:  # a run of positions in one image
             n, s = (first + t) // size, (first + t) % size
             run = min(size - s, count - t)
             for i in range(width):
-                line, to = gy[n, f_begin + block * NARROW + i, s : s + run], turned[t * NARROW + i :]
+                line, to = gy[n, f_begin + block * FILTERS + i, s : s + run], turned[t * FILTERS + i :]
                 for j in range(run):
-                    to[j * NARROW] = line[j]
+                    to[j * FILTERS] = line[j]
             t += run
-        end_with_zeros(turned, count, NARROW)
-        for k in range(0, rows, 4):
-            part = sums[(block * fours(rows) + k) * NARROW : (block * fours(rows) + k + 4) * NARROW]
-            r1, r2, r3 = min(k + 1, rows - 1), min(k + 2, rows - 1), min(k + 3, rows - 1)
-            multiply_narrow(
-                panel[k * TILE :], panel[r1 * TILE :], panel[r2 * TILE :], panel[r3 * TILE :], fours(count), turned, part
-            )
+        add_product(panel, 0, TILE, 1, turned, 0, FILTERS, sums, block * rows * FILTERS, FILTERS, rows, width, count)
 
 
 @inline
@@ -592,10 +572,10 @@ def _write_sums(sums, f_begin, filters, channel, channels, gw):
     """gw[f, c, tap] from the sums of _add_products."""
     taps = gw.shape[2]
     for f in range(filters):
-        at = (f // NARROW * fours(channels * taps)) * NARROW + f % NARROW
+        at = f // FILTERS * channels * taps * FILTERS + f % FILTERS
         for c in range(channels):
             for k in range(taps):
-                gw[f_begin + f, channel + c, k] = sums[at + (c * taps + k) * NARROW]
+                gw[f_begin + f, channel + c, k] = sums[at + (c * taps + k) * FILTERS]
 
 
 @inline
@@ -819,19 +799,6 @@ def _slopes(g, plane, at, way, count, sums):
         sums[2, t] += g[t] * _between(_between(a, b, right), _between(c, d, right), down)
 
 
-@inline
-def _pack_filters(w, f, rows, channel, channels, row, pitch):
-    """row[i * pitch + k] = the weights of filter f + i (the last of `rows` again) for some channels, then zeros."""
-    taps = w.shape[2]
-    for i in range(4):
-        source = w[f + min(i, rows - 1), channel : channel + channels].reshape(channels * taps)
-        to = row[i * pitch : (i + 1) * pitch]
-        for k in range(channels * taps):
-            to[k] = source[k]
-        for k in range(channels * taps, fours(channels * taps)):
-            to[k] = real(0)
-
-
 # Parallel over images x tiles of positions. The samples of a tile are a panel in the second cache, for all filters of a group;
 # an offset group's places are found once a tile. The products go along the positions.
 # Reads x four times a sample (from cache) and w once a tile; writes y once per DEPTH.
@@ -845,11 +812,10 @@ def deform_conv(
     tiles, per_group = (size + TILE - 1) // TILE, max(C // OG, 1)
     stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     step = min(max(DEPTH // taps, 1), max(CG, 1))  # channels of a panel
-    pitch = fours(step * taps)
-    panel, sums, row = np.empty(pitch * TILE, x.dtype), np.empty(4 * TILE, x.dtype), np.empty(4 * pitch, x.dtype)
+    panel = aligned(step * taps * TILE, x)
     at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
     way, scale = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype)
-    x3, y3, w3 = x.reshape((N, C, H * W)), y.reshape((N, F, size)), w.reshape((F, CG, taps))
+    x3, y1, w1 = x.reshape((N, C, H * W)), y.reshape(y.size), w.reshape(w.size)
     offset5 = offset.reshape((N, OG, taps, 2, size))
     mask4 = mask.reshape((N, OG, mask.size // max(N * OG * size, 1), size))  # or no taps of it
     for unit in range(begin, end):
@@ -869,35 +835,16 @@ def deform_conv(
                         )  # fmt: skip
                     for tap in range(taps):
                         _sample(x3[n, c], at[tap], weight[tap], scale[tap], count, panel[(k * taps + tap) * TILE :])
-                depth = channels * taps
-                end_with_zeros(panel, depth, TILE)
-                for f in range(g * FG, (g + 1) * FG, 4):
-                    rows = min(4, (g + 1) * FG - f)
-                    _pack_filters(w3, f, rows, start, channels, row, pitch)
-                    for t in range(4 * TILE):
-                        sums[t] = real(0)
-                    multiply(
-                        row[:pitch],
-                        row[pitch : 2 * pitch],
-                        row[2 * pitch : 3 * pitch],
-                        row[3 * pitch :],
-                        fours(depth),
-                        panel,
-                        sums,
-                    )
-                    for i in range(rows):
-                        to, part = y3[n, f + i, first : first + count], sums[i * TILE : i * TILE + count]
-                        if start == 0:
-                            bias = b[f + i] if len(b) else real(0)
-                            for t in range(count):
-                                to[t] = part[t] + bias
-                        else:
-                            for t in range(count):
-                                to[t] += part[t]
+                for f in range(g * FG, (g + 1) * FG if start == 0 else 0):
+                    fill_block(y1, (n * F + f) * size + first, 0, 1, count, b[f] if len(b) else real(0))
+                add_product(
+                    w1, (g * FG * CG + start) * taps, CG * taps, 1, panel, 0, TILE, y1, (n * F + g * FG) * size + first, size,
+                    FG, count, channels * taps,
+                )  # fmt: skip
 
 
 # Parallel over images x offset groups, which own the channels that they move. Tile by tile of positions: the gradients of
-# four (channel, tap)s' samples are a product of w and gy in cache, which goes to the pixels read, places and masks at once.
+# eight (channel, tap)s' samples are a product of w and gy in cache, which goes to the pixels read, places and masks at once.
 # Reads gy once a tile (packed), x four times a sample, reads and writes gx four times a sample (from cache).
 # Source: as deform_conv, appendix A.
 @cpu(over="N*OG")
@@ -907,16 +854,15 @@ def deform_conv_grad_samples(
     (N, C, H, W), (F, CG, KH, KW), OG = x.shape, w.shape, offset.shape[1]
     FG, taps, size, per_group = F // groups, KH * KW, gy.shape[2] * gy.shape[3], C // OG
     stride, pad, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    pitch = fours(FG)
-    panel, sums = np.empty(pitch * TILE + AHEAD, x.dtype), np.empty(4 * TILE, x.dtype)
+    panel, sums = aligned(FG * TILE, x), aligned(8 * TILE, x)
     at, weight = np.empty((taps, 4, TILE), np.int64), np.empty((taps, 4, TILE), x.dtype)
     way, scale, slope = np.empty((taps, 2, TILE), x.dtype), np.empty((taps, TILE), x.dtype), np.empty((taps, 3, TILE), x.dtype)
-    turned = np.zeros(C * taps * pitch, x.dtype)  # the weights of each (channel, tap), of all filters of its group
+    turned = np.empty(C * taps * FG, x.dtype)  # the weights of each (channel, tap), of all filters of its group
     w3 = w.reshape((F, CG, taps))
     for c in range(C):
         for tap in range(taps):
             for f in range(FG):
-                turned[(c * taps + tap) * pitch + f] = w3[c // CG * FG + f, c % CG, tap]
+                turned[(c * taps + tap) * FG + f] = w3[c // CG * FG + f, c % CG, tap]
     x3, gy3 = x.reshape((N, C, H * W)), gy.reshape((N, F, size))
     offset5 = offset.reshape((N, OG, taps, 2, size))
     mask4 = mask.reshape((N, OG, mask.size // max(N * OG * size, 1), size))  # or no taps of it
@@ -949,16 +895,12 @@ def deform_conv_grad_samples(
                     source, to = gy3[n, g * FG + f, first : first + count], panel[f * TILE : f * TILE + count]
                     for t in range(count):
                         to[t] = source[t]
-                end_with_zeros(panel, FG, TILE)
-                last = stop * taps - 1
-                for k in range(c * taps, stop * taps, 4):
-                    for t in range(4 * TILE):
+                for k in range(c * taps, stop * taps, 8):
+                    rows = min(8, stop * taps - k)
+                    for t in range(8 * TILE):
                         sums[t] = real(0)
-                    r1, r2, r3 = min(k + 1, last), min(k + 2, last), min(k + 3, last)
-                    multiply(
-                        turned[k * pitch :], turned[r1 * pitch :], turned[r2 * pitch :], turned[r3 * pitch :], pitch, panel, sums
-                    )
-                    for i in range(min(4, last + 1 - k)):
+                    add_product(turned, k * FG, FG, 1, panel, 0, TILE, sums, 0, TILE, rows, count, FG)
+                    for i in range(rows):
                         channel, tap = (k + i) // taps, (k + i) % taps
                         part = sums[i * TILE : (i + 1) * TILE]
                         if wants_x:

@@ -1,7 +1,7 @@
 """Matrix products of dense layers, and dropout.
 
 Every product goes tile by tile of TILE columns: a piece of the right factor is packed into a panel, which stays in the second
-cache while rows of the left factor pass by in fours. Where there are few rows, packing would cost more than the product; if the
+cache while rows of the left factor pass by. Where there are few rows, packing would cost more than the product; if the
 right factor then lies along the sum, each element is a dot product.
 """
 
@@ -9,67 +9,26 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import activate, random24
-from .panels import DEPTH, NARROW, TILE, U, end_with_zeros, fours, multiply, multiply_narrow
+from .panels import DEPTH, TILE, U, aligned
+from .product import add_product
 
 ROWS = 32  # of the left factor, in one unit of work
 FEW = 16  # rows for which a panel does not pay: it costs as much as some 16 rows of the product
 
 
 @inline
-def pack(b, at, row, column, depth, columns, panel, width):
-    """panel[k, n] = b[at + k * row + n * column]; zeros in the columns that are missing."""
-    for k in range(depth if columns < width else 0):
-        for n in range(columns, width):
-            panel[U(k * width) + U(n)] = real(0)
+def pack(b, at, row, column, depth, columns, panel):
+    """panel[k, n] = b[at + k * row + n * column]."""
     if column == 1:
         for k in range(depth):
-            to, start = U(k * width), U(at + k * row)
+            to, start = U(k * TILE), U(at + k * row)
             for n in range(columns):
                 panel[to + U(n)] = b[start + U(n)]
     else:  # eight columns at a time: of a whole row every element may fall into the same few cache lines
         for n0 in range(0, columns, 8):
             for k in range(depth):
                 for n in range(n0, min(n0 + 8, columns)):
-                    panel[U(k * width + n)] = b[U(at + k * row + n * column)]
-
-
-@inline
-def pack_rows(a, at, row, column, rows, depth, pitch, to):
-    """to[i, k] = a[at + i * row + k * column] for four rows, of which the last is repeated; zeros behind a row."""
-    for i in range(4):
-        start, line = U(at + min(i, rows - 1) * row), U(i * pitch)
-        if column == 1:
-            for k in range(depth):
-                to[line + U(k)] = a[start + U(k)]
-        else:
-            for k in range(depth):
-                to[line + U(k)] = a[start + U(k * column)]
-        for k in range(depth, fours(depth)):
-            to[line + U(k)] = real(0)
-
-
-@inline
-def start_sums(bias, n, columns, sums, width):
-    for i in range(4 * width):
-        sums[i] = real(0)
-    for i in range(4 if bias.size > 0 else 0):
-        for k in range(columns):
-            sums[U(i * width) + U(k)] = bias[U(n) + U(k)]
-
-
-@inline
-def put(sums, width, rows, columns, y, at, pitch, first, activation):
-    """y = sums, or y += sums after the first panel; after the last one the activation."""
-    for i in range(rows):
-        source, to = U(i * width), U(at + i * pitch)
-        if first:
-            for n in range(columns):
-                y[to + U(n)] = sums[source + U(n)]
-        else:
-            for n in range(columns):
-                y[to + U(n)] += sums[source + U(n)]
-        for n in range(columns if activation else 0):
-            y[to + U(n)] = activate(y[to + U(n)], activation)
+                    panel[U(k * TILE + n)] = b[U(at + k * row + n * column)]
 
 
 @inline
@@ -101,9 +60,8 @@ def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K, activatio
     """y[batch, m, n] = the sum over k of a b, + bias[n], then the activation, for units of ROWS rows x TILE columns. a, b and y are
     flat; the strides are those of a batch, of m or k, of k or n."""
     blocks, tiles = (M + ROWS - 1) // ROWS, (N + TILE - 1) // TILE
-    width = TILE if N > NARROW else NARROW
-    pitch, few = fours(min(DEPTH, K)), M <= FEW and b_strides[1] == 1 and a_strides[2] == 1
-    panel, four, sums = np.empty(pitch * TILE, y.dtype), np.empty(4 * pitch, y.dtype), np.empty(4 * TILE, y.dtype)
+    few = M <= FEW and b_strides[1] == 1 and a_strides[2] == 1
+    panel = aligned(min(DEPTH, K) * TILE, y)
     unit = begin
     while unit < end:
         batch, n, block = unit // blocks // tiles, unit // blocks % tiles * TILE, unit % blocks
@@ -114,20 +72,20 @@ def products(begin, end, a, a_strides, b, b_strides, bias, y, M, N, K, activatio
         if few:
             dots(a, a_at, a_strides[1], b, b_at, b_strides[2], K, M, columns, bias, n, y, y_at, N, activation)
             continue
-        for k in range(0, max(K, 1), DEPTH):
-            depth = min(DEPTH, K - k)
-            pack(b, b_at + k * b_strides[1], b_strides[1], b_strides[2], depth, columns, panel, width)
-            end_with_zeros(panel, depth, width)
-            for m in range(first, last, 4):
-                rows = min(4, last - m)
-                pack_rows(a, a_at + m * a_strides[1] + k * a_strides[2], a_strides[1], a_strides[2], rows, depth, pitch, four)
-                start_sums(bias if k == 0 else bias[:0], n, columns, sums, width)
-                r0, r1, r2, r3 = four[:pitch], four[pitch : 2 * pitch], four[2 * pitch : 3 * pitch], four[3 * pitch :]
-                if width == TILE:
-                    multiply(r0, r1, r2, r3, fours(depth), panel, sums)
-                else:
-                    multiply_narrow(r0, r1, r2, r3, fours(depth), panel, sums)
-                put(sums, width, rows, columns, y, y_at + m * N, N, k == 0, activation if k + DEPTH >= K else 0)
+        for m in range(first, last):
+            to = y[y_at + m * N : y_at + m * N + columns]
+            for i in range(columns):
+                to[i] = bias[n + i] if bias.size > 0 else real(0)
+        for k in range(0, K, DEPTH):
+            depth, at = min(DEPTH, K - k), a_at + first * a_strides[1] + k * a_strides[2]
+            pack(b, b_at + k * b_strides[1], b_strides[1], b_strides[2], depth, columns, panel)
+            add_product(
+                a, at, a_strides[1], a_strides[2], panel, 0, TILE, y, y_at + first * N, N, last - first, columns, depth
+            )  # fmt: skip
+        for m in range(first, last if activation else first):
+            to = y[y_at + m * N : y_at + m * N + columns]
+            for i in range(columns):
+                to[i] = activate(to[i], activation)
 
 
 # Parallel over tiles of columns x blocks of rows. Reads w once per range of rows (packed), x once per tile.

@@ -1,61 +1,25 @@
-"""What the kernels move and multiply: rows of flat arrays, and panels, packed pieces of a matrix of a constant width.
+"""What the kernels move: rows of flat arrays, and panels, packed pieces of a matrix of a constant width.
 
 Inner loops stand in functions of their own, to which arrays come as arguments: a slice of those costs next to nothing.
 """
 
 import numpy as np
 
-from ..compile import inline, real
+from ..compile import inline
 
 U = np.uint64  # for indices that need no test for being negative
 
 TILE = 128  # columns of a panel: a constant, so that the compiler sees how far rows are apart
-NARROW = 64  # of a panel with fewer
 DEPTH = 1024  # rows of a panel: 512 KiB in float32, half of a second-level cache
-
-
-def _product(width, pitch):
-    """The product of four rows with the first `width` columns of a panel whose rows (and those of the sums) are `pitch` long:
-    constants, so that sweeps need no tail."""
-
-    @inline
-    def multiply(row0, row1, row2, row3, depth, panel, sums):
-        """sums[i, t] += the sum over k of row_i[k] panel[k, t], for k < depth, a multiple of four.
-
-        Four rows by four k in each sweep: sixteen multiply-adds for eight loads and four stores.
-        """
-        for k in range(0, depth, 4):
-            a, b, c, d = row0[k : k + 4], row1[k : k + 4], row2[k : k + 4], row3[k : k + 4]
-            a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-            b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
-            c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
-            d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-            p = panel[k * pitch : (k + 4) * pitch]
-            for t in range(width):
-                p0, p1, p2, p3 = p[t], p[t + pitch], p[t + 2 * pitch], p[t + 3 * pitch]
-                sums[t] += a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
-                sums[t + pitch] += b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
-                sums[t + 2 * pitch] += c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
-                sums[t + 3 * pitch] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
-
-    return multiply
-
-
-multiply = _product(TILE, TILE)
-multiply_narrow = _product(NARROW, NARROW)
-multiply_half = _product(NARROW // 2, NARROW)
+LINE = 64  # bytes of a cache line
 
 
 @inline
-def fours(n):
-    """n, or the next multiple of four: what is missing of a product's depth are zeros."""
-    return (n + 3) // 4 * 4
-
-
-@inline
-def end_with_zeros(panel, depth, width):
-    for i in range(depth * width, fours(depth) * width):
-        panel[i] = real(0)
+def aligned(n, like):
+    """n elements of the type of `like`, from a whole cache line on: vectors do not lie across two."""
+    room = np.empty(n + LINE // like.itemsize, like.dtype)
+    first = -room.ctypes.data % LINE // like.itemsize
+    return room[first : first + n]
 
 
 # --------------------------------------------------------------------------------------------------------------- rows

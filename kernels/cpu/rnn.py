@@ -1,17 +1,16 @@
-"""Recurrent layers over a sequence: four samples walk the steps together, so that a weight that is read serves all four.
+"""Recurrent layers over a sequence: ROWS samples walk the steps together, so that a weight that is read serves all of them.
 
-What a sample gets does not depend on its neighbours: a product of one sample adds in the order of that of four; two or three
-are computed as four.
+What a sample gets does not depend on its neighbours: a product of one sample adds in the order of that of several.
 """
 
 import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import exp
-from .panels import U
+from .panels import U, aligned
+from .product import add_product
 
-ROWS = 4
-LINE = 64  # bytes of a cache line
+ROWS = 32  # a multiple of four
 WIDTH = 64  # columns of a panel of weights: a constant, so that sweeps need no tail
 LONG = 16  # steps from which on making the panels of a product pays
 
@@ -45,55 +44,48 @@ def _tanh(x):
     return near if abs(x) < 0.625 else far if x >= 0.0 else -far
 
 
-# u[b, j] = x[b] . w[j] for the four rows of x: two rows of w at a time keep eight sums in registers; all reads run along k.
+# u[b, j] = x[b] . w[j] for `rows` rows, or some more, as there are fours: two rows of w at a time keep eight sums in registers;
+# all reads run along k.
 @inline
-def _products(u, x, w):
+def _products(u, x, w, rows):
     J, K = w.shape
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    for i in range(J // 2):
-        v, w_ = w[2 * i], w[2 * i + 1]
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = real(0)
-        for k in range(K):
-            a0 += x0[k] * v[k]
-            a1 += x1[k] * v[k]
-            a2 += x2[k] * v[k]
-            a3 += x3[k] * v[k]
-            b0 += x0[k] * w_[k]
-            b1 += x1[k] * w_[k]
-            b2 += x2[k] * w_[k]
-            b3 += x3[k] * w_[k]
-        j = 2 * i
-        u[0, j], u[1, j], u[2, j], u[3, j] = a0, a1, a2, a3
-        u[0, j + 1], u[1, j + 1], u[2, j + 1], u[3, j + 1] = b0, b1, b2, b3
-    if J % 2:
-        v = w[J - 1]
-        a0 = a1 = a2 = a3 = real(0)
-        for k in range(K):
-            a0 += x0[k] * v[k]
-            a1 += x1[k] * v[k]
-            a2 += x2[k] * v[k]
-            a3 += x3[k] * v[k]
-        u[0, J - 1], u[1, J - 1], u[2, J - 1], u[3, J - 1] = a0, a1, a2, a3
+    for b in range(0, rows, 4):
+        x0, x1, x2, x3 = x[b], x[b + 1], x[b + 2], x[b + 3]
+        for j in range(0, J, 2):
+            v, w_ = w[j], w[min(j + 1, J - 1)]
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = real(0)
+            for k in range(K):
+                a0 += x0[k] * v[k]
+                a1 += x1[k] * v[k]
+                a2 += x2[k] * v[k]
+                a3 += x3[k] * v[k]
+                b0 += x0[k] * w_[k]
+                b1 += x1[k] * w_[k]
+                b2 += x2[k] * w_[k]
+                b3 += x3[k] * w_[k]
+            u[b, j], u[b + 1, j], u[b + 2, j], u[b + 3, j] = a0, a1, a2, a3
+            if j + 1 < J:
+                u[b, j + 1], u[b + 1, j + 1], u[b + 2, j + 1], u[b + 3, j + 1] = b0, b1, b2, b3
 
 
-# How many steps of `rows` samples fill the four rows of one product over the input.
+# How many steps of `rows` samples fill the rows of one product over the input.
 @inline
 def _steps_ahead(rows):
     return max(1, ROWS // rows)
 
 
-# a[step's place * rows + b] = x[t, first + b] . w_ih + b_ih for that step and those ahead; xs is scratch for four rows of x.
+# a[step's place * rows + b] = x[t, first + b] . w_ih + b_ih for that step and those ahead; xs is scratch for rows of x.
 @inline
-def _inputs(a, xs, x, w_ih, b_ih, first, rows, step, reverse):
+def _inputs(a, xs, x, w_ih, panels, b_ih, first, rows, step, reverse):
     T = x.shape[0]
-    ahead = _steps_ahead(rows)
-    for i in range(min(ahead, T - step)):
+    ahead = min(_steps_ahead(rows), T - step)
+    for i in range(ahead):
         t = T - 1 - step - i if reverse else step + i
         for b in range(rows):
             _copy(xs[i * rows + b], x[t, first + b])
-    _products(a, xs, w_ih)
+    _multiply(a, xs, w_ih, panels, ahead * rows)
     if b_ih.size:
-        for i in range(ROWS):
+        for i in range(ahead * rows):
             _add(a[i], b_ih)
 
 
@@ -147,21 +139,14 @@ def _cut(d, gate, low, high):
         d[i] = d[i] if low < gate[i] and gate[i] < high else real(0)
 
 
-# n zeros of the type of `like`, from a whole cache line on: vectors do not lie across two.
-@inline
-def _zeros(n, like):
-    zeros = np.zeros(n + LINE // like.itemsize, like.dtype)
-    first = -zeros.ctypes.data % LINE // like.itemsize
-    return zeros[first : first + n]
-
-
 # The matrix w^T ("turned") or w of a product x w^T or x w, WIDTH columns after the other: panels[p, k, t] is row k, column
 # p * WIDTH + t. Zeros behind the last column. `turned` comes as a comparison: of a literal each value would be compiled apart.
 @inline
 def _panels(w, turned):
     rows, columns = w.shape
     depth, n = (columns, rows) if turned else (rows, columns)
-    panels = _zeros((n + WIDTH - 1) // WIDTH * depth * WIDTH, w)
+    panels = aligned((n + WIDTH - 1) // WIDTH * depth * WIDTH, w)
+    panels[:] = real(0)
     for first in range(0, n, 16 if turned else WIDTH):  # 16 columns: a whole cache line of a panel
         at, last = first // WIDTH * depth * WIDTH + first % WIDTH, min(first + (16 if turned else WIDTH), n)
         for k in range(depth):
@@ -189,57 +174,33 @@ def _multiply_one(x, depth, panels, at, sums):
             sums[t] = sums[t] + x[k] * panels[U(at + k * WIDTH) + U(t)]
 
 
-# The same for four rows of x: four k in a sweep, sixteen multiply-adds for eight loads and four stores.
-@inline(ordered=True)
-def _multiply_four(x, depth, panels, at, sums):
-    for t in range(4 * WIDTH):
-        sums[t] = real(0)
-    for k in range(0, depth - depth % 4, 4):
-        a, b = x[k : k + 4], x[depth + k : depth + k + 4]
-        c, d = x[2 * depth + k : 2 * depth + k + 4], x[3 * depth + k : 3 * depth + k + 4]
-        a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-        b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
-        c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
-        d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
-        for t in range(WIDTH):
-            p = U(at + k * WIDTH) + U(t)
-            p0, p1, p2, p3 = panels[p], panels[p + U(WIDTH)], panels[p + U(2 * WIDTH)], panels[p + U(3 * WIDTH)]
-            sums[t] = sums[t] + a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
-            sums[t + WIDTH] = sums[t + WIDTH] + b0 * p0 + b1 * p1 + b2 * p2 + b3 * p3
-            sums[t + 2 * WIDTH] = sums[t + 2 * WIDTH] + c0 * p0 + c1 * p1 + c2 * p2 + c3 * p3
-            sums[t + 3 * WIDTH] = sums[t + 3 * WIDTH] + d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
-    for k in range(depth - depth % 4, depth):
-        for b in range(4):
-            for t in range(WIDTH):
-                sums[b * WIDTH + t] = sums[b * WIDTH + t] + x[b * depth + k] * panels[U(at + k * WIDTH) + U(t)]
-
-
-# u[b] = x[b] times the matrix whose panels these are, for as many rows.
+# u[b] = x[b] times the matrix whose panels these are, for `rows` rows; two or three are computed as four.
 @inline
 def _sweep(u, x, panels, rows):
     n, depth = u.shape[1], x.shape[1]
-    x1, u1, sums = x.reshape(x.size), u.reshape(u.size), _zeros(ROWS * WIDTH, x)
+    x1, u1, sums = x.reshape(x.size), u.reshape(u.size), aligned(WIDTH, x)
+    some = 1 if rows == 1 else max(rows, 4)
+    u1[: some * n] = real(0)
     for first in range(0, n, WIDTH):
-        if rows == 1:
-            _multiply_one(x1, depth, panels, first * depth, sums)
-        else:
-            _multiply_four(x1, depth, panels, first * depth, sums)
-        for b in range(rows):
-            for t in range(min(WIDTH, n - first)):
-                u1[U(b * n + first) + U(t)] = sums[U(b * WIDTH) + U(t)]
+        if rows > 1:
+            add_product(x1, 0, depth, 1, panels, first * depth, WIDTH, u1, first, n, some, min(WIDTH, n - first), depth)
+            continue
+        _multiply_one(x1, depth, panels, first * depth, sums)
+        for t in range(min(WIDTH, n - first)):
+            u1[U(first) + U(t)] = sums[U(t)]
 
 
 # u[b] = w x[b]: by sweeps over the panels of w^T where there are any.
 @inline
-def _recur(u, x, w, panels, rows):
+def _multiply(u, x, w, panels, rows):
     if panels.size:
         _sweep(u, x, panels, rows)
     else:
-        _products(u, x, w)
+        _products(u, x, w, rows)
 
 
-# Parallel over N. Per step and block the rows of the weights are read in order, 4*H dot products of D and of H for four
-# samples, then one pass over the gates. Reads the weights T*N/4 times (from L2 where they fit), x once; writes each result once.
+# Parallel over N. Per step and block of ROWS samples 4*H dot products of H, those of D for several steps at a time where samples
+# are few, then one pass over the gates. Reads the weights T*N/ROWS times, x once; writes each result once.
 @cpu(over="N")
 def lstm_sequence(
     begin, end, x, w_ih, b_ih, h0, c0, w_hh, b_hh, peephole, lengths, y, hn, cn, gates, cells, previous, reverse, clip
@@ -247,7 +208,7 @@ def lstm_sequence(
     T, H = x.shape[0], h0.shape[1]
     u, ax, xs = np.empty((ROWS, 4 * H), h0.dtype), np.empty((ROWS, 4 * H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     h, c = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
-    panels = _panels(w_hh[: 4 * H if T >= LONG else 0], T >= 0)
+    panels, panels_ih = _panels(w_hh[: 4 * H if T >= LONG else 0], T >= 0), _panels(w_ih[: 4 * H if T >= LONG else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -257,8 +218,8 @@ def lstm_sequence(
             t = T - 1 - step if reverse else step
             turn = step % _steps_ahead(rows)
             if turn == 0:
-                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _recur(u, h, w_hh, panels, rows)
+                _inputs(ax, xs, x, w_ih, panels_ih, b_ih, first, rows, step, reverse)
+            _multiply(u, h, w_hh, panels, rows)
             for b in range(rows):
                 n = first + b
                 a = ax[turn * rows + b]
@@ -303,7 +264,7 @@ def lstm_sequence(
 
 
 # Parallel over N. Per step and block one pass over the gates, then H dot products of 4*H each with the rows of w_hh^T (one
-# copy a range) for four samples. Reads gates, cells and gy once, w_hh^T T*N/4 times; writes gpre once.
+# copy a range). Reads gates, cells and gy once, w_hh^T T*N/ROWS times; writes gpre once.
 @cpu(over="N")
 def lstm_sequence_backward(begin, end, gy, ghn, gcn, gates, cells, c0, w_hh, peephole, lengths, gpre, gh0, gc0, reverse, clip):
     T, H = gates.shape[0], c0.shape[1]
@@ -408,6 +369,7 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
     h, kept = np.zeros((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
     long = T >= LONG
     panels_rz, panels_n = _panels(w_rz[: 2 * H if long else 0], T >= 0), _panels(w_n[: H if long else 0], T >= 0)
+    panels_ih = _panels(w_ih[: 3 * H if long else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -416,8 +378,8 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
             t = T - 1 - step if reverse else step
             turn = step % _steps_ahead(rows)
             if turn == 0:
-                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _recur(u_rz, h, w_rz, panels_rz, rows)
+                _inputs(ax, xs, x, w_ih, panels_ih, b_ih, first, rows, step, reverse)
+            _multiply(u_rz, h, w_rz, panels_rz, rows)
             for b in range(rows):
                 n = first + b
                 a, hb, kb = ax[turn * rows + b], h[b], kept[b]
@@ -431,7 +393,7 @@ def gru_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
                 if not reset_after:
                     for j in range(H):
                         kb[j] = r[j] * hb[j]
-            _recur(u_n, h if reset_after else kept, w_n, panels_n, rows)
+            _multiply(u_n, h if reset_after else kept, w_n, panels_n, rows)
             for b in range(rows):
                 n = first + b
                 if lengths.size and t >= lengths[n]:
@@ -536,7 +498,7 @@ def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
     T, H = x.shape[0], h0.shape[1]
     ax, xs = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, x.shape[2]), h0.dtype)
     u, h = np.empty((ROWS, H), h0.dtype), np.zeros((ROWS, H), h0.dtype)
-    panels = _panels(w_hh[: H if T >= LONG else 0], T >= 0)
+    panels, panels_ih = _panels(w_hh[: H if T >= LONG else 0], T >= 0), _panels(w_ih[: H if T >= LONG else 0], T >= 0)
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         for b in range(rows):
@@ -545,8 +507,8 @@ def rnn_sequence(begin, end, x, w_ih, b_ih, h0, w_hh, b_hh, lengths, y, hn, gate
             t = T - 1 - step if reverse else step
             turn = step % _steps_ahead(rows)
             if turn == 0:
-                _inputs(ax, xs, x, w_ih, b_ih, first, rows, step, reverse)
-            _recur(u, h, w_hh, panels, rows)
+                _inputs(ax, xs, x, w_ih, panels_ih, b_ih, first, rows, step, reverse)
+            _multiply(u, h, w_hh, panels, rows)
             for b in range(rows):
                 n = first + b
                 a, hb = ax[turn * rows + b], h[b]

@@ -9,10 +9,13 @@ import numpy as np
 
 from ..compile import inline, real
 from ..scalars import activate
-from .panels import NARROW, U, copy_block, fill_block, fours, inside, multiply_half, multiply_narrow
+from .panels import U, aligned, copy_block, fill_block, inside
+from .product import add_product
 
-TILES = NARROW
+TILES = 64
+GROUP = 16  # filters whose products are side by side
 FILTERS = 64  # of one unit of work: they repay the transform of its tiles
+KEPT = 4 << 20  # elements of transformed inputs that are kept for the next block: 16 MiB
 FEW = 16  # of a unit where all tiles are one panel, transformed once: their weights stay in cache, all threads have work
 DOWN, ACROSS = 6 * TILES, TILES  # from row to row and from column to column of a tile
 LARGEST = 1024  # channels: a block of transformed weights stays below 10 MB
@@ -116,16 +119,18 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
     """The part [begin, end) of `units` of the convolution; with `adjoint` by the filters' transpose."""
     N, _, _, H, W = x.shape
     OH, OW, C, F = y.shape[3], y.shape[4], x.shape[1] // groups, y.shape[1] // groups
-    high, wide, depth = (OH + 3) // 4, (OW + 3) // 4, fours(C)
+    high, wide = (OH + 3) // 4, (OW + 3) // 4
     panels = (N * high * wide + TILES - 1) // TILES
     size = FILTERS if panels > 1 else FEW
     blocks = (F + size - 1) // size
     x1, w4 = x.reshape(x.size), w.reshape((groups, w.shape[0] // groups, w.shape[1], 9))
-    patch, points, lines = np.zeros(6 * DOWN, x.dtype), np.zeros(6 * DOWN, x.dtype), np.empty(6 * (4 * wide + 2), x.dtype)
-    pitch = (depth + 1) * TILES  # of a point's panel: not a power of two, so that points do not share cache sets
-    turned, panel = np.zeros(size * 36 * depth, x.dtype), np.zeros(36 * pitch, x.dtype)
-    sums, products = np.empty(4 * TILES, x.dtype), np.empty(4 * 6 * DOWN, x.dtype)
-    last_block = last_panel = -1
+    patch, points, lines = aligned(6 * DOWN, x), aligned(6 * DOWN, x), np.empty(6 * (4 * wide + 2), x.dtype)
+    patch[:] = real(0)
+    pitch = (C + 1) * TILES  # of a point's panel: not a power of two, so that points do not share cache sets
+    kept = panels if blocks > 1 and panels * 36 * pitch <= KEPT else 1
+    turned, panel, products = aligned(size * 36 * C, x), aligned(kept * 36 * pitch, x), aligned(GROUP * 6 * DOWN, x)
+    inputs_of = np.full(kept, -1)  # of which panel and group these are
+    last_block = -1
     parts = groups * blocks * panels
     for unit in range(begin * parts // units, end * parts // units):
         p, block = unit % panels, unit // panels
@@ -133,9 +138,11 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
         count, filters = min(TILES, N * high * wide - p * TILES), min(size, F - first)
         if block != last_block:
             for f in range(filters):
-                at = f // 4 * 36 * 4 * depth + f % 4 * depth
-                _transform_weights(w4[g], first + f, adjoint, C, patch, points, turned, at, 4 * depth)
-        if p != last_panel or g != last_block // blocks:
+                at = f // GROUP * 36 * GROUP * C + f % GROUP * C
+                _transform_weights(w4[g], first + f, adjoint, C, patch, points, turned, at, GROUP * C)
+        base = p % kept * 36 * pitch
+        if inputs_of[p % kept] != g * panels + p:
+            inputs_of[p % kept] = g * panels + p
             for c in range(C):
                 t = 0
                 while t < count:
@@ -148,18 +155,15 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
                     inputs_down(patch, j * ACROSS, points)
                 for i in range(6):
                     inputs_across(points, i * DOWN, patch)
-                _move_rows(patch, 0, TILES, panel, c * TILES, pitch, 36)
-        last_block, last_panel = block, p
-        for f in range(0, filters, 4):
+                _move_rows(patch, 0, TILES, panel, base + c * TILES, pitch, 36)
+        last_block = block
+        for f in range(0, filters, GROUP):
+            rows = min(GROUP, filters - f)
+            products[:] = real(0)
             for point in range(36):
-                sums[:] = real(0)
-                u, v = turned[(f // 4 * 36 + point) * 4 * depth :], panel[point * pitch :]
-                if count <= TILES // 2:
-                    multiply_half(u, u[depth:], u[2 * depth :], u[3 * depth :], depth, v, sums)
-                else:
-                    multiply_narrow(u, u[depth:], u[2 * depth :], u[3 * depth :], depth, v, sums)
-                _move_rows(sums, 0, TILES, products, point * TILES, 6 * DOWN, 4)
-            for i in range(min(4, filters - f)):
+                at = (f // GROUP * 36 + point) * GROUP * C
+                add_product(turned, at, C, 1, panel, base + point * pitch, TILES, products, point * TILES, 6 * DOWN, rows, count, C)
+            for i in range(rows):
                 channel, at = g * F + first + f + i, i * 6 * DOWN
                 for j in range(6):
                     outputs_down(products[at : at + 6 * DOWN], j * ACROSS, points)
