@@ -71,7 +71,7 @@ def inline(function: Any = None, *, exact: bool = False, ordered: bool = False) 
 def _cpu_inline(function: Callable[..., Any], flags: set[str]) -> Any:
     import numba
 
-    return numba.njit(fastmath=flags, nogil=True)(function)
+    return numba.njit(fastmath=flags, nogil=True, pipeline_class=_compiler())(function)
 
 
 def _cuda_inline(function: Callable[..., Any]) -> Any:
@@ -157,11 +157,53 @@ def cpu(*, over: str, exact: bool = False) -> Callable[[Callable[..., None]], Cp
     return lambda function: CpuKernel(function, over, exact)
 
 
+@functools.cache
+def _compiler() -> Any:
+    """Numba's compiler, but for two things.
+
+    A kernel uses the widest vectors there are: for Intel's processors LLVM prefers halves, because a few wide operations among
+    others once slowed them all down; loops that are nothing else take up to half the time with whole ones.
+
+    References to arrays that are arguments are not counted, nor those to their views: who calls holds them. Threads would
+    take turns at every slice. A function that returns arrays counts as ever.
+    """
+    from numba.core import cgutils, compiler, compiler_machinery, ir, lowering, typed_passes, types
+
+    class Lower(lowering.Lower):
+        def setup_function(self, fndesc: Any) -> None:
+            super().setup_function(fndesc)
+            set.add(self.function.attributes, '"prefer-vector-width"="512"')  # not among those that llvmlite knows by name
+
+        def lower_assign(self, ty: Any, inst: Any) -> Any:
+            value = super().lower_assign(ty, inst)
+            result = self.context.data_model_manager[self.fndesc.restype]
+            if isinstance(inst.value, ir.Arg) and isinstance(ty, types.Array) and not result.contains_nrt_meminfo():
+                self.decref(ty, value)  # the assignment has counted
+                array = self.context.make_array(ty)(self.context, self.builder, value)
+                array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                return array._getvalue()
+            return value
+
+    class Lowering(typed_passes.BaseNativeLowering):
+        _name = "native_lowering_of_kernels"
+        lowering_class = Lower
+
+    class Compiler(compiler.CompilerBase):
+        def define_pipelines(self) -> list[Any]:
+            pipeline = compiler.DefaultPassBuilder.define_nopython_pipeline(self.state)
+            pipeline.passes = [(Lowering if made is typed_passes.NativeLowering else made, why) for made, why in pipeline.passes]
+            pipeline.finalize()
+            return [pipeline]
+
+    compiler_machinery.register_pass(mutates_CFG=True, analysis_only=False)(Lowering)
+    return Compiler
+
+
 def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[str]) -> Any:
     import numba
 
     def build(cached: bool) -> Any:
-        dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", pipeline_class=_widest_vectors())(function)
+        dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", pipeline_class=_compiler())(function)
         if cached:
             folder, before = cache_folder(), numba.config.CACHE_DIR
             try:
@@ -179,32 +221,6 @@ def _compile_cpu(function: Callable[..., None], signature: Any, fastmath: set[st
         except Exception:  # a full disk, a spoilt file, no place for the cache; an error of the kernel itself comes again below
             pass
     return build(cached=False)
-
-
-@functools.cache
-def _widest_vectors() -> Any:
-    """Numba's compiler, but a kernel uses the widest vectors there are: for Intel's processors LLVM prefers halves, because a few
-    wide operations among others once slowed them all down; loops that are nothing else take up to half the time with whole ones."""
-    from numba.core import compiler, compiler_machinery, lowering, typed_passes
-
-    class Lower(lowering.Lower):
-        def setup_function(self, fndesc: Any) -> None:
-            super().setup_function(fndesc)
-            set.add(self.function.attributes, '"prefer-vector-width"="512"')  # not among those that llvmlite knows by name
-
-    class Lowering(typed_passes.BaseNativeLowering):
-        _name = "native_lowering_with_the_widest_vectors"
-        lowering_class = Lower
-
-    class Compiler(compiler.CompilerBase):
-        def define_pipelines(self) -> list[Any]:
-            pipeline = compiler.DefaultPassBuilder.define_nopython_pipeline(self.state)
-            pipeline.passes = [(Lowering if made is typed_passes.NativeLowering else made, why) for made, why in pipeline.passes]
-            pipeline.finalize()
-            return [pipeline]
-
-    compiler_machinery.register_pass(mutates_CFG=True, analysis_only=False)(Lowering)
-    return Compiler
 
 
 _folder: str | None = None

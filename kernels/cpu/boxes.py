@@ -919,6 +919,8 @@ def roi_pool(begin, end, input, boxes, output, bad, spatial_scale):
     K, PH, PW = output.shape[0], output.shape[2], output.shape[3]
     if _bad_image(boxes, N, bad):
         return
+    if output.size == 0:  # no bins: there is no first column
+        return
     ys, xs = np.empty((PH, 2), np.int64), np.empty((PW, 2), np.int64)
     slab, columns = np.zeros(H * W * LANES, input.dtype), np.empty(W * LANES, input.dtype)
     bins, groups = np.empty(PH * PW * LANES, input.dtype), (C + LANES - 1) // LANES

@@ -266,18 +266,19 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
                 else:
                     firsts[r] = d0 * H * W + h0 * row_step + across[2]
             n, at = _rounds(rows * pitch), row * OW + left
-            source, source_places = lines, line_places
-            if stride[2] > 1:
-                _split(lines, n, stride[2], across[4], apart)
-                source = apart
             _shifts(across, n, stride[2], dilation[2], by_tap)
-            _maximize(source, by_tap, across[1], n, best, 0)
+            if stride[2] > 1:  # calls of their own: a name for either would be counted in every band
+                _split(lines, n, stride[2], across[4], apart)
+                _maximize(apart, by_tap, across[1], n, best, 0)
+            else:
+                _maximize(lines, by_tap, across[1], n, best, 0)
             copy_block(best, 0, pitch, 1, y1, at, OW, rows, width)
             if with_places:
                 if stride[2] > 1:
                     _split(line_places, n, stride[2], across[4], apart_places)
-                    source_places = apart_places
-                _find_first(source, source_places, by_tap, across[1], unit[2], n, best, places)
+                    _find_first(apart, apart_places, by_tap, across[1], unit[2], n, best, places)
+                else:
+                    _find_first(lines, line_places, by_tap, across[1], unit[2], n, best, places)
                 if counts_taps:
                     _write_places(places, pitch, firsts, 0, offsets1, at, OW, rows, width)
                 else:
@@ -439,14 +440,14 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
         m, od, top = row // OH // OD, row // OH % OD, row % OH
         rows = min(most_rows, OH - top, end - row)
         _, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
-        source, start, step_d = x1, (m * D + d0) * H * W, dilation[0] * H * W
+        start, step_d = (m * D + d0) * H * W, dilation[0] * H * W
         if norm != real(1):
             _, _, low = pool_taps(top, H, kernel[1], stride[1], pad[1], dilation[1])
             _, nh, h0 = pool_taps(top + rows - 1, H, kernel[1], stride[1], pad[1], dilation[1])
             n = (h0 + (nh - 1) * dilation[1] + 1 - low) * W
             copy_block(x1, start + low * W, step_d, 1, powers, 0, n, nd, n)
             _raise(powers, norm, nd * n)
-            source, start, step_d = powers, -low * W, n
+            start, step_d = -low * W, n
         for r in range(rows):
             row_factors[r] = factors[0, od] * factors[1, (top + r) % y.shape[2]]  # sequences are rows of one plane
         for left in range(0, OW, columns):
@@ -458,14 +459,19 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
                 _, nh, h0 = pool_taps(top + r, H, kernel[1], stride[1], pad[1], dilation[1])
                 taps = _find_lines(start + h0 * W + across[2] + lo, nd, step_d, nh, dilation[1] * W, by_line)
                 fill_ahead(lines, r * length, lo, real(0))
-                _add(source, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(source)), lines, r * length + lo)
+                at = r * length + lo
+                if norm != real(1):
+                    _add(powers, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(powers)), lines, at)
+                else:
+                    _add(x1, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(x1)), lines, at)
                 fill_ahead(lines, r * length + hi, length - hi, real(0))
-            n, summed = _rounds(rows * pitch), lines
-            if stride[2] > 1:
-                _split(lines, n, stride[2], across[4], apart)
-                summed = apart
+            n = _rounds(rows * pitch)
             _shifts(across, n, stride[2], dilation[2], by_tap)
-            _add(summed, by_tap, across[1], n, sums, 0)
+            if stride[2] > 1:  # calls of their own: a name for either would be counted in every band
+                _split(lines, n, stride[2], across[4], apart)
+                _add(apart, by_tap, across[1], n, sums, 0)
+            else:
+                _add(lines, by_tap, across[1], n, sums, 0)
             _finish(sums, pitch, row_factors, factors[2], left, norm, rows, width, y1, row * OW + left, OW)
         row += rows
 

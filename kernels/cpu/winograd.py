@@ -15,7 +15,7 @@ from .product import add_product
 TILES = 64
 GROUP = 16  # filters whose products are side by side
 FILTERS = 64  # of one unit of work: they repay the transform of its tiles
-KEPT = 4 << 20  # elements of transformed inputs that are kept for the next block: 16 MiB
+KEPT = 4 << 20  # elements of transforms that are kept: 16 MiB
 FEW = 16  # of a unit where all tiles are one panel, transformed once: their weights stay in cache, all threads have work
 DOWN, ACROSS = 6 * TILES, TILES  # from row to row and from column to column of a tile
 LARGEST = 1024  # channels: a block of transformed weights stays below 10 MB
@@ -123,26 +123,28 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
     panels = (N * high * wide + TILES - 1) // TILES
     size = FILTERS if panels > 1 else FEW
     blocks = (F + size - 1) // size
-    x1, w4 = x.reshape(x.size), w.reshape((groups, w.shape[0] // groups, w.shape[1], 9))
+    x1, y1, w4 = x.reshape(x.size), y.reshape(y.size), w.reshape((groups, w.shape[0] // groups, w.shape[1], 9))
     patch, points, lines = aligned(6 * DOWN, x), aligned(6 * DOWN, x), np.empty(6 * (4 * wide + 2), x.dtype)
     patch[:] = real(0)
     pitch = (C + 1) * TILES  # of a point's panel: not a power of two, so that points do not share cache sets
-    kept = panels if blocks > 1 and panels * 36 * pitch <= KEPT else 1
-    turned, panel, products = aligned(size * 36 * C, x), aligned(kept * 36 * pitch, x), aligned(GROUP * 6 * DOWN, x)
-    inputs_of = np.full(kept, -1)  # of which panel and group these are
-    last_block = -1
+    # Whose transforms are all kept: the weights', if there are many panels and each thread has some of them, or the inputs'.
+    by_panels = panels > 3 and F * 36 * C <= KEPT
+    kept_u, kept_v = blocks if by_panels else 1, panels if not by_panels and panels * 36 * pitch <= KEPT else 1
+    turned, panel = aligned(kept_u * size * 36 * C, x), aligned(kept_v * 36 * pitch, x)
+    weights_of, inputs_of, products = np.full(kept_u, -1), np.full(kept_v, -1), aligned(GROUP * 6 * DOWN, x)
     parts = groups * blocks * panels
     for unit in range(begin * parts // units, end * parts // units):
-        p, block = unit % panels, unit // panels
-        g, first = block // blocks, block % blocks * size
+        g = unit // (blocks * panels)
+        p, block = (unit // blocks % panels, unit % blocks) if by_panels else (unit % panels, unit // panels % blocks)
+        first, u_at, v_at = block * size, block % kept_u * size * 36 * C, p % kept_v * 36 * pitch
         count, filters = min(TILES, N * high * wide - p * TILES), min(size, F - first)
-        if block != last_block:
+        if weights_of[block % kept_u] != g * blocks + block:
+            weights_of[block % kept_u] = g * blocks + block
             for f in range(filters):
-                at = f // GROUP * 36 * GROUP * C + f % GROUP * C
+                at = u_at + f // GROUP * 36 * GROUP * C + f % GROUP * C
                 _transform_weights(w4[g], first + f, adjoint, C, patch, points, turned, at, GROUP * C)
-        base = p % kept * 36 * pitch
-        if inputs_of[p % kept] != g * panels + p:
-            inputs_of[p % kept] = g * panels + p
+        if inputs_of[p % kept_v] != g * panels + p:
+            inputs_of[p % kept_v] = g * panels + p
             for c in range(C):
                 t = 0
                 while t < count:
@@ -155,14 +157,13 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
                     inputs_down(patch, j * ACROSS, points)
                 for i in range(6):
                     inputs_across(points, i * DOWN, patch)
-                _move_rows(patch, 0, TILES, panel, base + c * TILES, pitch, 36)
-        last_block = block
+                _move_rows(patch, 0, TILES, panel, v_at + c * TILES, pitch, 36)
         for f in range(0, filters, GROUP):
             rows = min(GROUP, filters - f)
             products[:] = real(0)
             for point in range(36):
-                at = (f // GROUP * 36 + point) * GROUP * C
-                add_product(turned, at, C, 1, panel, base + point * pitch, TILES, products, point * TILES, 6 * DOWN, rows, count, C)
+                at = u_at + (f // GROUP * 36 + point) * GROUP * C
+                add_product(turned, at, C, 1, panel, v_at + point * pitch, TILES, products, point * TILES, 6 * DOWN, rows, count, C)
             for i in range(rows):
                 channel, at = g * F + first + f + i, i * 6 * DOWN
                 for j in range(6):
@@ -174,7 +175,7 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
                     patch[t] += bias
                 for t in range(4 * DOWN if activation else 0):
                     patch[t] = activate(patch[t], activation)
-                _write_tiles(patch, y, channel, p * TILES, count, high, wide)
+                _write_tiles(patch, y1, y.shape[1], channel, OH, OW, p * TILES, count, high, wide)
 
 
 @winograd.float64
@@ -183,17 +184,17 @@ def winograd(begin, end, units, x, w, b, y, groups, pad_h, pad_w, adjoint, activ
 
 
 @inline
-def _write_tiles(patch, y, channel, first, count, high, wide):
-    OH, OW = y.shape[3], y.shape[4]
+def _write_tiles(patch, y1, planes, channel, OH, OW, first, count, high, wide):
+    """The outputs of `count` tiles, in patch side by side, of a channel of images of so many planes."""
     for t in range(count):
         tw, row = (first + t) % wide, (first + t) // wide
-        plane, top, left = y[row // high, channel, 0], row % high * 4, tw * 4
+        top, left = row % high * 4, tw * 4
+        at = ((row // high * planes + channel) * OH + top) * OW + left
         if top + 4 <= OH and left + 4 <= OW:  # numbers that the compiler knows
             for i in range(4):
-                line = plane[top + i, left : left + 4]
                 for j in range(4):
-                    line[j] = patch[U(i * DOWN + j * ACROSS + t)]
+                    y1[U(at + i * OW + j)] = patch[U(i * DOWN + j * ACROSS + t)]
         else:
             for i in range(min(4, OH - top)):
                 for j in range(min(4, OW - left)):
-                    plane[top + i, left + j] = patch[U(i * DOWN + j * ACROSS + t)]
+                    y1[U(at + i * OW + j)] = patch[U(i * DOWN + j * ACROSS + t)]

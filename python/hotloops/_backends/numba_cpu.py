@@ -18,7 +18,7 @@ NAME = "numba"
 SPACE = "host"
 _REAL = (np.dtype(np.float32), np.dtype(np.float64))
 _ELEMENTS = {"i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
-MIN_BYTES = 1 << 20  # a loop that moves less is about as soon done as another Python thread is awake
+MIN_BYTES = 3 << 19  # a loop that moves less is about as soon done as another Python thread is awake
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def _arrange(
     # Python's floats: a NumPy scalar takes longer on its way in.
     options = [scalars[s.name] if s.type == "int" else float(dtype.type(scalars[s.name])) for s in record.scalars]
     moved = sum(a.nbytes for a in arrays if a is not None)
-    parallel = moved + record.count_flops(sizes, scalars) / 4 >= MIN_BYTES
+    parallel = moved + record.count_flops(sizes, scalars) / 8 >= MIN_BYTES
     return absent, options, int(spec.evaluate(kernel.over, {**sizes, **scalars})), parallel
 
 
