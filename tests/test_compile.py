@@ -83,7 +83,7 @@ def test_processes_that_compile_at_once(tmp_path):
 PRODUCT = """
 import itertools
 import numpy as np
-from hotloops.kernels.cpu.product import add_product
+from hotloops.kernels.cpu.llvm import add_product
 
 rng = np.random.default_rng(0)
 for dtype in (np.float32, np.float64):

@@ -11,7 +11,7 @@ import numpy as np
 from ..compile import cpu, inline, real
 from ..scalars import cap, exp, exp_below, random24
 from .activation import LANES, larger, row_max
-from .product import add_product
+from .llvm import add_product
 
 ROWS, KEYS, FEW = 32, 128, 4
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import activate
+from .llvm import add_product
 from .panels import (
     AHEAD,
     DEPTH,
@@ -26,7 +27,6 @@ from .panels import (
     inside,
     move_row,
 )
-from .product import add_product
 from .winograd import is_winograd, winograd
 
 FILTERS = 64  # of one unit of work: they repay the packing of their panel

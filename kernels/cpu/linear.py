@@ -9,8 +9,8 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import activate, random24
+from .llvm import add_product
 from .panels import DEPTH, TILE, U, aligned
-from .product import add_product
 
 ROWS = 32  # of the left factor, in one unit of work
 FEW = 16  # rows for which a panel does not pay: it costs as much as some 16 rows of the product

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import pool_share, pool_taps
+from .llvm import fetch
 from .panels import AHEAD, U, add_row, copy_block, fill_ahead, inside
 
 ROWS, COLUMNS = 16, 512  # of outputs that are made together: their lines stay in the first cache
@@ -47,6 +48,14 @@ def _find_lines(first, nd, step_d, nh, step_h, to):
         for h in range(nh):
             to[d * nh + h] = first + d * step_d + h * step_h
     return nd * nh
+
+
+@inline
+def _fetch_lines(x, starts, first, taps, n):
+    """Lines `first` to `taps` - 1, which the windows before have not taken: what is to be read where these will be, soon."""
+    for k in range(first, taps):
+        for q in range(0, n, 16):
+            fetch(x, starts[k] + q)
 
 
 @inline
@@ -252,6 +261,7 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
                 first, at = ((m * D + d0) * H + h0) * W + across[2] + lo, r * length
                 taps = _find_lines(first, nd, dilation[0] * H * W, nh, dilation[1] * W, line_shifts)
                 n = _ahead(hi - lo, line_shifts[taps - 1], len(x1))
+                _fetch_lines(x1, line_shifts, max(taps - stride[1], 0), taps, hi - lo)
                 fill_ahead(lines, at, lo, real(-np.inf))
                 if with_places:
                     _find_lines(0, nd, unit[0], nh, unit[1], line_numbers)
@@ -463,6 +473,7 @@ def _sum_windows(begin, end, x, y, factors, norm, kernel, stride, pad, dilation)
                 if norm != real(1):
                     _add(powers, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(powers)), lines, at)
                 else:
+                    _fetch_lines(x1, by_line, max(taps - stride[1], 0), taps, hi - lo)
                     _add(x1, by_line, taps, _ahead(hi - lo, by_line[taps - 1], len(x1)), lines, at)
                 fill_ahead(lines, r * length + hi, length - hi, real(0))
             n = _rounds(rows * pitch)

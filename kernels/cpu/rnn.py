@@ -7,8 +7,8 @@ import numpy as np
 
 from ..compile import cpu, inline, real
 from ..scalars import exp
+from .llvm import add_product
 from .panels import U, aligned
-from .product import add_product
 
 ROWS = 32  # a multiple of four
 WIDTH = 64  # columns of a panel of weights: a constant, so that sweeps need no tail

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..compile import inline, real
 from ..scalars import activate
+from .llvm import add_product
 from .panels import U, aligned, copy_block, fill_block, inside
-from .product import add_product
 
 TILES = 64
 GROUP = 16  # filters whose products are side by side

@@ -1,4 +1,4 @@
-"""The product that the other kernels are made of, its inner loop written for vector registers.
+"""What is said to LLVM itself: the product that the other kernels are made of, and which lines of memory are wanted soon.
 
 LLVM makes vectors of an innermost loop; the sums of a product stay in registers only where the loop inside runs over k and
 the vectors lie along the loop around it. So that one loop, the register tile, is handed to LLVM as vectors. All the rest is text.
@@ -168,13 +168,13 @@ def _sweeps(height: int, lanes: int) -> Any:
     return sweeps
 
 
-def _make(dtype: Any) -> Any:
-    """Tiles of eight rows where there are 32 registers; of four; what is then left row by row."""
+def _make_product(dtype: Any) -> Any:
+    """Tiles of eight rows, six where there are 16 registers; of four; what is then left row by row."""
     import numba
 
     registers, vector = _registers()
     lanes = vector // np.dtype(dtype).itemsize
-    many, four, one = (_sweeps(height, lanes) for height in (8 if registers == 32 else 4, 4, 1))
+    many, four, one = (_sweeps(height, lanes) for height in (8 if registers == 32 else 6, 4, 1))
 
     @numba.njit(nogil=True)
     def add_product(
@@ -192,7 +192,41 @@ def _make(dtype: Any) -> Any:
     return add_product
 
 
-add_product: Any = _Made(_make)
+add_product: Any = _Made(_make_product)
 """c[c_at + m * c_row + n] += the sum over k of a[a_at + m * a_row + k * a_col] b[b_at + k * b_row + n], for m < M, n < N, k < K,
 all counted from an array's first element: add_product(a, a_at, a_row, a_col, b, b_at, b_row, c, c_at, c_row, M, N, K). The sum
 runs in the order of k, whatever M and N are, from what c holds. c is no part of a or b."""
+
+
+def _make_fetch(dtype: Any) -> Any:
+    from llvmlite import binding, ir
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    # Intel's own prefetchers end at each page of 4 KiB; others look ahead far enough, and asking them costs more than it brings.
+    others = ("zn", "bd", "bt", "amd", "athlon", "opteron", "k8", "generic")
+    intel = binding.get_process_triple().startswith("x86") and not binding.get_host_cpu_name().startswith(others)
+    ahead = (8 << 10) // np.dtype(dtype).itemsize if intel else 0
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array, at = values
+        if ahead:
+            data = context.make_array(signature.args[0])(context, builder, array).data
+            place = builder.gep(data, [builder.add(at, ir.Constant(at.type, ahead))])
+            byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            function = builder.module.declare_intrinsic(
+                "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+            )
+            how = [ir.Constant(i32, n) for n in (0, 3, 1)]  # to be read, into the nearest cache, data
+            builder.call(function, [builder.bitcast(place, byte), *how])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def fetch(typing: Any, array: Any, at: Any) -> Any:
+        return types.void(array, types.int64), build
+
+    return fetch
+
+
+fetch: Any = _Made(_make_fetch)
+"""fetch(array, at): the line of memory some way behind array[at] will be read soon; it may lie behind the array."""
