@@ -31,8 +31,8 @@ static inline int64_t hl_grain(double work_per_item)
 void hl_note(const char *algorithm);
 
 /* How far ahead, in bytes, a loop that streams through memory asks for what it reads. Intel's own prefetchers end at each
- * page, and its third cache is far: there sums of columns take 1.5 and softmax 1.2 to 1.6 times as long without. AMD's
- * (Zen 4) do better alone: 0. */
+ * page, and its third cache is far: sums of columns, softmax and pooling wait for memory without. AMD's (Zen 4) do better
+ * alone: 0. */
 extern int64_t hl_ahead;
 
 /* Asked every 50 ms by the thread that called; set by the extension module, NULL in plain C programs. */

@@ -162,7 +162,7 @@ def _compiler() -> Any:
     """Numba's compiler, but for two things.
 
     A kernel uses the widest vectors there are: for Intel's processors LLVM prefers halves, because a few wide operations among
-    others once slowed them all down; loops that are nothing else take up to half the time with whole ones.
+    others once slowed them all down; loops that are nothing else are faster with whole ones.
 
     References to arrays that are arguments are not counted, nor those to their views: who calls holds them. Threads would
     take turns at every slice. A function that returns arrays counts as ever.

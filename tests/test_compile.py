@@ -110,7 +110,7 @@ def test_product_by_vectors(cpu, features, tmp_path):
     """Bit for bit, for the registers of this processor and of lesser ones."""
     has = importlib.import_module("llvmlite.binding").get_host_cpu_features()
     if any(not has.get(name[1:]) for name in filter(None, features.split(","))):
-        pytest.skip(f"this processor has not {features}")
+        pytest.skip(f"code for {features} does not run on this processor")
     environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features} if cpu else {}
     finish(start(tmp_path, PRODUCT, **environment))
 

@@ -25,14 +25,12 @@ def turn(x, s0, n, tile):
     tile[:, n:] = real(0)
 
 
-# c[m] += sum over k < depth of a[m, k0 + k] b[b0 + k] for m0 <= m < m1; rows of b and c are in one piece.
+# c[m] += sum over k < depth of a[m, k] b[b0 + k] for m < rows; a row of b or c lies in one piece.
 @inline
-def product(a, b, c, m0, m1, k0, b0, depth):
+def product(a, b, c, rows, b0, depth):
     size = c.itemsize
     a_row, a_col, b_row, c_row = a.strides[0] // size, a.strides[1] // size, b.strides[0] // size, c.strides[0] // size
-    add_product(
-        a, m0 * a_row + k0 * a_col, a_row, a_col, b, b0 * b_row, b_row, c, m0 * c_row, c_row, m1 - m0, c.shape[1], depth
-    )  # fmt: skip
+    add_product(a, 0, a_row, a_col, b, b0 * b_row, b_row, c, 0, c_row, rows, c.shape[1], depth)
 
 
 # c[m] += sum of a[m, k] b[b0 + k] without the products of weights 0: what is hidden may be NaN.
@@ -116,7 +114,7 @@ def attention(begin, end, q, k, v, bias, allowed, y, lse, scale, softcap, left, 
             else:
                 turn(k[b, g], s0, n, tile)
                 p[:, :] = real(0)
-                product(q[b, h, first:last], tile, p, 0, rows, 0, 0, q.shape[3])
+                product(q[b, h, first:last], tile, p, rows, 0, q.shape[3])
             finish_scores(p, p, rows, n, bias, allowed, mb, mh, first, s0, scale, softcap, left, right)
             for i in range(rows):
                 high = larger(top[i], row_max(p[i], lanes))
@@ -137,7 +135,7 @@ def attention(begin, end, q, k, v, bias, allowed, y, lse, scale, softcap, left, 
             if has_nonfinite(v[b, g], s0, s0 + n):
                 product_of_seen(p, v[b, g], out, rows, s0, n)
             else:
-                product(p, v[b, g], out, 0, rows, 0, s0, n)
+                product(p, v[b, g], out, rows, s0, n)
         for i in range(rows):
             lse[b, h, first + i] = top[i] + math.log(total[i])
             share = real(1) / total[i] if total[i] != real(0) else real(0)
@@ -160,7 +158,7 @@ def attention_weights(begin, end, q, k, bias, allowed, lse, w, scale, softcap, l
             n = min(KEYS, S - s0)
             turn(k[b, g], s0, n, tile)
             p[:, :] = real(0)
-            product(q[b, h, first:last], tile, p, 0, rows, 0, 0, q.shape[3])
+            product(q[b, h, first:last], tile, p, rows, 0, q.shape[3])
             finish_scores(p, p, rows, n, bias, allowed, mb, mh, first, s0, scale, softcap, left, right)
             for i in range(rows):
                 below = lse[b, h, first + i]
@@ -218,8 +216,8 @@ def attention_backward(
                     rows = last - first
                     qs, gs = q[b, h, first:last], gy[b, h, first:last]
                     p[:, :], ds[:, :] = real(0), real(0)
-                    product(qs, tile, p, 0, rows, 0, 0, D)
-                    product(gs, value_tile, ds, 0, rows, 0, 0, E)
+                    product(qs, tile, p, rows, 0, D)
+                    product(gs, value_tile, ds, rows, 0, E)
                     finish_scores(p, capped, rows, n, bias, allowed, mb, mh, first, s0, scale, softcap, left, right)
                     at = ((b * H + h) * L + first) * S + s0
                     gradient_of_scores(p, ds, rows, n, lse[b, h, first:last], delta[first:last], at, S, drop, keep_scale, seed)
@@ -235,9 +233,9 @@ def attention_backward(
                         product_of_seen(ds.T, qs, gk[b, g, s0 : s0 + n], n, 0, rows)
                         product_of_seen(p.T, gs, gv[b, g, s0 : s0 + n], n, 0, rows)
                     else:
-                        product(ds, k[b, g], gq[b, h, first:last], 0, rows, 0, s0, n)
-                        product(ds.T, qs, gk[b, g, s0 : s0 + n], 0, n, 0, 0, rows)
-                        product(p.T, gs, gv[b, g, s0 : s0 + n], 0, n, 0, 0, rows)
+                        product(ds, k[b, g], gq[b, h, first:last], rows, s0, n)
+                        product(ds.T, qs, gk[b, g, s0 : s0 + n], n, 0, rows)
+                        product(p.T, gs, gv[b, g, s0 : s0 + n], n, 0, rows)
 
 
 # Parallel over the batches and heads of the mask; a task adds up all batches, heads and queries that share its elements.
@@ -270,8 +268,8 @@ def attention_grad_bias(begin, end, q, k, v, bias, y, lse, gy, gbias, scale, sof
                             total += gy[b, h, first + i, e] * y[b, h, first + i, e]
                         delta[i] = total
                     p[:, :], ds[:, :] = real(0), real(0)
-                    product(q[b, h, first:last], tile, p, 0, rows, 0, 0, D)
-                    product(gy[b, h, first:last], value_tile, ds, 0, rows, 0, 0, E)
+                    product(q[b, h, first:last], tile, p, rows, 0, D)
+                    product(gy[b, h, first:last], value_tile, ds, rows, 0, E)
                     finish_scores(p, p, rows, n, bias, everything, mb, mh, first, s0, scale, softcap, left, right)
                     at = ((b * H + h) * L + first) * S + s0
                     gradient_of_scores(p, ds, rows, n, lse[b, h, first:last], delta, at, S, drop, keep_scale, seed)

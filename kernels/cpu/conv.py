@@ -1,8 +1,8 @@
 """Convolution, its gradients, and the patches that it is made of.
 
 Where a group has four filters or more, everything is a matrix product on panels of TILE positions: the patches of a tile
-(never of the whole image) are packed into rows that the product reads one after the other. With fewer
-filters (depthwise) packing would cost more than the product: then a padded plane is swept once for every few taps.
+(never of the whole image) are packed into rows that the product reads one after the other. With fewer filters (depthwise)
+packing would cost more than the product: then a padded plane is swept once for every few taps.
 """
 
 import math
@@ -137,19 +137,19 @@ def _multiply_tile(w, per_filter, at, depth, b, f_begin, f_end, panel, sums, y, 
     """The products of a tile's panel and the weights w[f * per_filter + at + k], k < depth, written where the positions are in
     y[n, f, s]: with the bias if these are the first of several, added if not. Those of several images are summed in `sums`."""
     at, filters, pitch = at + f_begin * per_filter, f_end - f_begin, TILE
-    to, start, whole = sums, 0, first % size + count > size
-    if not whole:
+    to, start, several = sums, 0, first % size + count > size
+    if not several:
         to, start, pitch = y, (first // size * F + f_begin) * size + first % size, size
     for f in range(filters if is_first else 0):
         fill_block(to, start + f * pitch, 0, 1, count, b[f_begin + f] if len(b) else real(0))
-    if whole and not is_first:
+    if several and not is_first:
         _move_tile(y, sums, True, f_begin, filters, F, size, first, count)
     add_product(w, at, per_filter, 1, panel, 0, TILE, to, start, pitch, filters, count, depth)
     for f in range(filters if activation else 0):
         line = to[start + f * pitch : start + f * pitch + count]
         for t in range(count):
             line[t] = activate(line[t], activation)
-    if whole:
+    if several:
         _move_tile(y, sums, False, f_begin, filters, F, size, first, count)
 
 
