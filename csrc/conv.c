@@ -424,6 +424,10 @@ static int begin_panels(const conv_job *j, int64_t depth, hl_pack *pack)
 /* The vectors to copy from the planes for `width` positions from s on. The last of a row copies beyond it; what follows
  * in the panel is written later. */
 typedef struct { int64_t from, to; } copy;
+static int64_t base_of(const box *b, const planes *p, int64_t s)
+{
+    return row_base(b, p, s / b->size[2]) + s % b->size[2];
+}
 static int64_t list_copies(const box *b, const planes *p, int64_t s, int64_t width, copy *copies)
 {
     int64_t n = 0, done = 0, row = s / b->size[2], column = s % b->size[2];
@@ -475,24 +479,14 @@ static source source_of(const product *t, int64_t task)
     return (source){j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + first, last - first + 1};
 }
 
-/* What the products of a panel fetch meanwhile: the same panel where x is its own plane, lines of all channels; else a
- * channel a tile, over all panels. */
-static void fetch_soon(const product *t, const source *soon, int64_t panel_from, int64_t tiles_before, int64_t step,
-                       int64_t depth, gemm_out *out)
+/* What the products of a panel of planes fetch meanwhile: a channel of what comes next a tile, over all panels. */
+static void fetch_planes(const product *t, const source *soon, int64_t tiles_before, int64_t depth, gemm_out *out)
 {
-    int64_t S = inputs_of(t->j), channels = depth / taps_of(t->j);
-    enum { LINE = 64 / (int)sizeof(real) };
-    if (t->flat) {
-        out->ahead = soon->first + panel_from;
-        out->ahead_tile = LINE;
-        out->ahead_k = S;
-        out->ahead_tiles = ceil_div(step, LINE);
-    } else {
-        out->ahead = soon->first + tiles_before * S;
-        out->ahead_tile = S;
-        out->ahead_k = ceil_div(soon->count, depth);
-        out->ahead_tiles = channels - tiles_before;
-    }
+    int64_t S = inputs_of(t->j);
+    out->ahead = soon->first + tiles_before * S;
+    out->ahead_line = S;
+    out->ahead_k = ceil_div(soon->count, depth);
+    out->ahead_lines = depth / taps_of(t->j) - tiles_before;
 }
 
 static int product_tasks(int64_t begin, int64_t end, void *context)
@@ -552,8 +546,11 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
                 int aligned = ((uintptr_t)(y + s) | (uintptr_t)y_row * sizeof(real)) % HL_VLEN == 0;
                 gemm_out out = {.c = y + s, .c_row = y_row, .past_cache = t->past_cache && dense && aligned};
-                if (soon.first && depth)
-                    fetch_soon(t, &soon, copies[0].from, s / GEMM_COLUMNS * (filters / GEMM_ROWS), step, depth, &out);
+                if (t->flat && s + step < positions)
+                    gemm_fetch_columns(&out, from + base_of(&b, &p, s + step), S, step);
+                else if (t->flat && soon.first) gemm_fetch_columns(&out, soon.first, S, step);
+                else if (soon.first && depth)
+                    fetch_planes(t, &soon, s / GEMM_COLUMNS * (filters / GEMM_ROWS), depth, &out);
                 if (k) {
                     out.add = out.c;
                     out.add_row = y_row;

@@ -91,25 +91,25 @@ void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stri
 
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
  * pay where strides are constants: addresses are then part of the instructions, and a processor that shares its core with
- * another one has a tenth less to do; but only where registers are left over. `panel`: where B is packed on the way;
- * `ahead`: what is fetched; or NULL. */
+ * another one has a tenth less to do; but only where registers are left over. `panel`: where B is packed on the way, or
+ * NULL. `ahead`: what is fetched, or NULL; two steps fetch the lines `ahead_second` apart, the next two what lies `ahead_pair`
+ * on. */
 #if defined(__AVX512F__)
 enum { GEMM_STEPS = 4 };
 #else
 enum { GEMM_STEPS = 1 };
 #endif
-static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors,
-                                                                int64_t K, const real *a, const int64_t a_row,
-                                                                const int64_t a_col, const real *b, const int64_t b_row,
-                                                                real *panel, const real *ahead, int64_t ahead_k,
-                                                                vreal sum[GEMM_ROWS][GEMM_VECTORS])
+static inline __attribute__((always_inline)) void
+gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, const real *a, const int64_t a_row,
+              const int64_t a_col, const real *b, const int64_t b_row, real *panel, const real *ahead,
+              int64_t ahead_pair, int64_t ahead_second, vreal sum[GEMM_ROWS][GEMM_VECTORS])
 {
     /* Addresses of the rows: so few that all are in registers. */
     const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
     for (int64_t k = 0; k < K; k += steps) {
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
-            if (ahead) __builtin_prefetch(ahead + s * ahead_k, 0, 2);
+            if (ahead) __builtin_prefetch(ahead + s / 2 * ahead_pair + s % 2 * ahead_second, 0, 2);
             vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) {
@@ -124,7 +124,7 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
         }
         a += steps * a_col, a3 += steps * a_col, a6 += steps * a_col, b += steps * b_row;
         if (panel) panel += steps * vectors * LANES;
-        if (ahead) ahead += steps * ahead_k;
+        if (ahead) ahead += steps == 1 ? ahead_second : steps / 2 * ahead_pair;
     }
 }
 
@@ -136,11 +136,21 @@ typedef struct {
     int64_t add_row;
     const real *row_bias; /* [rows] or NULL */
     int past_cache; /* whole vectors are written past the cache: c and c_row are multiples of HL_VLEN bytes */
-    /* What is packed next: each of the first `ahead_tiles` tiles fetches the line at ahead + tile * ahead_tile + k * ahead_k
-     * while it multiplies step k. */
+    /* What is packed next, as far as there are tiles to fetch it while they multiply: `ahead_lines` times, ahead_line
+     * elements apart, one line of the cache for each k, ahead_k apart. */
     const real *ahead;
-    int64_t ahead_tile, ahead_k, ahead_tiles;
+    int64_t ahead_line, ahead_k, ahead_lines;
 } gemm_out;
+
+/* Fetches `columns` columns of a matrix that go on behind those of the block: of their first line a part has come with it. */
+static inline void gemm_fetch_columns(gemm_out *o, const real *b, int64_t b_row, int64_t columns)
+{
+    enum { LINE = 64 / (int)sizeof(real) };
+    o->ahead = b + (LINE - 1);
+    o->ahead_line = LINE;
+    o->ahead_k = b_row;
+    o->ahead_lines = (columns + LINE - 1) / LINE;
+}
 
 /* One block of C from panels: a holds the row panels one after the other ([row][depth] in size), b the column panels
  * ([round_up(columns, LANES)][depth]). Where b_row is not 0, b is the matrix itself, columns side by side, rows b_row

@@ -151,11 +151,17 @@ static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile
         }
 }
 
-/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what o names is fetched. */
+/* What a tile fetches (gemm_multiply). */
+typedef struct {
+    const real *first;
+    int64_t pair, second;
+} tile_ahead;
+
+/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what `ahead` names is fetched. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const int packs,
                                                        const int fetches, int64_t columns, int64_t K, const real *a,
                                                        int64_t a_row, const real *b, int64_t b_row, real *panel,
-                                                       const gemm_out *o)
+                                                       const tile_ahead *ahead, const gemm_out *o)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
 #pragma GCC unroll 8
@@ -184,16 +190,17 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
     }
-    const real *ahead = fetches ? o->ahead : NULL;
+    const real *line = fetches ? ahead->first : NULL;
+    int64_t pair = fetches ? ahead->pair : 0, second = fetches ? ahead->second : 0;
     if (rows == GEMM_ROWS && !packs && b_row == vectors * LANES) {
         k = K / GEMM_STEPS * GEMM_STEPS;
 #define WHOLE_STEPS(row, col) \
-    gemm_multiply(GEMM_STEPS, rows, vectors, k, a, row, col, b, vectors *LANES, NULL, ahead, o->ahead_k, sum)
+    gemm_multiply(GEMM_STEPS, rows, vectors, k, a, row, col, b, vectors *LANES, NULL, line, pair, second, sum)
         a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
         a += k * a_col, b += k * b_row;
-        if (fetches) ahead += k * o->ahead_k;
+        if (fetches) line += k / 2 * pair;
     }
-    gemm_multiply(1, rows, vectors, K - k, a, a_row, a_col, b, b_row, packs ? panel : NULL, ahead, o->ahead_k, sum);
+    gemm_multiply(1, rows, vectors, K - k, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, pair, second, sum);
     if (o->row_bias)
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -222,12 +229,12 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 }
 
 typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, int64_t b_row,
-                        real *panel, const gemm_out *o);
+                        real *panel, const tile_ahead *ahead, const gemm_out *o);
 #define TILE_AS(name, r, v, packs, fetches) \
     static void name##_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, \
-                                 int64_t b_row, real *panel, const gemm_out *o) \
+                                 int64_t b_row, real *panel, const tile_ahead *ahead, const gemm_out *o) \
     { \
-        tile(r, v, packs, fetches, columns, K, a, a_row, b, b_row, panel, o); \
+        tile(r, v, packs, fetches, columns, K, a, a_row, b, b_row, panel, ahead, o); \
     }
 #define TILE(r, v) TILE_AS(tile, r, v, 0, 0)
 #define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
@@ -261,16 +268,29 @@ WHOLE_TILES(packing, 1, 0)
 WHOLE_TILES(fetching, 0, 1)
 WHOLE_TILES(packing_fetching, 1, 1)
 
+/* What tile t of `tiles` fetches. Two tiles share the lines that one could: one line each other step leaves the ways to the
+ * caches free for the products. Not the first, which may pack. Where the tiles are too few, each fetches at every step. */
+static tile_ahead fetched(const gemm_out *o, int64_t t, int64_t tiles, int64_t depth)
+{
+    if (GEMM_STEPS > 1 && tiles > 2 * o->ahead_lines) {
+        int64_t half = t - 1;
+        if (half < 0 || half >= 2 * o->ahead_lines) return (tile_ahead){0};
+        return (tile_ahead){o->ahead + half / 2 * o->ahead_line + half % 2 * (depth / 2) * o->ahead_k, o->ahead_k, 0};
+    }
+    if (t >= o->ahead_lines) return (tile_ahead){0};
+    return (tile_ahead){o->ahead + t * o->ahead_line, 2 * o->ahead_k, o->ahead_k};
+}
+
 /* a_row is 0 for packed panels; else A is read where it lies, a[m * a_row + k]. B is in packed `panels`, unless b_row is
  * the row stride of a B whose columns (full vectors only) lie side by side: then the first tile packs them into `panels`
  * for the others, or without `panels` all read them where they lie. */
 static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
                   int64_t b_row, real *panels, const gemm_out *out)
 {
-    /* Where the processor fetches little by itself, each step of a tile fetches a share of the panel that comes next, if
-     * the panels may not all be in the second cache. */
+    /* Where the processor fetches little by itself, tiles fetch the panel that comes next, if the panels may not all be in
+     * the second cache. */
     enum { NEAR = (128 << 10) / (int)sizeof(real) };
-    const int fetches_panels = hl_ahead && !b_row && !out->ahead_tiles && columns * depth >= NEAR;
+    const int fetches_panels = hl_ahead && !out->ahead_lines && columns * depth >= NEAR;
     for (int64_t n = 0, step; n < columns;
          n += step) { /* a panel of B stays in the first cache, A streams from the second */
         step = gemm_columns(columns - n);
@@ -282,26 +302,27 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
             packs = 0;
         }
         const real *bn = b_row ? b + n : b + n * depth;
-        int64_t share = fetches_panels && n + step < columns ? step * GEMM_ROWS / max64(rows, GEMM_ROWS) : 0;
+        gemm_out next = *out;
+        int fetches_next = fetches_panels && n + step < columns;
+        int64_t share = fetches_next && !b_row ? step * GEMM_ROWS / max64(rows, GEMM_ROWS) : 0;
+        if (fetches_next && packs) gemm_fetch_columns(&next, bn + step, b_row, step);
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
-            int fetches = (t < out->ahead_tiles || share) && height == GEMM_ROWS;
             gemm_out o = {.c = out->c + m * out->c_row + n,
                           .c_row = out->c_row,
                           .add = out->add ? out->add + m * out->add_row + n : NULL,
                           .add_row = out->add_row,
                           .past_cache = out->past_cache,
-                          .row_bias = out->row_bias ? out->row_bias + m : NULL,
-                          .ahead = share     ? bn + depth * (step + t * share)
-                                   : fetches ? out->ahead + t * out->ahead_tile
-                                             : NULL,
-                          .ahead_k = share ? share : out->ahead_k};
+                          .row_bias = out->row_bias ? out->row_bias + m : NULL};
+            tile_ahead ahead = {0};
+            if (share) ahead = (tile_ahead){bn + depth * (step + t * share), 2 * share, share};
+            else if (height == GEMM_ROWS) ahead = fetched(&next, t, rows / GEMM_ROWS, depth);
             tile_fn fn = tiles[vectors - 1][height - 1];
-            if (packs && !m) fn = fetches ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
-            else if (fetches) fn = fetching_tiles[vectors - 1];
+            if (packs && !m) fn = ahead.first ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
+            else if (ahead.first && height == GEMM_ROWS) fn = fetching_tiles[vectors - 1];
             int lies = b_row && (!panels || (packs && !m));
             fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row, lies || !b_row ? bn : panel,
-               lies ? b_row : 0, panel, &o);
+               lies ? b_row : 0, panel, &ahead, &o);
         }
     }
 }
@@ -407,6 +428,12 @@ static int is_axpy(const gemm_call *g) { return !g->packed_b && g->M == 1 && g->
  * rest; 96 is a multiple of both tile heights. */
 enum { BLOCK_ROWS = 96, BLOCK_COLUMNS = 768 / GEMM_COLUMNS * GEMM_COLUMNS };
 
+/* Few rows do not repay packing a B whose rows are contiguous. Of a B that is not near, some rows at a time, each from end to
+ * end: so many streams the processor follows and fetches ahead. */
+enum { IN_PLACE_ROWS = 2 * GEMM_ROWS, STREAMS = 16 };
+static int is_in_place(const gemm_call *g) { return !g->packed_b && g->b_col == 1 && g->M <= IN_PLACE_ROWS; }
+static int is_far(const gemm_call *g) { return g->K * g->b_row > (8 << 20) / (int64_t)sizeof(real); }
+
 /* C[m0:m1, n0:n1], cut as gemm_rows and gemm_columns allow. */
 static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
 {
@@ -418,8 +445,8 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
     }
     int64_t depth_max = gemm_depth(g->K), rows_max = min64(m1 - m0, BLOCK_ROWS + 2 * GEMM_ROWS),
             columns_max = min64(n1 - n0, BLOCK_COLUMNS + 2 * GEMM_COLUMNS);
-    /* Few rows do not repay packing a B whose rows are contiguous. */
-    int in_place = !g->packed_b && g->b_col == 1 && g->M <= GEMM_ROWS;
+    int in_place = is_in_place(g);
+    if (in_place && is_far(g)) depth_max = min64(depth_max, STREAMS);
     int packs = !g->packed_b && g->b_col == 1 && !in_place; /* tiles, on the way */
     /* Rows of A are read where they lie: a tile's 8 streams are no slower than a panel. Columns are packed. */
     int64_t a_row = g->a_col == 1 ? g->a_row : 0;
@@ -491,7 +518,8 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
 static void choose_blocks(gemm_job *j)
 {
     const gemm_call *g = j->call;
-    if (is_axpy(g)) { /* each column has its own sum, however they are cut; B is best read in long pieces of rows */
+    /* Each column has its own sum, however they are cut; B is best read in long pieces of rows. */
+    if (is_axpy(g) || (is_in_place(g) && is_far(g))) {
         j->row_blocks = 1;
         j->column_blocks = max64(min64(g->N / 256, hl_num_threads(0)), 1);
         return;

@@ -98,6 +98,20 @@ def test_bad_matmul(shapes):
         hl.matmul(*(np.zeros(s) for s in shapes))
 
 
+@pytest.mark.parametrize("rows", [2, 7, 8, 13, 16, 17])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_few_rows_against_a_matrix_beyond_the_caches(rows, dtype, host_backend):
+    """Its rows are taken a few at a time, from end to end; also where they are a part of a wider matrix. Sums are exact."""
+    rng = np.random.default_rng(rows)
+    a = rng.integers(-4, 5, (rows, 1063)).astype(dtype)
+    b = rng.integers(-4, 5, (1063, 2050)).astype(dtype)
+    for columns in (slice(None), slice(3, 1006)):
+        expected = a @ b[:, columns]
+        for threads in (1, 2):
+            with hl.num_threads(threads):
+                assert_same_bits(hl.matmul(a, b[:, columns]), expected, f"{threads} threads")
+
+
 # --------------------------------------------------------------------------------------------------------------- dropout
 
 
