@@ -177,19 +177,6 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     int64_t a_col = a_row ? 1 : rows, k = 0;
     if (!a_row) a_row = 1;
     if (!b_row) b_row = vectors * LANES;
-    if (rows == 1) { /* so few sums would wait for each other: those of every other k are apart */
-        vreal odd[GEMM_VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) odd[v] = splat((real)0);
-        for (; k + 2 <= K; k += 2, a += 2, b += 2 * b_row)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
-                sum[0][v] += splat(a[0]) * load(b + v * LANES);
-                odd[v] += splat(a[1]) * load(b + b_row + v * LANES);
-            }
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[0][v] += odd[v];
-    }
     const real *line = fetches ? ahead->first : NULL;
     int64_t pair = fetches ? ahead->pair : 0, second = fetches ? ahead->second : 0;
     if (rows == GEMM_ROWS && !packs && b_row == vectors * LANES) {
@@ -422,6 +409,73 @@ static int is_dot(const gemm_call *g)
 }
 static int is_axpy(const gemm_call *g) { return !g->packed_b && g->M == 1 && g->b_col == 1; }
 
+/* One row against panels, several in one pass over k: the processor waits where a pass ends. */
+enum { ROW_PANELS = 3, ROW_VECTORS = ROW_PANELS * GEMM_VECTORS };
+
+/* total[...] += a[1, K] times `panels` panels, the last of `last` vectors. The sums of every other k are apart. */
+static inline __attribute__((always_inline)) void row_pass(const int panels, const int last, int64_t K, const real *a,
+                                                           int64_t a_col, const real *b, vreal total[ROW_VECTORS])
+{
+    vreal sum[2][ROW_VECTORS];
+    for (int v = 0; v < ROW_VECTORS; v++) sum[0][v] = sum[1][v] = splat((real)0);
+#define ROW_STEP(s) \
+    { \
+        vreal ak = splat(a[(k + s) * a_col]); \
+        _Pragma("GCC unroll 3") for (int p = 0; p < panels; p++) \
+        { \
+            const int vectors = p + 1 < panels ? GEMM_VECTORS : last; \
+            const real *bk = b + p * GEMM_COLUMNS * K + (k + s) * vectors * LANES; \
+            _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) sum[s][p * GEMM_VECTORS + v] += \
+                ak * load(bk + v * LANES); \
+        } \
+    }
+    int64_t k = 0;
+    for (; k + 2 <= K; k += 2) {
+        ROW_STEP(0)
+        ROW_STEP(1)
+    }
+    if (k < K) ROW_STEP(0)
+    for (int v = 0; v < (panels - 1) * GEMM_VECTORS + last; v++) total[v] += sum[0][v] + sum[1][v];
+}
+
+static void row_range(const gemm_call *g, int64_t n0, int64_t n1)
+{
+    int64_t depth_max = gemm_depth(g->K);
+    for (int64_t n = n0, columns; n < n1; n += columns) {
+        int panels = 0, last;
+        columns = 0;
+        do {
+            int64_t step = gemm_columns(n1 - n - columns);
+            last = (int)(step / LANES), columns += step, panels++;
+        } while (last == GEMM_VECTORS && panels < ROW_PANELS && n + columns < n1);
+        vreal total[ROW_VECTORS];
+        for (int v = 0; v < ROW_VECTORS; v++) total[v] = splat((real)0);
+        for (int64_t k = 0, depth; k < g->K; k += depth) {
+            depth = min64(depth_max, g->K - k);
+            const real *a = g->a + k * g->a_col, *b = g->packed_b + k * round_up(g->N, LANES) + n * depth;
+            switch (panels * 4 + last) {
+#define PASS(p, l) \
+    case p * 4 + l: row_pass(p, l, depth, a, g->a_col, b, total); break;
+#define PASSES(p) PASS(p, 1) PASS(p, 2)
+                PASSES(1)
+                PASSES(2) PASSES(3)
+#if HL_REGISTERS == 32
+                    PASS(1, 3) PASS(2, 3) PASS(3, 3)
+#endif
+            }
+        }
+        for (int64_t i = 0; n + i < n1 && i < columns; i += LANES) {
+            int64_t count = min64(LANES, n1 - n - i);
+            real *c = g->c + n + i;
+            vreal sum = total[i / LANES];
+            if (g->accumulate) sum += load_part(c, count, (real)0);
+            if (g->column_bias) sum += load_part(g->column_bias + n + i, count, (real)0);
+            if (g->row_bias) sum += splat(g->row_bias[0]);
+            store_part(c, count, sum);
+        }
+    }
+}
+
 /* ---- blocks ---- */
 
 /* A block of A (96 x 256) fills a tenth of a second-level cache of 1 MiB in float32, a block of B (256 x about 768) the
@@ -438,8 +492,9 @@ static int is_far(const gemm_call *g) { return g->K * g->b_row > (8 << 20) / (in
 static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
 {
     if (m0 >= m1 || n0 >= n1) return HL_OK;
-    if (is_dot(g) || is_axpy(g)) { /* all rows */
-        is_dot(g) ? dot_range(g, n0, n1) : axpy_range(g, n0, n1);
+    int is_row = g->packed_b && g->M == 1;
+    if (is_row || is_dot(g) || is_axpy(g)) { /* all rows */
+        is_row ? row_range(g, n0, n1) : is_dot(g) ? dot_range(g, n0, n1) : axpy_range(g, n0, n1);
         activate_rows(g->activation, g->M, n1 - n0, g->c + n0, g->c_row);
         return HL_OK;
     }

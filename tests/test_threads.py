@@ -58,6 +58,35 @@ def test_same_bits_for_any_number_of_threads(name, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_same_bits_wherever_arrays_lie(name, backend):
+    """Compilers make two loops of one: of vectors, and another for arrays that lie close to each other."""
+    if not has(name, backend):
+        pytest.skip(f"no {backend} version")
+    record = spec.find(name)
+    kernel = _dispatch.adapter(backend).prepare(record, np.dtype(np.float32))
+    for case in CASES[name]:
+        arrays, sizes, scalars = build(record, case, "float32", "normal")
+        there = [i for i, a in enumerate(arrays) if a is not None]
+        if sum(arrays[i].nbytes for i in there) > 1 << 15:
+            continue
+        results = []
+        for order, gap in ((there, 4096), (there, 0), (there[::-1], 0)):
+            memory = np.empty(sum(arrays[i].nbytes + gap + 16 for i in there) + 64, np.uint8)
+            placed, at = [None] * len(arrays), -memory.ctypes.data % 64
+            for i in order:
+                end = at + arrays[i].nbytes
+                placed[i] = memory[at:end].view(arrays[i].dtype).reshape(arrays[i].shape)
+                placed[i][...] = arrays[i]
+                at = -(-end // 16) * 16 + gap
+            kernel(tuple(placed), sizes, scalars)
+            results.append([placed[i] for i in there])
+        for moved in results[1:]:
+            for a, b in zip(moved, results[0], strict=True):
+                assert_same_bits(a, b, f"{name}, case {case.id}, other places")
+
+
+@pytest.mark.parametrize("backend", FAST)
 def test_many_python_threads_at_once(backend):
     names = [name for name in sorted(CASES) if has(name, backend)]
     expected = {name: run(name, backend, CASES[name][-1]) for name in names}

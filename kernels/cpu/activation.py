@@ -110,9 +110,11 @@ def softmax(begin, end, x, y):
         for m in range(begin, end):
             high, s = row_max(rows[m], lanes), real(0)
             for k in range(K):
-                e = exp_below(rows[m, k] - high)
-                out[m, k] = e
-                s += e
+                out[m, k] = exp_below(rows[m, k] - high)
+            # Apart: a loop that writes, too, is one of vectors only where the arrays do not lie close to each other, and
+            # the order of its sum would depend on that.
+            for k in range(K):
+                s += out[m, k]
             s = real(1) / s
             for k in range(K):
                 out[m, k] *= s
