@@ -456,11 +456,16 @@ static void row_range(const gemm_call *g, int64_t n0, int64_t n1)
             switch (panels * 4 + last) {
 #define PASS(p, l) \
     case p * 4 + l: row_pass(p, l, depth, a, g->a_col, b, total); break;
-#define PASSES(p) PASS(p, 1) PASS(p, 2)
-                PASSES(1)
-                PASSES(2) PASSES(3)
+                PASS(1, 1)
+                PASS(1, 2)
+                PASS(2, 1)
+                PASS(2, 2)
+                PASS(3, 1)
+                PASS(3, 2)
 #if HL_REGISTERS == 32
-                    PASS(1, 3) PASS(2, 3) PASS(3, 3)
+                PASS(1, 3)
+                PASS(2, 3)
+                PASS(3, 3)
 #endif
             }
         }
