@@ -192,13 +192,15 @@ static inline __attribute__((always_inline)) vreal finished(vreal v, vreal by, i
     return logarithm ? v - by : v * by;
 }
 
+enum { ROW = 4096 };
+
 /* The next row's maximum is found between the two passes over a row: the second waits for the sum of the first, lane after
  * lane, and for a division. A result for memory passes through a row in the first cache, so that no line of y is fetched
  * before it is overwritten. */
 static inline __attribute__((always_inline)) void softmax_over(pointers p, int64_t K, int64_t n, int logarithm,
                                                                int past_cache)
 {
-    real row[BUFFER];
+    real row[ROW];
     vreal next = row_max(p.a, K);
     for (; n > 0; n--, p.a += K, p.y += K) {
         real *y = past_cache ? row : p.y;
@@ -339,7 +341,7 @@ static int slices(slices_job *j)
  * thread would be 10 % slower. */
 static int past_cache(int64_t M, int64_t K, int64_t I)
 {
-    return I == 1 && K <= BUFFER && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real);
+    return I == 1 && K <= ROW && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real);
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)

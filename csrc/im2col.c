@@ -111,29 +111,32 @@ static int unfold_planes(int64_t begin, int64_t end, void *context)
     const axis *h = &j->h, *w = &j->w;
     int moved =
         h->stride == 1 && w->stride == 1 && w->outputs == w->inputs && w->inputs >= LANES && w->inputs < INT32_MAX / 2;
-    /* Rows gather in a buffer in the first cache until they are worth a write past the caches. */
-    int64_t rows = w->outputs < BUFFER ? BUFFER / w->outputs : 1;
-    real *buffer = j->past_cache && !moved ? hl_take((size_t)(rows * w->outputs) * sizeof(real)) : NULL;
-    if (j->past_cache && !moved && !buffer) return HL_NOMEM;
+    int64_t have = 0;
+    real *to = j->to + begin * h->outputs * w->outputs, *buffer = NULL;
+    if (j->past_cache && !moved && !(buffer = hl_take((size_t)(BUFFER + w->outputs + LANES) * sizeof(real))))
+        return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t kw = i % w->taps, kh = i / w->taps % h->taps, plane = i / w->taps / h->taps * h->inputs * w->inputs;
-        real *to = j->to + i * h->outputs * w->outputs;
         if (moved) {
-            unfold_moved(j, plane, kh, kw, to);
+            unfold_moved(j, plane, kh, kw, j->to + i * h->outputs * w->outputs);
             continue;
         }
         int64_t lo = first_output(w, kw, 0), hi = max64(first_output(w, kw, w->inputs), lo);
-        for (int64_t o = 0; o < h->outputs; o += rows) {
-            int64_t n = min64(rows, h->outputs - o);
-            real *row = buffer ? buffer : to + o * w->outputs;
-            for (int64_t r = 0; r < n; r++) {
-                int64_t at = input_at(h, o + r, kh);
-                const real *from = at >= 0 && at < h->inputs ? j->from + plane + at * w->inputs : NULL;
-                unfold_row(w, kw, lo, hi, from, row + r * w->outputs);
+        for (int64_t o = 0; o < h->outputs; o++) {
+            int64_t at = input_at(h, o, kh);
+            const real *from = at >= 0 && at < h->inputs ? j->from + plane + at * w->inputs : NULL;
+            unfold_row(w, kw, lo, hi, from, buffer ? buffer + have : to);
+            if (!buffer) {
+                to += w->outputs;
+                continue;
             }
-            if (buffer) copy_past_cache(to + o * w->outputs, buffer, n * w->outputs);
+            have += w->outputs;
+            if (have < BUFFER) continue;
+            int64_t written = drain_past_cache(to, buffer, have);
+            to += written, have -= written;
         }
     }
+    if (buffer) copy_past_cache(to, buffer, have);
     if (j->past_cache) stream_end();
     hl_give(buffer);
     return HL_OK;
@@ -279,25 +282,35 @@ static int im2col_rows(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int64_t size = j->channels * h->taps * w->taps;
-    real *buffer = j->past_cache ? hl_take((size_t)size * sizeof(real)) : NULL;
-    if (j->past_cache && !buffer) return HL_NOMEM;
+    int64_t size = j->channels * h->taps * w->taps, have = 0;
+    real *to = j->to + begin * w->outputs * size, *buffer = NULL;
+    if (j->past_cache && !(buffer = hl_take((size_t)(BUFFER + size + LANES) * sizeof(real)))) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         const real *image = j->from + i / h->outputs * j->channels * h->inputs * w->inputs;
         int64_t top = input_at(h, i % h->outputs, 0);
         for (int64_t o = 0; o < w->outputs; o++) {
-            real *to = j->to + (i * w->outputs + o) * size;
             int64_t left = input_at(w, o, 0);
+            real *row = buffer ? buffer + have : to;
             switch (w->taps) { /* known to the compiler, the usual ones need no loop */
-            case 1: patch(j, image, top, left, 1, buffer ? buffer : to); break;
-            case 3: patch(j, image, top, left, 3, buffer ? buffer : to); break;
-            case 5: patch(j, image, top, left, 5, buffer ? buffer : to); break;
-            default: patch(j, image, top, left, w->taps, buffer ? buffer : to);
+            case 1: patch(j, image, top, left, 1, row); break;
+            case 3: patch(j, image, top, left, 3, row); break;
+            case 5: patch(j, image, top, left, 5, row); break;
+            default: patch(j, image, top, left, w->taps, row);
             }
-            if (buffer) copy_past_cache(to, buffer, size);
+            if (!buffer) {
+                to += size;
+                continue;
+            }
+            have += size;
+            if (have < BUFFER) continue;
+            int64_t written = drain_past_cache(to, buffer, have);
+            to += written, have -= written;
         }
     }
-    if (buffer) stream_end();
+    if (buffer) {
+        copy_past_cache(to, buffer, have);
+        stream_end();
+    }
     hl_give(buffer);
     return HL_OK;
 }

@@ -251,9 +251,9 @@ static inline __attribute__((always_inline)) void fetch_to_write(real *p, int64_
     if (ahead) __builtin_prefetch((char *)p + ahead, 1);
 }
 
-/* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of as
- * many elements as stay in the first cache. */
-enum { CACHE_BYTES = 8 << 20, BUFFER = 4096 };
+/* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of so
+ * many elements: few enough that memory takes them in while the next are made. */
+enum { CACHE_BYTES = 8 << 20, BUFFER = 256 };
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -275,5 +275,16 @@ static inline void copy_past_cache(real *to, const real *from, int64_t n)
     for (int64_t k = 0; k < head; k++) to[k] = from[k];
     for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
     for (; i < n; i++) to[i] = from[i];
+}
+
+/* The same for a buffer that goes on to be filled, with room for a vector behind: what is less than a vector at its end waits
+ * at its front. Returns how many were written. */
+static inline int64_t drain_past_cache(real *to, real *buffer, int64_t n)
+{
+    int64_t whole = n - (int64_t)((uintptr_t)(to + n) % HL_VLEN / sizeof(real));
+    if (whole <= 0) return 0;
+    copy_past_cache(to, buffer, whole);
+    store(buffer, load(buffer + whole));
+    return whole;
 }
 #endif

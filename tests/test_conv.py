@@ -512,6 +512,23 @@ def test_pointwise_result_beyond_the_caches(host_backend, dtype, width):
     assert_same(y, np.einsum("fc,nchw->nfhw", w[:, :, 0, 0], x) + bias[:, None, None], "y")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [(3, 1, 1), (3, 1, 0), (3, 2, 1), (7, 4, 3)])
+def test_patches_beyond_the_caches(host_backend, dtype, options, threads):
+    """They are written past them, in pieces that begin and end anywhere in a row."""
+    kernel, stride, padding = options
+    x = rng.integers(-8, 8, (2, 9 * stride**2, 117, 118)).astype(dtype)
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(2, 3))[:, :, ::stride, ::stride]
+    with hl.num_threads(threads):
+        unfolded = hl.unfold(x, kernel, stride=stride, padding=padding)
+        rows = hl.im2col(x, kernel, stride=stride, padding=padding)
+    assert unfolded.nbytes > 8 << 20
+    assert_same(unfolded, windows.transpose(0, 1, 4, 5, 2, 3).reshape(unfolded.shape), "unfold")
+    assert_same(rows, windows.transpose(0, 2, 3, 1, 4, 5).reshape(rows.shape), "im2col")
+
+
 def test_huge_options_that_mean_nothing(host_backend):
     """A stride past the only window, a dilation of a single tap."""
     x, w = normal(1, 2, 3, 3), normal(2, 2, 3, 3)

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from compare import assert_oracle, assert_same, assert_same_bits
+from conftest import host_backends
 
 import hotloops as hl
 
@@ -347,6 +348,22 @@ def test_unpool_refuses_indices(host_backend):
 def test_of_values_with_one_index_the_last_stays(host_backend):
     x = np.arange(1.0, 4001).reshape(1, 4000)
     assert hl.max_unpool1d(x, np.zeros((1, 4000), int), 2)[0, :2].tolist() == [4000, 0]
+
+
+@pytest.mark.parametrize(("width", "window"), [(160, (2, 2, 0)), (167, (3, 2, 1)), (166, (3, 1, 1)), (161, (5, 3, 2))])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradient_beyond_the_caches(dtype, width, window):
+    """It is written past them, in pieces that begin and end anywhere in a line. Sums are exact."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, 10, (3, 30, 161, width)).astype(dtype)
+    expected = None
+    for backend, threads in (("reference", 1), *((name, t) for name in host_backends() for t in (1, 2))):
+        with hl.backend(backend), hl.num_threads(threads):
+            y, pull = hl.vjp(lambda a: hl.max_pool2d(a, *window), x)
+            g = np.random.default_rng(1).integers(-9, 10, y.shape).astype(dtype)
+            gx = pull(g)[0]
+        expected = gx if expected is None else expected
+        assert_same(gx, expected, f"{backend}, {threads} threads")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

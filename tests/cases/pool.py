@@ -47,6 +47,7 @@ GEOMETRIES = [
     ("triples", {"M": 2, "sizes": (7, 66), "size": (3, 3)}),
     ("uneven", {"M": 2, "sizes": (5, 9), "size": (2, 3), "stride": (1, 2), "pad": (0, 1), "after": (1, 0)}),
     ("gaps", {"M": 2, "sizes": (4, 45), "size": (1, 2), "stride": (2, 3)}),
+    ("rows_apart", {"M": 2, "sizes": (9, 50), "size": (2, 3), "stride": (3, 2), "pad": (1, 1)}),
     ("dilated", {"M": 2, "sizes": (9, 40), "size": (3, 2), "stride": (1, 1), "pad": (1, 1), "dilation": (2, 3)}),
     ("dilated_stride", {"M": 2, "sizes": (8, 61), "size": (2, 3), "stride": (2, 2), "dilation": (3, 2)}),
     ("large_window", {"M": 2, "sizes": (20, 18), "size": (15, 17), "stride": (2, 1), "pad": (3, 2)}),
