@@ -602,130 +602,6 @@ static int pairs_rows(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* Windows of one slice of a plane that are not far apart and have few taps: a line of gx is summed from all rows of windows
- * that take it, a vector at a time, each tap's gradients where that tap was the largest. Of a stride of 2, the even and the
- * odd columns are two vectors. */
-static int by_lines(const windows *w)
-{
-    int64_t taps = w->kernel[1] * w->kernel[2];
-    return w->kernel[0] == 1 && w->size[0] == w->out[0] && !w->pad[0] && w->out[2] >= LANES && taps <= 2 * LANES &&
-           w->stride[2] <= 2 && w->dilation[1] == 1 && w->dilation[2] == 1;
-}
-
-/* A row of gradients and of the numbers of their taps, between margins of the tap -1; of those that take a line, `first` is
- * the number of the tap at its left end. */
-typedef struct {
-    const real *g;
-    const ireal *id;
-    ireal first;
-} back_row;
-
-/* What by_lines sums from, and to: `rows` rows with margins, then lines of gx side by side. */
-typedef struct {
-    int64_t before, row, rows;
-    real *g, *done;
-    ireal *id;
-} back_space;
-
-static int take_back(const windows *w, back_space *s)
-{
-    int64_t stride = w->stride[2], W = w->size[2];
-    s->before = round_up(w->kernel[2], LANES);
-    s->row = s->before + round_up(max64(w->out[2], (w->pad[2] + W) / stride + 1), LANES) + 2 * LANES;
-    for (s->rows = 1; s->rows < (w->kernel[1] - 1) / w->stride[1] + 3;) s->rows *= 2;
-    int64_t size = s->rows * s->row;
-    if (!(s->g = hl_take((size_t)(2 * size + BUFFER + W + 2 * LANES) * sizeof(real)))) return HL_NOMEM;
-    s->id = (ireal *)(s->g + size);
-    s->done = s->g + 2 * size;
-    memset(s->g, 0, (size_t)size * sizeof(real));
-    memset(s->id, -1, (size_t)size * sizeof(real));
-    return HL_OK;
-}
-
-/* odd = pad % stride. What goes beyond the end of the line belongs to the next one, which is written later. */
-static inline __attribute__((always_inline)) void line_back(const int64_t K, const int64_t stride, const int64_t odd,
-                                                            const int64_t n, const windows *w, const back_row *rows,
-                                                            real *to)
-{
-    const int64_t pad = w->pad[2] / stride;
-    for (int64_t i = 0; i < w->size[2]; i += stride * LANES) {
-        vreal sum[2] = {splat((real)0), splat((real)0)};
-#pragma GCC unroll 2
-        for (int64_t r = 0; r < n; r++)
-#pragma GCC unroll 2
-            for (int64_t v = 0; v < stride; v++)
-#pragma GCC unroll 3
-                for (int64_t k = (odd + v) % stride; k < K; k += stride) {
-                    int64_t o = i / stride + pad + (odd + v - k) / stride;
-                    vint here = (vint)load((const real *)rows[r].id + o) == rows[r].first + (ireal)k;
-                    sum[v] += (vreal)((vint)load(rows[r].g + o) & here);
-                }
-        if (stride == 1) store(to + i, sum[0]);
-        else {
-            store(to + i, zip_low(sum[0], sum[1]));
-            store(to + i + LANES, zip_high(sum[0], sum[1]));
-        }
-    }
-}
-
-static void take_row_back(int64_t OW, const real *g, const uint8_t *offset, int64_t at, const back_space *s)
-{
-    for (int64_t o = 0; o < OW; o += LANES) {
-        o = min64(o, OW - LANES);
-        vint id;
-        for (int k = 0; k < LANES; k++) ((ireal *)&id)[k] = offset[o + k];
-        store((real *)s->id + at + o, (vreal)id);
-        store(s->g + at + o, load(g + o));
-    }
-}
-
-static int max_backward_lines(int64_t begin, int64_t end, void *context)
-{
-    const max_backward_job *j = context;
-    const windows *w = &j->w;
-    int64_t H = w->size[1], W = w->size[2], OH = w->out[1], OW = w->out[2];
-    int64_t K = w->kernel[2], odd = w->pad[2] % w->stride[2];
-    back_space s;
-    if (take_back(w, &s)) return HL_NOMEM;
-    real *gx = j->gx + begin * H * W;
-    int64_t have = 0;
-    for (int64_t m = begin; m < end; m++) {
-        int64_t ready = 0, low = 0, high = -1;
-        for (int64_t h = 0; h < H; h++) {
-            int64_t at = h + w->pad[1];
-            while (low * w->stride[1] + w->kernel[1] <= at) low++;
-            while (high + 1 < OH && (high + 1) * w->stride[1] <= at) high++;
-            /* One more than needed: what was just written in parts is slow to read as others. */
-            for (; ready <= min64(high + 1, OH - 1); ready++)
-                take_row_back(OW, j->gy + (m * OH + ready) * OW, j->offsets + (m * OH + ready) * OW,
-                              (ready & (s.rows - 1)) * s.row + s.before, &s);
-            back_row rows[2 * LANES];
-            int64_t n = 0;
-            for (int64_t r = low; r <= high; r++) {
-                int64_t tap = (at - r * w->stride[1]) * K, row = (r & (s.rows - 1)) * s.row + s.before;
-                rows[n++] = (back_row){s.g + row, s.id + row, (ireal)tap};
-            }
-            real *to = s.done + have;
-            if (w->stride[2] == 1) line_back(K, 1, 0, n, w, rows, to);
-            else if (K != 3) line_back(K, 2, odd, n, w, rows, to);
-            else if (odd && n == 1) line_back(3, 2, 1, 1, w, rows, to);
-            else if (odd && n == 2) line_back(3, 2, 1, 2, w, rows, to);
-            else if (n == 1) line_back(3, 2, 0, 1, w, rows, to);
-            else if (n == 2) line_back(3, 2, 0, 2, w, rows, to);
-            else line_back(3, 2, odd, n, w, rows, to);
-            have += W;
-            if (have < BUFFER) continue;
-            int64_t written = j->past_cache ? drain_past_cache(gx, s.done, have) : have;
-            if (!j->past_cache) memcpy(gx, s.done, (size_t)have * sizeof(real));
-            gx += written, have -= written;
-        }
-    }
-    copy_past_cache(gx, s.done, have);
-    stream_end();
-    hl_give(s.g);
-    return HL_OK;
-}
-
 static int max_backward_planes(int64_t begin, int64_t end, void *context)
 {
     const max_backward_job *j = context;
@@ -735,25 +611,37 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     real *buffer = j->past_cache ? hl_take((size_t)inside * sizeof(real)) : NULL;
     if (j->past_cache && !buffer) return HL_NOMEM;
     fill_table(w, table);
+    int64_t last_line = table[volume(w->kernel) - w->kernel[2]]; /* of a window, from its first */
     for (int64_t m = begin; m < end; m++) {
-        real *gx = buffer ? buffer : j->gx + m * inside;
-        memset(gx, 0, (size_t)inside * sizeof(real));
+        real *to = j->gx + m * inside, *gx = buffer ? buffer : to;
+        int64_t cleared = 0, written = 0;
         for (int64_t r = 0; r < OD * OH; r++) {
             const real *g = j->gy + (m * OD * OH + r) * OW;
             const uint8_t *offset = j->offsets + (m * OD * OH + r) * OW;
             int64_t d = r / OH * w->stride[0] - w->pad[0], h = r % OH * w->stride[1] - w->pad[1];
             int64_t start = (d * w->size[1] + h) * w->size[2] - w->pad[2];
+            /* What is added to is cleared just before; nothing more is added to what lies before the first line. */
+            int64_t end = min64(start + last_line + 2 * w->size[2], inside);
+            int64_t whole = d < 0 ? 0 : (d * w->size[1] + max64(h, 0)) * w->size[2];
+            for (; cleared < end && cleared + LANES <= inside; cleared += LANES) store(gx + cleared, splat((real)0));
+            for (; cleared < end; cleared++) gx[cleared] = 0;
+            whole -= (int64_t)((uintptr_t)(to + whole) % HL_VLEN / sizeof(real));
+            if (buffer && whole - written >= BUFFER) {
+                copy_past_cache(to + written, buffer + written, whole - written);
+                written = whole;
+            }
             for (int64_t o = 0; o < OW; o++) gx[start + o * stride + table[offset[o]]] += g[o];
         }
-        if (buffer) copy_past_cache(j->gx + m * inside, buffer, inside);
+        for (; cleared < inside; cleared++) gx[cleared] = 0;
+        if (buffer) copy_past_cache(to + written, buffer + written, inside - written);
     }
     if (buffer) stream_end();
     hl_give(buffer);
     return HL_OK;
 }
 
-/* Parallel over rows of windows of 2 x 2 that lie side by side, or over slices of planes by lines: lines of gx are written
- * once, large results past the cache. Else over planes: a plane is cleared and then added to while it sits in cache, if all of gx does not, in a buffer that is
+/* Parallel over rows of windows of 2 x 2 that lie side by side: their lines are written once, large results past the cache.
+ * Else over planes: a plane is cleared and then added to while it sits in cache, if all of gx does not, in a buffer that is
  * written past it; one read and one write of an element of gx per output, besides the clearing. gy and offsets stream
  * through. Source: the chain rule. */
 int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, const uint8_t *offsets, real *gx)
@@ -766,8 +654,6 @@ int HL(max_pool_backward)(const hl_max_pool_backward_plan *p, const real *gy, co
         w->size[0] == w->out[0] && w->size[1] == 2 * w->out[1] && w->size[2] == 2 * w->out[2] &&
         !(w->pad[1] | w->pad[2]) && w->out[2] >= LANES)
         return hl_parallel_for(p->M * w->out[0] * w->out[1], hl_grain(5 * (double)w->out[2]), pairs_rows, &j);
-    if (by_lines(w))
-        return hl_parallel_for(p->M * p->D, hl_grain(2 * (double)(w->size[1] * w->size[2])), max_backward_lines, &j);
     j.past_cache &= inside * (int64_t)sizeof(real) <= 256 << 10;
     return hl_parallel_for(p->M, hl_grain((double)inside + 4 * (double)volume(w->out)), max_backward_planes, &j);
 }
