@@ -102,11 +102,6 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         else /* sums: values as they lie */
             gemm_multiply(GEMM_STEPS, rows, vectors, most, a, 1, a_step, b, QUERIES, NULL, NULL, 0, 0, sum);
         a += most * a_step, b += most * QUERIES, depth -= most;
-    } else if (rows == GEMM_ROWS) {
-        int64_t most = depth / GEMM_STEPS * GEMM_STEPS;
-        if (a_row == 1) gemm_multiply(GEMM_STEPS, rows, vectors, most, a, 1, a_step, b, b_row, NULL, NULL, 0, 0, sum);
-        else gemm_multiply(GEMM_STEPS, rows, vectors, most, a, a_row, a_step, b, b_row, NULL, NULL, 0, 0, sum);
-        a += most * a_step, b += most * b_row, depth -= most;
     }
     if (a_row == 1) gemm_multiply(1, rows, vectors, depth, a, 1, a_step, b, b_row, NULL, NULL, 0, 0, sum);
     else gemm_multiply(1, rows, vectors, depth, a, a_row, a_step, b, b_row, NULL, NULL, 0, 0, sum);
