@@ -111,11 +111,9 @@ static int unfold_planes(int64_t begin, int64_t end, void *context)
     const axis *h = &j->h, *w = &j->w;
     int moved =
         h->stride == 1 && w->stride == 1 && w->outputs == w->inputs && w->inputs >= LANES && w->inputs < INT32_MAX / 2;
-    int64_t have = 0;
-    real *to = j->to + begin * h->outputs * w->outputs, *buffer = NULL;
-    if (j->past_cache && !moved && !(buffer = hl_take((size_t)(BUFFER + w->outputs + LANES) * sizeof(real))))
-        return HL_NOMEM;
-    for (int64_t i = begin; i < end; i++) {
+    outflow cols;
+    int status = outflow_begin(&cols, j->to + begin * h->outputs * w->outputs, w->outputs, j->past_cache && !moved);
+    for (int64_t i = begin; i < end && status == HL_OK; i++) {
         int64_t kw = i % w->taps, kh = i / w->taps % h->taps, plane = i / w->taps / h->taps * h->inputs * w->inputs;
         if (moved) {
             unfold_moved(j, plane, kh, kw, j->to + i * h->outputs * w->outputs);
@@ -125,21 +123,13 @@ static int unfold_planes(int64_t begin, int64_t end, void *context)
         for (int64_t o = 0; o < h->outputs; o++) {
             int64_t at = input_at(h, o, kh);
             const real *from = at >= 0 && at < h->inputs ? j->from + plane + at * w->inputs : NULL;
-            unfold_row(w, kw, lo, hi, from, buffer ? buffer + have : to);
-            if (!buffer) {
-                to += w->outputs;
-                continue;
-            }
-            have += w->outputs;
-            if (have < BUFFER) continue;
-            int64_t written = drain_past_cache(to, buffer, have);
-            to += written, have -= written;
+            unfold_row(w, kw, lo, hi, from, outflow_place(&cols));
+            outflow_added(&cols, w->outputs);
         }
     }
-    if (buffer) copy_past_cache(to, buffer, have);
-    if (j->past_cache) stream_end();
-    hl_give(buffer);
-    return HL_OK;
+    outflow_end(&cols);
+    if (j->past_cache && moved) stream_end();
+    return status;
 }
 
 /* Parallel over planes (image, channel, tap), which are contiguous.
@@ -282,37 +272,26 @@ static int im2col_rows(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int64_t size = j->channels * h->taps * w->taps, have = 0;
-    real *to = j->to + begin * w->outputs * size, *buffer = NULL;
-    if (j->past_cache && !(buffer = hl_take((size_t)(BUFFER + size + LANES) * sizeof(real)))) return HL_NOMEM;
-    for (int64_t i = begin; i < end; i++) {
+    int64_t size = j->channels * h->taps * w->taps;
+    outflow cols;
+    int status = outflow_begin(&cols, j->to + begin * w->outputs * size, size, j->past_cache);
+    for (int64_t i = begin; i < end && status == HL_OK; i++) {
         const real *image = j->from + i / h->outputs * j->channels * h->inputs * w->inputs;
         int64_t top = input_at(h, i % h->outputs, 0);
         for (int64_t o = 0; o < w->outputs; o++) {
+            real *to = outflow_place(&cols);
             int64_t left = input_at(w, o, 0);
-            real *row = buffer ? buffer + have : to;
             switch (w->taps) { /* known to the compiler, the usual ones need no loop */
-            case 1: patch(j, image, top, left, 1, row); break;
-            case 3: patch(j, image, top, left, 3, row); break;
-            case 5: patch(j, image, top, left, 5, row); break;
-            default: patch(j, image, top, left, w->taps, row);
+            case 1: patch(j, image, top, left, 1, to); break;
+            case 3: patch(j, image, top, left, 3, to); break;
+            case 5: patch(j, image, top, left, 5, to); break;
+            default: patch(j, image, top, left, w->taps, to);
             }
-            if (!buffer) {
-                to += size;
-                continue;
-            }
-            have += size;
-            if (have < BUFFER) continue;
-            int64_t written = drain_past_cache(to, buffer, have);
-            to += written, have -= written;
+            outflow_added(&cols, size);
         }
     }
-    if (buffer) {
-        copy_past_cache(to, buffer, have);
-        stream_end();
-    }
-    hl_give(buffer);
-    return HL_OK;
+    outflow_end(&cols);
+    return status;
 }
 
 /* Parallel over rows of windows.

@@ -584,22 +584,15 @@ static void pairs_back(const real *g, const uint8_t *offset, real *gx, int64_t W
 static int pairs_rows(int64_t begin, int64_t end, void *context)
 {
     const max_backward_job *j = context;
-    int64_t OW = j->w.out[2], have = 0;
-    real *gx = j->gx + begin * 4 * OW, *buffer = NULL;
-    if (j->past_cache && !(buffer = hl_take((size_t)(BUFFER + 4 * OW + LANES) * sizeof(real)))) return HL_NOMEM;
-    for (int64_t row = begin; row < end; row++) {
-        pairs_back(j->gy + row * OW, j->offsets + row * OW, buffer ? buffer + have : gx, 2 * OW, OW);
-        have += 4 * OW;
-        if (buffer && have < BUFFER) continue;
-        int64_t written = buffer ? drain_past_cache(gx, buffer, have) : have;
-        gx += written, have -= written;
+    int64_t OW = j->w.out[2];
+    outflow gx;
+    int status = outflow_begin(&gx, j->gx + begin * 4 * OW, 4 * OW, j->past_cache);
+    for (int64_t row = begin; row < end && status == HL_OK; row++) {
+        pairs_back(j->gy + row * OW, j->offsets + row * OW, outflow_place(&gx), 2 * OW, OW);
+        outflow_added(&gx, 4 * OW);
     }
-    if (buffer) {
-        copy_past_cache(gx, buffer, have);
-        stream_end();
-    }
-    hl_give(buffer);
-    return HL_OK;
+    outflow_end(&gx);
+    return status;
 }
 
 static int max_backward_planes(int64_t begin, int64_t end, void *context)

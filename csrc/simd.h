@@ -277,14 +277,37 @@ static inline void copy_past_cache(real *to, const real *from, int64_t n)
     for (; i < n; i++) to[i] = from[i];
 }
 
-/* The same for a buffer that goes on to be filled, with room for a vector behind: what is less than a vector at its end waits
- * at its front. Returns how many were written. */
-static inline int64_t drain_past_cache(real *to, real *buffer, int64_t n)
+/* A result written from its beginning to its end, straight or past the cache: what comes next goes to place(), and added()
+ * tells how much it was, at most `most` elements. Pieces end on whole vectors; the rest waits at the front of the buffer. */
+typedef struct {
+    real *to, *buffer;
+    int64_t have; /* in the buffer */
+} outflow;
+
+static inline int outflow_begin(outflow *f, real *to, int64_t most, int past_cache)
 {
-    int64_t whole = n - (int64_t)((uintptr_t)(to + n) % HL_VLEN / sizeof(real));
-    if (whole <= 0) return 0;
-    copy_past_cache(to, buffer, whole);
-    store(buffer, load(buffer + whole));
-    return whole;
+    *f = (outflow){to, past_cache ? hl_take((size_t)(BUFFER + most + LANES) * sizeof(real)) : NULL, 0};
+    return past_cache && !f->buffer ? HL_NOMEM : HL_OK;
+}
+static inline real *outflow_place(const outflow *f) { return f->buffer ? f->buffer + f->have : f->to; }
+static inline void outflow_added(outflow *f, int64_t n)
+{
+    if (!f->buffer) {
+        f->to += n;
+        return;
+    }
+    f->have += n;
+    if (f->have < BUFFER) return;
+    int64_t whole = f->have - (int64_t)((uintptr_t)(f->to + f->have) % HL_VLEN / sizeof(real));
+    copy_past_cache(f->to, f->buffer, whole);
+    store(f->buffer, load(f->buffer + whole));
+    f->to += whole, f->have -= whole;
+}
+static inline void outflow_end(outflow *f)
+{
+    if (!f->buffer) return;
+    copy_past_cache(f->to, f->buffer, f->have);
+    stream_end();
+    hl_give(f->buffer);
 }
 #endif
