@@ -75,7 +75,7 @@ sanitize: $(VENV)/.test
 	  -Csetup-args=-Db_sanitize=address,undefined -Csetup-args=-Db_lundef=false -Csetup-args=-Dc_args=-fno-sanitize-recover=all
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc HOTLOOPS_REQUIRE_C=1 \
-	  build/sanitize/venv/bin/python -m pytest -q -n 2 --dist loadgroup --max-worker-restart 0 --timeout 1200 -k 'not numba and not cuda' \
+	  build/sanitize/venv/bin/python -m pytest -q -n 2 --dist worksteal --max-worker-restart 0 --timeout 1200 -k 'not numba and not cuda' \
 	  --ignore tests/test_packaging.py --ignore tests/test_ptx.py $(ARGS)
 
 # dist/: the source archive, and the wheel built from it.

@@ -1,6 +1,8 @@
-"""Every kernel x backend x instruction set x element type x case against the reference."""
+"""Every kernel x case x backend x instruction set x element type against the reference."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from conftest import SIMULATED, adapter, kernel_variants, running
 from hotloops.kernels import spec
 
 CASES = all_cases()
+RUNS = [(dtype, fill) for dtype in ("float32", "float64") for fill in ("normal", "integers")]
+SIMULATOR_RUNS = [("float32", "normal"), ("float64", "integers")]  # its arithmetic is NumPy's, and it is slow:
 SIMULATOR_LIMIT = 400  # elements of a case: in the simulator every CUDA thread is a Python thread, some 5,000 a second
 
 
@@ -22,13 +26,12 @@ def implemented(name: str, variant: str) -> bool:
 
 
 def parameters():
+    """The variants of a case follow each other, so that one truth serves all."""
     for name, cases in CASES.items():
-        for variant in kernel_variants():
-            if not implemented(name, variant):
-                continue
-            for case in cases:
-                for dtype in ("float32", "float64"):
-                    yield pytest.param(name, variant, case, dtype, id=f"{name}-{variant}-{dtype}-{case.id}")
+        variants = [variant for variant in kernel_variants() if implemented(name, variant)]
+        for case in cases:
+            for variant in variants:
+                yield pytest.param(name, case, variant, id=f"{name}-{case.id}-{variant}")
 
 
 def call(record, variant, arrays, sizes, scalars, dtype):
@@ -36,27 +39,38 @@ def call(record, variant, arrays, sizes, scalars, dtype):
         adapter(variant).prepare(record, np.dtype(dtype))(tuple(arrays), sizes, scalars)
 
 
-@pytest.mark.parametrize(("name", "variant", "case", "dtype"), list(parameters()))
-@pytest.mark.parametrize("fill", ["normal", "integers"])
-def test_kernel(name, variant, case, dtype, fill):
+def copies(arrays):
+    return [None if a is None else a.copy() for a in arrays]
+
+
+@functools.lru_cache(maxsize=len(RUNS))
+def built_and_true(name, case, dtype, fill):
+    """A case, and its arrays as the reference in float64 leaves them."""
     record = spec.find(name)
     arrays, sizes, scalars = build(record, case, dtype, fill)
-    if variant == "cuda" and SIMULATED and sum(a.size for a in arrays if a is not None) > SIMULATOR_LIMIT:
-        pytest.skip("too large for the simulator")
-    inputs = [None if a is None else a.copy() for a in arrays]
-    truth = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in inputs]
-    truth = [None if a is None else a.copy() for a in truth]
+    truth = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in copies(arrays)]
     record.reference(*truth, **scalars)
-    call(record, variant, arrays, sizes, scalars, dtype)
-    exact = fill == "integers" and sums_exactly(record.error, scalars, np.dtype(dtype))
-    for spec_, before, actual, expected in zip(record.arrays, inputs, arrays, truth, strict=True):
-        if actual is None:
-            continue
-        what = f"{name}, {spec_.name}"
-        if spec_.role == "in":
-            assert_same_bits(actual, before, f"{what} (an input)")
-        else:
-            assert_within(actual, expected, "exact" if exact else record.error, {**sizes, **scalars}, what)
+    return arrays, sizes, scalars, truth
+
+
+@pytest.mark.parametrize(("name", "case", "variant"), list(parameters()))
+def test_kernel(name, case, variant):
+    record, simulated = spec.find(name), variant == "cuda" and SIMULATED
+    for dtype, fill in SIMULATOR_RUNS if simulated else RUNS:
+        inputs, sizes, scalars, truth = built_and_true(name, case, dtype, fill)
+        if simulated and sum(a.size for a in inputs if a is not None) > SIMULATOR_LIMIT:
+            pytest.skip("too large for the simulator")
+        arrays = copies(inputs)
+        call(record, variant, arrays, sizes, scalars, dtype)
+        exact = fill == "integers" and sums_exactly(record.error, scalars, np.dtype(dtype))
+        for spec_, before, actual, expected in zip(record.arrays, inputs, arrays, truth, strict=True):
+            if actual is None:
+                continue
+            what = f"{name} of {dtype}, {fill}: {spec_.name}"
+            if spec_.role == "in":
+                assert_same_bits(actual, before, f"{what} (an input)")
+            else:
+                assert_within(actual, expected, "exact" if exact else record.error, {**sizes, **scalars}, what)
 
 
 def test_every_kernel_has_cases():

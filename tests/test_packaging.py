@@ -15,7 +15,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.timeout(1200)]  # one worker builds, for some minutes
+pytestmark = pytest.mark.timeout(1200)  # the wheel is built for some minutes
 WITHOUT_C = "hotloops was installed without its C kernels"
 
 
