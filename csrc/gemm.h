@@ -89,11 +89,42 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
 /* to[k * step + i] = from[i * stride + k] for i < width, k < depth. */
 void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step);
 
+/* sum + *a b. With 512 bits the instruction that multiplies splats an element of memory by itself, but the compiler does not
+ * use it for an element that is needed twice: it costs a second read and saves an instruction. */
+static inline __attribute__((always_inline)) vreal add_splat(vreal sum, const real *a, vreal b)
+{
+#if defined(__AVX512F__) && HL_F32
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    return sum;
+#elif defined(__AVX512F__)
+    __asm__("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    return sum;
+#else
+    return sum + splat(*a) * b;
+#endif
+}
+
+/* sum + a b. In a large loop the compiler copies registers for other forms of the instruction than this one. */
+static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal a, vreal b)
+{
+#if defined(__AVX512F__) && HL_F32
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
+#elif defined(__AVX512F__)
+    __asm__("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
+#else
+    return sum + a * b;
+#endif
+}
+
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
- * pay where strides are constants: addresses are then part of the instructions, and a processor that shares its core with
- * another one has a tenth less to do; but only where registers are left over. `panel`: where B is packed on the way, or
- * NULL. `ahead`: what is fetched, or NULL; two steps fetch the lines `ahead_second` apart, the next two what lies `ahead_pair`
- * on. */
+ * pay where strides are constants: addresses are then part of the instructions; but only where registers are left over.
+ * Instructions count: a processor that shares its core with another one has the time for three a cycle, and here two of
+ * them multiply. Even rows have addresses of their own, since with two registers in its address `add_splat` is two
+ * instructions inside.
+ * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched, or NULL; two steps fetch the lines `ahead_second`
+ * apart, the next two what lies `ahead_pair` on. */
 #if defined(__AVX512F__)
 enum { GEMM_STEPS = 4 };
 #else
@@ -104,8 +135,9 @@ gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, con
               const int64_t a_col, const real *b, const int64_t b_row, real *panel, const real *ahead,
               int64_t ahead_pair, int64_t ahead_second, vreal sum[GEMM_ROWS][GEMM_VECTORS])
 {
-    /* Addresses of the rows: so few that all are in registers. */
-    const real *a3 = rows > 3 ? a + 3 * a_row : a, *a6 = rows > 6 ? a + 6 * a_row : a;
+    const real *pair[GEMM_ROWS / 2]; /* of rows */
+#pragma GCC unroll 4
+    for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] = 2 * i < rows ? a + 2 * i * a_row : a;
     for (int64_t k = 0; k < K; k += steps) {
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
@@ -117,12 +149,21 @@ gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, con
                 if (panel) store(panel + (s * vectors + v) * LANES, bk[v] = kept(bk[v]));
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < rows; i++)
+            for (int i = 0; i < rows; i++) {
+                const real *ai = pair[i / 2] + i % 2 * a_row + s * a_col;
+                if (vectors == 1 || i % 2 == 0)
 #pragma GCC unroll 3
-                for (int v = 0; v < vectors; v++)
-                    sum[i][v] += splat((i < 3 ? a : i < 6 ? a3 : a6)[i % 3 * a_row + s * a_col]) * bk[v];
+                    for (int v = 0; v < vectors; v++) sum[i][v] = add_splat(sum[i][v], ai, bk[v]);
+                else {
+                    vreal aik = splat(*ai);
+#pragma GCC unroll 3
+                    for (int v = 0; v < vectors; v++) sum[i][v] = add_product(sum[i][v], aik, bk[v]);
+                }
+            }
         }
-        a += steps * a_col, a3 += steps * a_col, a6 += steps * a_col, b += steps * b_row;
+#pragma GCC unroll 4
+        for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] += steps * a_col;
+        b += steps * b_row;
         if (panel) panel += steps * vectors * LANES;
         if (ahead) ahead += steps == 1 ? ahead_second : steps / 2 * ahead_pair;
     }
