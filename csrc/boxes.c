@@ -139,7 +139,7 @@ static int clip_grad_chunk(int64_t begin, int64_t end, void *context)
     const box_job *j = context;
     const real limit[2] = {j->width, j->height};
     for (int64_t i = 4 * begin; i < 4 * end; i++)
-        j->out[i] = (j->boxes[i] >= (real)0) & (j->boxes[i] <= limit[i & 1]) ? j->grad[i] : (real)0;
+        j->out[i] = ((j->boxes[i] >= (real)0) & (j->boxes[i] <= limit[i & 1])) ? j->grad[i] : (real)0;
     return HL_OK;
 }
 

@@ -218,7 +218,9 @@ static inline __attribute__((always_inline)) real max_lanes(vreal v)
 /* A store past the cache where the set has one; p aligned to HL_VLEN. Fence with stream_end() before a result is read. */
 static inline __attribute__((always_inline)) void stream(real *p, vreal v)
 {
-#if defined(__AVX512F__) && HL_F32
+#if defined(__SSE2__) && defined(__clang__)
+    __builtin_nontemporal_store(v, (vreal *)p);
+#elif defined(__AVX512F__) && HL_F32
     __builtin_ia32_movntps512(p, v);
 #elif defined(__AVX512F__)
     __builtin_ia32_movntpd512(p, v);
