@@ -574,7 +574,8 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
 
 /* Blocks of about 192 x 384 repay their packing; smaller ones, so that there are 16 for the threads, or 32 of a large
  * product, as long as a block stays above two million operations (20 us). Columns of A are packed once per block: for as
- * many columns of C as one packing serves, by whole cache lines. */
+ * many columns of C as one packing serves, by whole cache lines. Few rows are not cut, as long as there are columns for all
+ * threads: a block packs its part of B on the way or into the second cache, rows cut in two need it packed in a pass of its own. */
 static void choose_blocks(gemm_job *j)
 {
     const gemm_call *g = j->call;
@@ -584,17 +585,19 @@ static void choose_blocks(gemm_job *j)
         j->column_blocks = max64(min64(g->N / 256, hl_num_threads(0)), 1);
         return;
     }
-    int packs = g->a_col != 1;
+    int packs = g->a_col != 1, few = !packs && g->M <= 2 * 192;
     int64_t least = (packs ? 8 : 2) * GEMM_ROWS;
     double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
-    j->row_blocks = max64(g->M / 192, 1);
+    j->row_blocks = few ? 1 : max64(g->M / 192, 1);
     j->column_blocks = max64(g->N / (packs ? BLOCK_COLUMNS : 384), 1);
     for (;;) {
         double tasks = (double)j->row_blocks * (double)j->column_blocks * (double)j->batches;
         if (tasks >= 32 || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
         int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
-        if (columns >= 4 * GEMM_COLUMNS && (packs ? rows < 2 * least : columns >= rows)) j->column_blocks *= 2;
-        else if (rows >= 2 * least) j->row_blocks *= 2;
+        int idle = tasks < hl_num_threads(0);
+        if (columns >= (few && idle ? 2 : 4) * GEMM_COLUMNS && (packs ? rows < 2 * least : few || columns >= rows))
+            j->column_blocks *= 2;
+        else if (rows >= 2 * least && (!few || idle)) j->row_blocks *= 2;
         else return;
     }
 }
