@@ -4,7 +4,7 @@
  * per gate goes to memory and back but what a gradient asked for. Both weights are packed once.
  *
  * Parallel over blocks of units and groups of samples inside each step; a thread keeps its blocks over all steps, so that
- * their weights stay in its own cache. Reads x once, the weights once per step (from the cache, as long as they fit);
+ * their weights stay in its own cache. Small weights: parallel over groups of samples. Reads x once, the weights once per step (from the cache, as long as they fit);
  * writes y once, and gates, cells and states where they are kept. */
 #include "gemm.h"
 #include "prepack.h"
@@ -13,6 +13,10 @@
 /* Samples that share a pass over the packed weights, and steps' samples that share one over the input's weights: four
  * register tiles hide what starting and ending one costs, and their sums stay in the second cache. */
 enum { GROUP = 32 };
+
+/* Threads with groups of their own never wait for each other, but each reads all weights in every step: from its second
+ * cache, where they take at most half of 1 MiB. Above, what waiting costs is small beside the products. */
+enum { NEAR_WEIGHTS = (512 << 10) / (int)sizeof(real) };
 
 /* Samples of a group of the way back: 16 rows halve the traffic from the second cache against 8, and two threads have a
  * group each from 32 samples on. */
@@ -216,11 +220,26 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
     return status;
 }
 
+static int64_t passes(const layer *l) { return l->early < l->count ? 2 : 1; }
+
 static int one_item(int64_t turn, int64_t item, void *context)
 {
     const layer *l = context;
-    int passes = l->early < l->count ? 2 : 1;
-    return advance(l, turn / passes, (int)(turn % passes), item / l->groups, item % l->groups);
+    return advance(l, turn / passes(l), (int)(turn % passes(l)), item / l->groups, item % l->groups);
+}
+
+/* Whole sequences of some groups; each turn begins with the weights that the one before has left in the caches. */
+static int walk_groups(int64_t begin, int64_t end, void *context)
+{
+    const layer *l = context;
+    for (int64_t group = begin; group < end; group++)
+        for (int64_t turn = 0; turn < l->w.T * passes(l); turn++)
+            for (int64_t i = 0; i < l->blocks; i++) {
+                int64_t block = turn % 2 ? l->blocks - 1 - i : i;
+                int status = one_item(turn, block * l->groups + group, context);
+                if (status != HL_OK) return status;
+            }
+    return HL_OK;
 }
 
 /* Memory for the packed w[count * H, K], the gates from `early` on apart. */
@@ -236,10 +255,12 @@ static int run_layer(layer *l)
 {
     int64_t N = l->w.N, H = l->w.H, T = l->w.T, D = l->D, G = l->count;
     if (T == 0 || N == 0) return copy_rows(l->hn, l->h0, N * H), HL_OK;
-    l->groups = (N + GROUP - 1) / GROUP;
+    int64_t columns = G * round_up(H, LANES), threads = hl_num_threads(0);
+    int apart = threads > 1 && N >= threads * GEMM_ROWS && columns * (D + H) <= NEAR_WEIGHTS;
+    l->groups = round_up((N + GROUP - 1) / GROUP, apart ? threads : 1);
     l->ahead = min64(T, max64(GROUP / N, 1));
     l->blocks = (H + UNITS - 1) / UNITS;
-    int64_t columns = G * round_up(H, LANES), sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
+    int64_t sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
     for (int i = 0; i < 3; i++) total += round_up(sizes[i], LANES);
     real *scratch = hl_take((size_t)total * sizeof(real)), **parts[] = {&l->input, &l->bias, &l->other};
     l->ih = begin_gates(l, l->w_ih, D, G);
@@ -254,8 +275,12 @@ static int run_layer(layer *l)
         if (!l->ih.ready) hl_pack_ready(&l->ih);
         if (!l->hh.ready) hl_pack_ready(&l->hh);
         /* 16 multiplications cost what counts as one operation; of few samples reading the weights costs more. */
-        double work = (double)max64(N, 4) / 16 * (double)columns * (double)H / (double)(l->blocks * l->groups);
-        status = hl_parallel_steps(T * (l->early < G ? 2 : 1), l->blocks * l->groups, work, one_item, l);
+        double work = (double)max64(N, 4) / 16 * (double)columns * (double)H;
+        if (apart) status = parallel_even(l->groups, work * (double)T / (double)l->groups, walk_groups, l);
+        else {
+            int64_t items = l->blocks * l->groups;
+            status = hl_parallel_steps(T * passes(l), items, work / (double)items, one_item, l);
+        }
     }
     hl_pack_end(&l->ih);
     hl_pack_end(&l->hh);
