@@ -125,11 +125,31 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     """
     _check.needed("matmul", a=a, b=b)
     call = Call("matmul", out)
-    x, y = call.floats(a=a, b=b)
-    product = _Product(call, tuple(x.shape), tuple(y.shape))
+    turned = _turned_factor(a, b)
+    x, y = call.floats(a=a.swapaxes(-1, -2) if turned == "a" else a, b=b.swapaxes(-1, -2) if turned == "b" else b)
+    product = _Product(call, *(np.shape(v.swapaxes(-1, -2) if n == turned else v) for n, v in (("a", x), ("b", y))))
     z = call.result(product.result)
-    call.run("matmul", product.left(x), product.right(y), z.reshape(product.out))
+    B, M, K = product.rows
+    if turned == "a":
+        call.run("matmul_grad_b", x.reshape(B, K, M), product.right(y), z.reshape(product.out))
+    elif turned == "b":
+        call.run("matmul_grad_a", product.left(x), y.reshape(B, -1, K), z.reshape(product.out))
+    else:
+        call.run("matmul", product.left(x), product.right(y), z.reshape(product.out))
     return call.finish(z)
+
+
+def _turned_factor(a: Any, b: Any) -> str:
+    """Which factor is a transposed view that need not be copied: what lies in memory is what a gradient's product reads."""
+    if np.ndim(a) < 2 or np.ndim(b) < 2 or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return ""
+    same = a.shape[:-2] == b.shape[:-2]
+    found = {
+        name: factor.size
+        for name, factor, fits in (("a", a, same), ("b", b, same or b.ndim == 2))
+        if fits and not factor.flags.c_contiguous and factor.swapaxes(-1, -2).flags.c_contiguous
+    }
+    return max(found, key=found.__getitem__, default="")
 
 
 class _Product:
