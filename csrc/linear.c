@@ -574,8 +574,9 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
 
 /* Blocks of about 192 x 384 repay their packing; smaller ones, so that there are 16 for the threads, or 32 of a large
  * product, as long as a block stays above two million operations (20 us). Columns of A are packed once per block: for as
- * many columns of C as one packing serves, by whole cache lines. Few rows are not cut, as long as there are columns for all
- * threads: a block packs its part of B on the way or into the second cache, rows cut in two need it packed in a pass of its own. */
+ * many columns of C as one packing serves, by whole cache lines, and four blocks for each thread are enough. Few rows are
+ * not cut, as long as there are columns for all threads: a block packs its part of B on the way or into the second cache,
+ * rows cut in two need it packed in a pass of its own. */
 static void choose_blocks(gemm_job *j)
 {
     const gemm_call *g = j->call;
@@ -592,10 +593,11 @@ static void choose_blocks(gemm_job *j)
     j->column_blocks = max64(g->N / (packs ? BLOCK_COLUMNS : 384), 1);
     for (;;) {
         double tasks = (double)j->row_blocks * (double)j->column_blocks * (double)j->batches;
-        if (tasks >= 32 || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
+        int threads = hl_num_threads(0), idle = tasks < threads;
+        if (tasks >= (packs && threads < 8 ? 4 * threads : 32) || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
         int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
-        int idle = tasks < hl_num_threads(0);
-        if (columns >= (few && idle ? 2 : 4) * GEMM_COLUMNS && (packs ? rows < 2 * least : few || columns >= rows))
+        if (columns >= (few && idle ? 2 : 4) * GEMM_COLUMNS &&
+            (packs ? rows < 2 * least && idle : few || columns >= rows))
             j->column_blocks *= 2;
         else if (rows >= 2 * least && (!few || idle)) j->row_blocks *= 2;
         else return;

@@ -120,10 +120,12 @@ struct layer {
                   const real *h, real *next);
     const real *h0;
     real *hn, *gates, *y;
+    const real *also[2]; /* what else is kept, [T,N,H], or NULL */
     const real *middle; /* [N,H], the left side of the second pass's product */
 
     /* Made by run_layer. */
     int64_t blocks, groups, ahead; /* of units, of samples; steps of one product over the input */
+    int past_cache; /* what is kept for a gradient does not stay in the caches, and lies in whole lines */
     real *other; /* [N,H], the state by turns with hn */
     hl_pack ih, hh; /* per block what pack_gates makes of its rows, the passes one after the other */
     real *bias; /* [gates][width] per block */
@@ -189,6 +191,21 @@ static int pack_blocks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+static int is_past_cache(const layer *l)
+{
+    const real *kept[] = {l->gates, l->y, l->also[0], l->also[1]};
+    for (int i = 0; i < 4; i++)
+        if ((uintptr_t)kept[i] % HL_VLEN) return 0;
+    double each = (double)l->w.T * (double)l->w.N * (double)l->w.H * sizeof(real);
+    return HL_VLEN == 64 && l->gates && l->w.H % LANES == 0 && each * (double)l->count > CACHE_BYTES;
+}
+/* What is kept for a gradient. Through the caches it would push out the weights, which each step reads. */
+static inline __attribute__((always_inline)) void keep(const layer *l, real *p, int64_t n, vreal v)
+{
+    if (l->past_cache) stream(p, v);
+    else store_n(p, n, v);
+}
+
 /* Pass `pass` of step k for one group of samples and one block of units. */
 static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
 {
@@ -217,6 +234,7 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
     call.packed_b = (real *)l->hh.data + (before + (pass ? l->early * width : 0)) * H;
     int status = gemm(&call);
     l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, width, h, next);
+    if (l->past_cache) stream_end();
     return status;
 }
 
@@ -260,6 +278,7 @@ static int run_layer(layer *l)
     l->groups = round_up((N + GROUP - 1) / GROUP, apart ? threads : 1);
     l->ahead = min64(T, max64(GROUP / N, 1));
     l->blocks = (H + UNITS - 1) / UNITS;
+    l->past_cache = is_past_cache(l);
     int64_t sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
     for (int i = 0; i < 3; i++) total += round_up(sizes[i], LANES);
     real *scratch = hl_take((size_t)total * sizeof(real)), **parts[] = {&l->input, &l->bias, &l->other};
@@ -351,9 +370,9 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
         store_n(j->cn + row * H + unit, n, cell);
         if (l->gates) {
             real *gates = l->gates + (first + row) * 4 * H + unit;
-            store_n(gates, n, i);
-            store_n(gates + H, n, f);
-            store_n(gates + 2 * H, n, g);
+            keep(l, gates, n, i);
+            keep(l, gates + H, n, f);
+            keep(l, gates + 2 * H, n, g);
         }
     }
     for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -362,10 +381,10 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
         vreal cell = load_n(j->cn + state, n), o = vsigmoid_gate(load(u + row * row_width + 3 * width));
         vreal after = o * vtanh_gate(cell);
         store_n(next + state, n, after);
-        store_n(l->y + at, n, after);
-        if (l->gates) store_n(l->gates + (first + row) * 4 * H + 3 * H + unit, n, o);
-        if (j->cells) store_n(j->cells + at, n, cell);
-        if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
+        keep(l, l->y + at, n, after);
+        if (l->gates) keep(l, l->gates + (first + row) * 4 * H + 3 * H + unit, n, o);
+        if (j->cells) keep(l, j->cells + at, n, cell);
+        if (j->previous) keep(l, j->previous + at, n, load_n(h + state, n));
     }
 }
 
@@ -400,7 +419,8 @@ int HL(lstm_sequence)(const hl_lstm_sequence_plan *p, const real *x, const real 
               .h0 = h0,
               .hn = hn,
               .gates = gates,
-              .y = y},
+              .y = y,
+              .also = {cells, previous}},
         .peephole = peephole,
         .cn = cn,
         .cells = cells,
@@ -577,8 +597,8 @@ static inline __attribute__((always_inline)) void gru_r_z(const gru_job *j, int6
             store_n(j->update + state, n, z);
         }
         if (!l->gates) continue;
-        store_n(l->gates + (t * l->w.N + row) * 3 * H + unit, n, r);
-        store_n(l->gates + (t * l->w.N + row) * 3 * H + H + unit, n, z);
+        keep(l, l->gates + (t * l->w.N + row) * 3 * H + unit, n, r);
+        keep(l, l->gates + (t * l->w.N + row) * 3 * H + H + unit, n, z);
     }
 }
 static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int64_t t, range rows, int64_t begin,
@@ -603,10 +623,10 @@ static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int6
         }
         vreal after = (one - z) * new + z * before;
         store_n(next + state, n, after);
-        store_n(l->y + at, n, after);
-        if (l->gates) store_n(l->gates + (t * l->w.N + row) * 3 * H + 2 * H + unit, n, new);
-        if (j->hidden) store_n(j->hidden + at, n, kept);
-        if (j->previous) store_n(j->previous + at, n, before);
+        keep(l, l->y + at, n, after);
+        if (l->gates) keep(l, l->gates + (t * l->w.N + row) * 3 * H + 2 * H + unit, n, new);
+        if (j->hidden) keep(l, j->hidden + at, n, kept);
+        if (j->previous) keep(l, j->previous + at, n, before);
     }
 }
 
@@ -649,6 +669,7 @@ int HL(gru_sequence)(const hl_gru_sequence_plan *p, const real *x, const real *w
               .hn = hn,
               .gates = gates,
               .y = y,
+              .also = {hidden, previous},
               .middle = reset},
         .hidden = hidden,
         .previous = previous,
@@ -796,10 +817,10 @@ static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, in
         int64_t state = row * l->w.H + begin + k, at = (t * l->w.N + row) * l->w.H + begin + k;
         vreal x = load(u + k) + load(in + k);
         x = j->relu ? vmax(x, splat((real)0)) : vtanh_gate(x);
-        if (l->gates) store_n(l->gates + at, n, x);
-        store_n(l->y + at, n, x);
+        if (l->gates) keep(l, l->gates + at, n, x);
+        keep(l, l->y + at, n, x);
         store_n(next + state, n, x);
-        if (j->previous) store_n(j->previous + at, n, load_n(h + state, n));
+        if (j->previous) keep(l, j->previous + at, n, load_n(h + state, n));
     }
 }
 
@@ -834,7 +855,8 @@ int HL(rnn_sequence)(const hl_rnn_sequence_plan *p, const real *x, const real *w
               .h0 = h0,
               .hn = hn,
               .gates = gates,
-              .y = y},
+              .y = y,
+              .also = {previous}},
         .previous = previous,
         .relu = p->relu,
     };

@@ -92,6 +92,43 @@ def test_matmul(shapes, host_backend):
         assert hl.gradcheck(hl.matmul, a, b)
 
 
+@pytest.mark.parametrize("turned", ["a", "b", "ab"])
+@pytest.mark.parametrize("shapes", [s for s in SHAPES if len(s[0]) > 1 and len(s[1]) > 1], ids=str)
+def test_matmul_of_transposed_views(shapes, turned, host_backend):
+    """As of their copies: the factor may be read where it lies, from either end; results of integers are exact."""
+    rng = np.random.default_rng(0)
+    factors = []
+    for name, shape in zip("ab", shapes, strict=True):
+        values = rng.integers(-4, 5, shape).astype(np.float32)
+        factors.append(np.ascontiguousarray(values.swapaxes(-1, -2)).swapaxes(-1, -2) if name in turned else values)
+    expected = np.matmul(*factors)
+    assert_same_bits(hl.matmul(*factors), expected, str(shapes))
+    out = np.full_like(expected, np.nan)
+    assert hl.matmul(*factors, out=out) is out
+    assert_same_bits(out, expected, "out")
+    if all(f.size for f in factors):
+        assert hl.gradcheck(hl.matmul, *(f.astype(np.float64).swapaxes(-1, -2).copy().swapaxes(-1, -2) for f in factors))
+
+
+def test_matmul_of_a_transposed_view_of_its_result():
+    a = np.arange(9.0).reshape(3, 3)
+    expected = a.T @ a
+    assert_same_bits(hl.matmul(a.T, a, out=a), expected, "a.T a over a")
+
+
+@pytest.mark.parametrize("rows", [40, 130, 400])
+@pytest.mark.parametrize("columns", [40, 100, 1000])
+def test_blocks_of_few_rows(rows, columns, host_backend):
+    """Products that are cut into columns or rows, by the number of threads too. Sums are exact."""
+    rng = np.random.default_rng(rows)
+    a = rng.integers(-4, 5, (rows, 600)).astype(np.float32)
+    b = rng.integers(-4, 5, (600, columns)).astype(np.float32)
+    for threads in (1, 2, 5):
+        with hl.num_threads(threads):
+            for left, right in ((a, b), (np.asfortranarray(a), b), (a, np.asfortranarray(b))):
+                assert_same_bits(hl.matmul(left, right), a @ b, f"{threads} threads")
+
+
 @pytest.mark.parametrize("shapes", [((), (3,)), ((2, 3), (2, 3)), ((3, 2, 3), (2, 3, 4)), ((2,), (3, 4))], ids=str)
 def test_bad_matmul(shapes):
     with pytest.raises(ValueError, match="matmul: "):

@@ -8,7 +8,7 @@ from compare import assert_oracle, assert_same, assert_same_bits, assert_within
 from conftest import host_backends, running, variants
 
 import hotloops as hl
-from hotloops import _dispatch
+from hotloops import _dispatch, _memory
 from hotloops.kernels import spec
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -193,6 +193,45 @@ def test_forget_gate_1_and_input_gate_0_keep_the_cell(variant, H, dtype):
     assert_same_bits(cn, c0, variant)
     for t in range(T):
         assert_same_bits(cells[t], c0, f"{variant}, step {t}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("variant", [v for v in variants() if v != "cuda"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_what_is_kept_beyond_the_caches(kind, variant, dtype):
+    """A sequence that keeps more than caches hold gives the bits of its two halves, which do not; for any number of threads."""
+    G = {"lstm": 4, "gru": 3, "rnn": 1}[kind]
+    N, D, H = 33, 5, 256
+    T = (10 << 20) // (N * H * G * np.dtype(dtype).itemsize)
+    record = spec.find(f"{kind}_sequence")
+    scalars = {"reverse": 0, **{"lstm": {"clip": 0.0}, "gru": {"reset_after": 1}, "rnn": {"relu": 0}}[kind]}
+    x, w_ih, w_hh = normal(T, N, D, dtype=dtype), normal(G * H, D, dtype=dtype, seed=1), normal(G * H, H, dtype=dtype, scale=0.05)
+
+    def poisoned(*shape):
+        array = _memory.empty(shape, np.dtype(dtype))  # aligned, as results are
+        array.fill(np.nan)
+        return array
+
+    def walk(x, states):
+        T = len(x)
+        y, *ends = poisoned(T, N, H), *(poisoned(N, H) for _ in states)
+        kept = [poisoned(T, N, G * H), *(poisoned(T, N, H) for _ in range(2 if G > 1 else 1))]
+        arrays = (x, w_ih, None, *states, w_hh, None, *[None] * (2 if kind == "lstm" else 1), y, *ends, *kept)
+        with running(variant):
+            adapter = _dispatch.adapter(variant.partition("-")[0])
+            adapter.prepare(record, np.dtype(dtype))(arrays, {"T": T, "N": N, "D": D, "H": H}, scalars)
+        return ends, [y, *kept]
+
+    begin = [normal(N, H, dtype=dtype, seed=i) for i in range(2 if kind == "lstm" else 1)]
+    middle, first = walk(np.ascontiguousarray(x[: T // 2]), begin)
+    end, second = walk(np.ascontiguousarray(x[T // 2 :]), middle)
+    for threads in (1, 2, 3):
+        with hl.num_threads(threads):
+            ends, kept = walk(x, begin)
+        for actual, expected in zip(ends, end, strict=True):
+            assert_same_bits(actual, expected, f"{threads} threads")
+        for actual, *halves in zip(kept, first, second, strict=True):
+            assert_same_bits(actual, np.concatenate(halves), f"{threads} threads")
 
 
 def test_gradient_highway(host_backend):
