@@ -120,9 +120,8 @@ static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal 
 
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
  * pay where strides are constants: addresses are then part of the instructions; but only where registers are left over.
- * Instructions count: a processor that shares its core with another one has the time for three a cycle, and here two of
- * them multiply. Even rows have addresses of their own, since with two registers in its address `add_splat` is two
- * instructions inside.
+ * Instructions beside the multiplications count where a processor shares its core with another one. Even rows have addresses
+ * of their own: with two registers in its address `add_splat` would be two instructions inside.
  * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched, or NULL; two steps fetch the lines `ahead_second`
  * apart, the next two what lies `ahead_pair` on. */
 #if defined(__AVX512F__)
