@@ -579,23 +579,25 @@ static int64_t cut(int64_t n, int64_t blocks, int64_t unit, int64_t i)
  * rows cut in two need it packed in a pass of its own. */
 static void choose_blocks(gemm_job *j)
 {
+    enum { ROWS = 192 };
     const gemm_call *g = j->call;
+    const int threads = hl_num_threads(0);
     /* Each column has its own sum, however they are cut; B is best read in long pieces of rows. */
     if (is_axpy(g) || (is_in_place(g) && is_far(g))) {
         j->row_blocks = 1;
-        j->column_blocks = max64(min64(g->N / 256, hl_num_threads(0)), 1);
+        j->column_blocks = max64(min64(g->N / 256, threads), 1);
         return;
     }
-    int packs = g->a_col != 1, few = !packs && g->M <= 2 * 192;
+    int packs = g->a_col != 1, few = !packs && g->M <= 2 * ROWS;
     int64_t least = (packs ? 8 : 2) * GEMM_ROWS;
     double work = 2.0 * (double)g->M * (double)g->N * (double)(g->K + 1) * (double)j->batches;
-    j->row_blocks = few ? 1 : max64(g->M / 192, 1);
+    j->row_blocks = few ? 1 : max64(g->M / ROWS, 1);
     j->column_blocks = max64(g->N / (packs ? BLOCK_COLUMNS : 384), 1);
     for (;;) {
         double tasks = (double)j->row_blocks * (double)j->column_blocks * (double)j->batches;
-        int threads = hl_num_threads(0), idle = tasks < threads;
         if (tasks >= (packs && threads < 8 ? 4 * threads : 32) || work / tasks < (tasks < 16 ? 4e6 : 32e6)) return;
         int64_t rows = g->M / j->row_blocks, columns = g->N / j->column_blocks;
+        int idle = tasks < threads;
         if (columns >= (few && idle ? 2 : 4) * GEMM_COLUMNS &&
             (packs ? rows < 2 * least && idle : few || columns >= rows))
             j->column_blocks *= 2;

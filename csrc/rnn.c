@@ -4,8 +4,9 @@
  * per gate goes to memory and back but what a gradient asked for. Both weights are packed once.
  *
  * Parallel over blocks of units and groups of samples inside each step; a thread keeps its blocks over all steps, so that
- * their weights stay in its own cache. Small weights: parallel over groups of samples. Reads x once, the weights once per step (from the cache, as long as they fit);
- * writes y once, and gates, cells and states where they are kept. */
+ * their weights stay in its own cache. Where the weights are small, over groups of samples inside several steps. Reads x
+ * once, the weights once per step (from the cache, as long as they fit); writes y once, and gates, cells and states where
+ * they are kept. */
 #include "gemm.h"
 #include "prepack.h"
 #include "vmath.h"
@@ -14,9 +15,9 @@
  * register tiles hide what starting and ending one costs, and their sums stay in the second cache. */
 enum { GROUP = 32 };
 
-/* Threads with groups of their own never wait for each other, but each reads all weights in every step: from its second
- * cache, where they take at most half of 1 MiB. Above, what waiting costs is small beside the products. */
-enum { NEAR_WEIGHTS = (512 << 10) / (int)sizeof(real) };
+/* Threads with groups of their own wait for each other only after so many passes, but each reads all weights in every one:
+ * from its second cache, where they take at most half of 1 MiB. Above, what waiting costs is small beside the products. */
+enum { APART = 16, NEAR_WEIGHTS = (512 << 10) / (int)sizeof(real) };
 
 /* Samples of a group of the way back: 16 rows halve the traffic from the second cache against 8, and two threads have a
  * group each from 32 samples on. */
@@ -191,6 +192,7 @@ static int pack_blocks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+/* A line that is written in parts would go to memory in parts: vectors must be whole lines. */
 static int is_past_cache(const layer *l)
 {
     const real *kept[] = {l->gates, l->y, l->also[0], l->also[1]};
@@ -246,17 +248,16 @@ static int one_item(int64_t turn, int64_t item, void *context)
     return advance(l, turn / passes(l), (int)(turn % passes(l)), item / l->groups, item % l->groups);
 }
 
-/* Whole sequences of some groups; each turn begins with the weights that the one before has left in the caches. */
-static int walk_groups(int64_t begin, int64_t end, void *context)
+/* APART passes of a group over all blocks; each begins with the weights that the one before has left in the caches. */
+static int one_group(int64_t part, int64_t group, void *context)
 {
     const layer *l = context;
-    for (int64_t group = begin; group < end; group++)
-        for (int64_t turn = 0; turn < l->w.T * passes(l); turn++)
-            for (int64_t i = 0; i < l->blocks; i++) {
-                int64_t block = turn % 2 ? l->blocks - 1 - i : i;
-                int status = one_item(turn, block * l->groups + group, context);
-                if (status != HL_OK) return status;
-            }
+    for (int64_t turn = part * APART; turn < min64((part + 1) * APART, l->w.T * passes(l)); turn++)
+        for (int64_t i = 0; i < l->blocks; i++) {
+            int64_t block = turn % 2 ? l->blocks - 1 - i : i;
+            int status = one_item(turn, block * l->groups + group, context);
+            if (status != HL_OK) return status;
+        }
     return HL_OK;
 }
 
@@ -295,11 +296,11 @@ static int run_layer(layer *l)
         if (!l->hh.ready) hl_pack_ready(&l->hh);
         /* 16 multiplications cost what counts as one operation; of few samples reading the weights costs more. */
         double work = (double)max64(N, 4) / 16 * (double)columns * (double)H;
-        if (apart) status = parallel_even(l->groups, work * (double)T / (double)l->groups, walk_groups, l);
-        else {
-            int64_t items = l->blocks * l->groups;
-            status = hl_parallel_steps(T * passes(l), items, work / (double)items, one_item, l);
-        }
+        int64_t turns = T * passes(l), items = apart ? l->groups : l->blocks * l->groups;
+        if (apart)
+            status = hl_parallel_steps((turns + APART - 1) / APART, items,
+                                       work * (double)min64(T, APART) / (double)items, one_group, l);
+        else status = hl_parallel_steps(turns, items, work / (double)items, one_item, l);
     }
     hl_pack_end(&l->ih);
     hl_pack_end(&l->hh);

@@ -14,7 +14,6 @@ from hotloops.kernels import spec
 
 CASES = all_cases()
 RUNS = [(dtype, fill) for dtype in ("float32", "float64") for fill in ("normal", "integers")]
-SIMULATOR_RUNS = [("float32", "normal"), ("float64", "integers")]  # its arithmetic is NumPy's, and it is slow:
 SIMULATOR_LIMIT = 400  # elements of a case: in the simulator every CUDA thread is a Python thread, some 5,000 a second
 
 
@@ -44,23 +43,27 @@ def copies(arrays):
 
 
 @functools.lru_cache(maxsize=len(RUNS))
-def built_and_true(name, case, dtype, fill):
-    """A case, and its arrays as the reference in float64 leaves them."""
-    record = spec.find(name)
-    arrays, sizes, scalars = build(record, case, dtype, fill)
+def built(name, case, dtype, fill):
+    return build(spec.find(name), case, dtype, fill)
+
+
+@functools.lru_cache(maxsize=len(RUNS))
+def true_arrays(name, case, dtype, fill):
+    """The arrays of a case as the reference in float64 leaves them."""
+    arrays, _, scalars = built(name, case, dtype, fill)
     truth = [a if a is None or a.dtype.kind != "f" else a.astype(np.float64) for a in copies(arrays)]
-    record.reference(*truth, **scalars)
-    return arrays, sizes, scalars, truth
+    spec.find(name).reference(*truth, **scalars)
+    return truth
 
 
 @pytest.mark.parametrize(("name", "case", "variant"), list(parameters()))
 def test_kernel(name, case, variant):
-    record, simulated = spec.find(name), variant == "cuda" and SIMULATED
-    for dtype, fill in SIMULATOR_RUNS if simulated else RUNS:
-        inputs, sizes, scalars, truth = built_and_true(name, case, dtype, fill)
-        if simulated and sum(a.size for a in inputs if a is not None) > SIMULATOR_LIMIT:
+    record = spec.find(name)
+    for dtype, fill in RUNS:
+        inputs, sizes, scalars = built(name, case, dtype, fill)
+        if variant == "cuda" and SIMULATED and sum(a.size for a in inputs if a is not None) > SIMULATOR_LIMIT:
             pytest.skip("too large for the simulator")
-        arrays = copies(inputs)
+        arrays, truth = copies(inputs), true_arrays(name, case, dtype, fill)
         call(record, variant, arrays, sizes, scalars, dtype)
         exact = fill == "integers" and sums_exactly(record.error, scalars, np.dtype(dtype))
         for spec_, before, actual, expected in zip(record.arrays, inputs, arrays, truth, strict=True):

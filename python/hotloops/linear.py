@@ -126,8 +126,10 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     _check.needed("matmul", a=a, b=b)
     call = Call("matmul", out)
     turned = _turned_factor(a, b)
+    # A turned factor comes, and goes to the kernel, as it lies in memory.
     x, y = call.floats(a=a.swapaxes(-1, -2) if turned == "a" else a, b=b.swapaxes(-1, -2) if turned == "b" else b)
-    product = _Product(call, *(np.shape(v.swapaxes(-1, -2) if n == turned else v) for n, v in (("a", x), ("b", y))))
+    left, right = x.swapaxes(-1, -2) if turned == "a" else x, y.swapaxes(-1, -2) if turned == "b" else y
+    product = _Product(call, tuple(left.shape), tuple(right.shape))
     z = call.result(product.result)
     B, M, K = product.rows
     if turned == "a":
@@ -141,7 +143,7 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
 
 def _turned_factor(a: Any, b: Any) -> str:
     """Which factor is a transposed view that need not be copied: what lies in memory is what a gradient's product reads."""
-    if np.ndim(a) < 2 or np.ndim(b) < 2 or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or min(a.ndim, b.ndim) < 2:
         return ""
     same = a.shape[:-2] == b.shape[:-2]
     found = {
