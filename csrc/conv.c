@@ -479,16 +479,6 @@ static source source_of(const product *t, int64_t task)
     return (source){j->x + (b.image * j->groups + group) * j->channels * inputs_of(j) + first, last - first + 1};
 }
 
-/* What the products of a panel of planes fetch meanwhile: a channel of what comes next a tile, over all panels. */
-static void fetch_planes(const product *t, const source *soon, int64_t tiles_before, int64_t depth, gemm_out *out)
-{
-    int64_t S = inputs_of(t->j);
-    out->ahead = soon->first + tiles_before * S;
-    out->ahead_line = S;
-    out->ahead_k = ceil_div(soon->count, depth);
-    out->ahead_lines = depth / taps_of(t->j) - tiles_before;
-}
-
 static int product_tasks(int64_t begin, int64_t end, void *context)
 {
     const product *t = context;
@@ -546,11 +536,14 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                 if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
                 int aligned = ((uintptr_t)(y + s) | (uintptr_t)y_row * sizeof(real)) % HL_VLEN == 0;
                 gemm_out out = {.c = y + s, .c_row = y_row, .past_cache = t->past_cache && dense && aligned};
-                if (t->flat && s + step < positions)
-                    gemm_fetch_columns(&out, from + base_of(&b, &p, s + step), S, step);
-                else if (t->flat && soon.first) gemm_fetch_columns(&out, soon.first, S, step);
-                else if (soon.first && depth)
-                    fetch_planes(t, &soon, s / GEMM_COLUMNS * (filters / GEMM_ROWS), depth, &out);
+                int64_t strip = gemm_next_strip(s);
+                if (t->flat && strip < positions)
+                    out.ahead =
+                        gemm_fetch_strip(from + base_of(&b, &p, strip), positions - strip, S, depth, s, positions);
+                else if (t->flat) out.ahead = gemm_fetch_strip(soon.first, soon.count, S, depth, s, positions);
+                else
+                    out.ahead = (gemm_ahead){soon.first, depth / taps,     S,
+                                             soon.count, s / GEMM_COLUMNS, ceil_div(positions, GEMM_COLUMNS)};
                 if (k) {
                     out.add = out.c;
                     out.add_row = y_row;

@@ -122,17 +122,18 @@ static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal 
  * pay where strides are constants: addresses are then part of the instructions; but only where registers are left over.
  * Instructions beside the multiplications count where a processor shares its core with another one. Even rows have addresses
  * of their own: with two registers in its address `add_splat` would be two instructions inside.
- * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched, or NULL; two steps fetch the lines `ahead_second`
- * apart, the next two what lies `ahead_pair` on. */
+ * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched at the first step, or NULL; each further step
+ * fetches what lies `ahead_step` elements on. */
 #if defined(__AVX512F__)
 enum { GEMM_STEPS = 4 };
 #else
 enum { GEMM_STEPS = 1 };
 #endif
-static inline __attribute__((always_inline)) void
-gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, const real *a, const int64_t a_row,
-              const int64_t a_col, const real *b, const int64_t b_row, real *panel, const real *ahead,
-              int64_t ahead_pair, int64_t ahead_second, vreal sum[GEMM_ROWS][GEMM_VECTORS])
+static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors,
+                                                                int64_t K, const real *a, const int64_t a_row,
+                                                                const int64_t a_col, const real *b, const int64_t b_row,
+                                                                real *panel, const real *ahead, int64_t ahead_step,
+                                                                vreal sum[GEMM_ROWS][GEMM_VECTORS])
 {
     const real *pair[GEMM_ROWS / 2]; /* of rows */
 #pragma GCC unroll 4
@@ -140,7 +141,7 @@ gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, con
     for (int64_t k = 0; k < K; k += steps) {
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
-            if (ahead) __builtin_prefetch(ahead + s / 2 * ahead_pair + s % 2 * ahead_second, 0, 2);
+            if (ahead) __builtin_prefetch(ahead + s * ahead_step, 0, 3);
             vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) {
@@ -164,9 +165,18 @@ gemm_multiply(const int steps, const int rows, const int vectors, int64_t K, con
         for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] += steps * a_col;
         b += steps * b_row;
         if (panel) panel += steps * vectors * LANES;
-        if (ahead) ahead += steps == 1 ? ahead_second : steps / 2 * ahead_pair;
+        if (ahead) ahead += steps * ahead_step;
     }
 }
+
+/* What is read next and fetched while products are summed, as far as there are tiles to do it: rows of a matrix, `row` apart,
+ * of which `run` elements, one row after the other. That way the processor sees where reading goes and is ahead of it; rows
+ * by turns, a line of each, it can only wait for, and for so few at a time that the products wait too. */
+typedef struct {
+    const real *first; /* or NULL */
+    int64_t rows, row, run;
+    int64_t panel, panels; /* of the columns whose tiles share in this: the first is panel 0 */
+} gemm_ahead;
 
 /* What is added to the products, and where they go. */
 typedef struct {
@@ -176,21 +186,26 @@ typedef struct {
     int64_t add_row;
     const real *row_bias; /* [rows] or NULL */
     int past_cache; /* whole vectors are written past the cache: c and c_row are multiples of HL_VLEN bytes */
-    /* What is packed next, as far as there are tiles to fetch it while they multiply: `ahead_lines` times, ahead_line
-     * elements apart, one line of the cache for each k, ahead_k apart. */
-    const real *ahead;
-    int64_t ahead_line, ahead_k, ahead_lines;
+    gemm_ahead ahead;
 } gemm_out;
 
-/* Fetches `columns` columns of a matrix that go on behind those of the block: of their first line a part has come with it. */
-static inline void gemm_fetch_columns(gemm_out *o, const real *b, int64_t b_row, int64_t columns)
+/* While the panels of a strip of a matrix's columns are packed and multiplied, the next strip is fetched. Wide enough for
+ * long runs, and narrow enough for two to stay in the second cache. */
+enum { GEMM_STRIP = 192 * 4 / (int)sizeof(real) };
+
+/* What the panel at column n fetches: the strip at column `next`, `run` columns of as many rows as its own strip. */
+static inline gemm_ahead gemm_fetch_strip(const real *next, int64_t run, int64_t b_row, int64_t rows, int64_t n,
+                                          int64_t columns)
 {
-    enum { LINE = 64 / (int)sizeof(real) };
-    o->ahead = b + (LINE - 1);
-    o->ahead_line = LINE;
-    o->ahead_k = b_row;
-    o->ahead_lines = (columns + LINE - 1) / LINE;
+    int64_t width = min64(GEMM_STRIP, columns - n / GEMM_STRIP * GEMM_STRIP);
+    return (gemm_ahead){next,
+                        rows,
+                        b_row,
+                        min64(run, GEMM_STRIP),
+                        n % GEMM_STRIP / GEMM_COLUMNS,
+                        (width + GEMM_COLUMNS - 1) / GEMM_COLUMNS};
 }
+static inline int64_t gemm_next_strip(int64_t n) { return n / GEMM_STRIP * GEMM_STRIP + GEMM_STRIP; }
 
 /* One block of C from panels: a holds the row panels one after the other ([row][depth] in size), b the column panels
  * ([round_up(columns, LANES)][depth]). Where b_row is not 0, b is the matrix itself, columns side by side, rows b_row

@@ -151,10 +151,10 @@ static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile
         }
 }
 
-/* What a tile fetches (gemm_multiply). */
+/* What a tile fetches: rows `row` apart, for `steps` steps each of which goes `step` on (gemm_multiply). */
 typedef struct {
     const real *first;
-    int64_t pair, second;
+    int64_t row, steps, step;
 } tile_ahead;
 
 /* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what `ahead` names is fetched. */
@@ -174,20 +174,24 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
-    int64_t a_col = a_row ? 1 : rows, k = 0;
+    int64_t a_col = a_row ? 1 : rows;
     if (!a_row) a_row = 1;
     if (!b_row) b_row = vectors * LANES;
+    const int steps = rows == GEMM_ROWS && !packs && b_row == vectors * LANES ? GEMM_STEPS : 1;
     const real *line = fetches ? ahead->first : NULL;
-    int64_t pair = fetches ? ahead->pair : 0, second = fetches ? ahead->second : 0;
-    if (rows == GEMM_ROWS && !packs && b_row == vectors * LANES) {
-        k = K / GEMM_STEPS * GEMM_STEPS;
+    int64_t step = fetches ? ahead->step : 0, whole = K / steps * steps;
+    for (int64_t k = 0, n; k < whole; k += n) {
+        n = fetches ? min64(ahead->steps, whole - k) : whole;
 #define WHOLE_STEPS(row, col) \
-    gemm_multiply(GEMM_STEPS, rows, vectors, k, a, row, col, b, vectors *LANES, NULL, line, pair, second, sum)
-        a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
-        a += k * a_col, b += k * b_row;
-        if (fetches) line += k / 2 * pair;
+    gemm_multiply(GEMM_STEPS, rows, vectors, n, a, row, col, b, vectors *LANES, NULL, line, step, sum)
+        if (steps == 1)
+            gemm_multiply(1, rows, vectors, n, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, step, sum);
+        else a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
+        a += n * a_col, b += n * b_row;
+        if (packs) panel += n * vectors * LANES;
+        if (fetches) line += ahead->row;
     }
-    gemm_multiply(1, rows, vectors, K - k, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, pair, second, sum);
+    if (steps > 1) gemm_multiply(1, rows, vectors, K - whole, a, a_row, a_col, b, b_row, NULL, NULL, 0, sum);
     if (o->row_bias)
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -255,17 +259,16 @@ WHOLE_TILES(packing, 1, 0)
 WHOLE_TILES(fetching, 0, 1)
 WHOLE_TILES(packing_fetching, 1, 1)
 
-/* What tile t of `tiles` fetches. Two tiles share the lines that one could: one line each other step leaves the ways to the
- * caches free for the products. Not the first, which may pack. Where the tiles are too few, each fetches at every step. */
-static tile_ahead fetched(const gemm_out *o, int64_t t, int64_t tiles, int64_t depth)
+/* What tile t of the `tiles` that fetch fetches. A line each other step leaves the ways to the caches free for the products;
+ * where the tiles are too few, each step fetches one. */
+static tile_ahead fetched(const gemm_ahead *next, int64_t t, int64_t tiles, int64_t depth)
 {
-    if (GEMM_STEPS > 1 && tiles > 2 * o->ahead_lines) {
-        int64_t half = t - 1;
-        if (half < 0 || half >= 2 * o->ahead_lines) return (tile_ahead){0};
-        return (tile_ahead){o->ahead + half / 2 * o->ahead_line + half % 2 * (depth / 2) * o->ahead_k, o->ahead_k, 0};
-    }
-    if (t >= o->ahead_lines) return (tile_ahead){0};
-    return (tile_ahead){o->ahead + t * o->ahead_line, 2 * o->ahead_k, o->ahead_k};
+    enum { LINE = 64 / (int)sizeof(real) };
+    int64_t lines = max64((next->run + LINE - 1) / LINE, 1), pace = 2 * lines * next->rows <= tiles * depth ? 2 : 1;
+    int64_t steps = min64(round_up(pace * lines, GEMM_STEPS), depth), rows = depth / max64(steps, 1);
+    if (t * rows >= next->rows) return (tile_ahead){0};
+    int64_t first = max64(min64(t * rows, next->rows - rows), 0);
+    return (tile_ahead){next->first + first * next->row, next->row, steps, (next->run + steps - 1) / steps};
 }
 
 /* a_row is 0 for packed panels; else A is read where it lies, a[m * a_row + k]. B is in packed `panels`, unless b_row is
@@ -277,7 +280,7 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
     /* Where the processor fetches little by itself, tiles fetch the panel that comes next, if the panels may not all be in
      * the second cache. */
     enum { NEAR = (128 << 10) / (int)sizeof(real) };
-    const int fetches_panels = hl_ahead && !out->ahead_lines && columns * depth >= NEAR;
+    const int fetches_panels = hl_ahead && !out->ahead.first && columns * depth >= NEAR;
     for (int64_t n = 0, step; n < columns;
          n += step) { /* a panel of B stays in the first cache, A streams from the second */
         step = gemm_columns(columns - n);
@@ -289,10 +292,13 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
             packs = 0;
         }
         const real *bn = b_row ? b + n : b + n * depth;
-        gemm_out next = *out;
-        int fetches_next = fetches_panels && n + step < columns;
-        int64_t share = fetches_next && !b_row ? step * GEMM_ROWS / max64(rows, GEMM_ROWS) : 0;
-        if (fetches_next && packs) gemm_fetch_columns(&next, bn + step, b_row, step);
+        gemm_ahead next = out->ahead;
+        int64_t share = fetches_panels && !b_row && n + step < columns ? step * GEMM_ROWS / max64(rows, GEMM_ROWS) : 0;
+        int64_t strip = gemm_next_strip(n);
+        if (fetches_panels && packs && strip < columns)
+            next = gemm_fetch_strip(b + strip, columns - strip, b_row, depth, n, columns);
+        /* The tiles that pack fetch only if the others are too few. */
+        int64_t many = rows / GEMM_ROWS, rest = packs && many > 4;
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
             gemm_out o = {.c = out->c + m * out->c_row + n,
@@ -302,8 +308,9 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
                           .past_cache = out->past_cache,
                           .row_bias = out->row_bias ? out->row_bias + m : NULL};
             tile_ahead ahead = {0};
-            if (share) ahead = (tile_ahead){bn + depth * (step + t * share), 2 * share, share};
-            else if (height == GEMM_ROWS) ahead = fetched(&next, t, rows / GEMM_ROWS, depth);
+            if (share) ahead = (tile_ahead){bn + depth * (step + t * share), 0, depth, share};
+            else if (next.first && height == GEMM_ROWS && t >= rest)
+                ahead = fetched(&next, next.panel * (many - rest) + t - rest, next.panels * (many - rest), depth);
             tile_fn fn = tiles[vectors - 1][height - 1];
             if (packs && !m) fn = ahead.first ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
             else if (ahead.first && height == GEMM_ROWS) fn = fetching_tiles[vectors - 1];
