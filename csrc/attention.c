@@ -246,6 +246,31 @@ static void turned_rows(const job *j, const block *b, int64_t s0, int64_t n, con
     gemm_transpose(b->width, n, w->rows, KEYS, w->extra, QUERIES);
 }
 
+/* -inf where the window hides a key, by itself: query i sees the keys s0 + s with first[i] <= s < last[i]. */
+static void hide(const job *j, const block *b, int64_t s0, int64_t n, real *scores)
+{
+    if (s0 >= b->high - 1 - j->left && s0 + n <= b->low + j->right + 1) return;
+    ireal first[QUERIES] = {0}, last[QUERIES];
+    int64_t all_from = 0, all_to = n; /* keys that all queries see */
+    for (int64_t i = 0; i < QUERIES; i++) last[i] = (ireal)n;
+    for (int64_t i = 0; i < b->rows; i++) {
+        int64_t l = (b->row + i) % j->L - s0;
+        first[i] = (ireal)min64(max64(l - j->left, 0), n), last[i] = (ireal)max64(min64(l + j->right + 1, n), 0);
+        all_from = max64(all_from, first[i]), all_to = min64(all_to, last[i]);
+    }
+    const int64_t ranges[2][2] = {{0, all_from}, {max64(all_from, all_to), n}};
+    const vreal low = splat((real)-INFINITY);
+    for (int r = 0; r < 2; r++)
+        for (int64_t s = ranges[r][0]; s < ranges[r][1]; s++)
+            for (int64_t i = 0; i < b->width; i += LANES) {
+                vint from, to, key = (ireal)s - (vint){0};
+                memcpy(&from, first + i, sizeof from);
+                memcpy(&to, last + i, sizeof to);
+                real *score = scores + s * QUERIES + i;
+                store(score, blend((from > key) | (to <= key), low, load(score)));
+            }
+}
+
 /* Scores [n][QUERIES] in units of ln 2 of the queries that were turned, -inf where hidden; `slopes`, when not NULL, gets the
  * derivative of the soft cap. */
 static void make_scores(const job *j, const block *b, const real *turned, int64_t s0, int64_t n, const workspace *w,
@@ -272,13 +297,14 @@ static void make_scores(const job *j, const block *b, const real *turned, int64_
                 store(w->scores + i, t * splat(j->softcap * LOG2E));
                 if (slopes) store(slopes + i, one - t * t);
             }
-    if (!j->bias && !j->allowed && s0 >= b->high - 1 - j->left && s0 + n <= b->low + j->right + 1) return;
-    turned_rows(j, b, s0, n, w, mask_row);
-    for (int64_t s = 0; s < n; s++)
-        for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
-            vreal mask = load(w->extra + i);
-            store(w->scores + i, blend(mask == low, low, load(w->scores + i) + mask * splat(LOG2E)));
-        }
+    if (j->bias || j->allowed) {
+        turned_rows(j, b, s0, n, w, mask_row);
+        for (int64_t s = 0; s < n; s++)
+            for (int64_t i = s * QUERIES; i < s * QUERIES + b->width; i += LANES) {
+                vreal mask = load(w->extra + i);
+                store(w->scores + i, blend(mask == low, low, load(w->scores + i) + mask * splat(LOG2E)));
+            }
+    } else hide(j, b, s0, n, w->scores);
 }
 
 /* What the weights of query `row` are multiplied with. */
