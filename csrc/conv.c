@@ -360,7 +360,7 @@ typedef struct {
     int64_t filter_blocks, depth, tasks;
     int flat;     /* one tap on each input: x is its own plane */
     int past_cache; /* y does not stay in the caches, and is written once */
-    real *packed; /* w: [group][part of K][row panels] */
+    real *packed; /* w: [group][part of K][row panels], or NULL: it is read where it lies */
 } product;
 
 /* Memory for what an algorithm makes of all of w; `block`: how many filters it takes at a time, where that is a choice. */
@@ -518,7 +518,9 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         int64_t k = 0;
         do { /* once for K = 0 */
             int64_t depth = min64(t->depth, K - k), c0 = k / taps, channels = ceil_div(k + depth, taps) - c0;
-            const real *a = t->packed + (group * K + k) * j->filters + f0 * depth;
+            const real *a = t->packed ? t->packed + (group * K + k) * j->filters + f0 * depth
+                                      : j->w + group * j->w_group + f0 * j->w_filter + k;
+            int64_t a_row = t->packed ? 0 : j->w_filter;
             const real *from = t->flat ? here.first + k * S : scratch, *stop = t->flat ? x_end : panel;
             source soon = {0};
             if (k + depth < K) soon = (source){here.first + (k + depth) / taps * S, here.count};
@@ -548,8 +550,8 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
                     out.add = out.c;
                     out.add_row = y_row;
                 } else out.row_bias = bias;
-                if (whole) gemm_block(filters, width, depth, a, from + copies[0].from, S, panel, &out);
-                else gemm_block(filters, width, depth, a, panel, 0, NULL, &out);
+                if (whole) gemm_block(filters, width, depth, a, a_row, from + copies[0].from, S, panel, &out);
+                else gemm_block(filters, width, depth, a, a_row, panel, 0, NULL, &out);
                 if (k + depth >= K) activate_rows(j->activation, filters, width, y + s, y_row);
             }
             k += depth;
@@ -559,6 +561,23 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     if (t->past_cache) stream_end();
     hl_give(scratch);
     return HL_OK;
+}
+
+/* Where the boxes do not go round the threads evenly, the filters are cut too: each block packs the patches again, which costs
+ * as much as the products of so many filters. Blocks are of at least four tiles and two million products. */
+static int64_t choose_filter_blocks(const product *t, double work)
+{
+    const conv_job *j = t->j;
+    const int64_t threads = hl_num_threads(0), packing = t->flat ? 16 : 16 + 16 * j->axes[1].stride * j->axes[2].stride;
+    int64_t best = 1, least = 0;
+    for (int64_t n = 1; n <= 4 * threads; n++) {
+        if (n > 1 && (j->filters / n < 4 * GEMM_ROWS || work / (double)(t->tasks * n) < 2e6)) break;
+        int64_t time = ceil_div(t->tasks * n, threads) * (j->filters / n + packing);
+        if (least && time >= least) continue;
+        least = time;
+        best = n;
+    }
+    return best;
 }
 
 /* Parallel over (box of outputs, group, block of filters); y = w[filters, K] patches[K, positions].
@@ -575,20 +594,17 @@ static int conv_product(const conv_job *j)
     t.past_cache = K <= t.depth && !j->activation && GEMM_COLUMNS * sizeof(real) >= 192 &&
                    j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
-    hl_pack weights;
-    int status = begin_panels(j, t.depth, &weights);
+    hl_pack weights = {0};
+    /* So few products do not repay what packing a weight costs. */
+    int in_place = in_order(j) && j->images * outputs_of(j) <= 256 && !hl_is_prepacked(j->weights);
+    int status = in_place ? HL_OK : begin_panels(j, t.depth, &weights);
     if (status == HL_OK) {
         t.packed = weights.data;
         double work =
             (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
         t.tasks = t.grid.boxes * j->groups;
-        /* Too few tasks to even out among the threads: cut the filters too, in blocks of at least four tiles, each above
-         * four million products. Each block packs the patches again. */
-        while (t.tasks < enough_tasks() && j->filters / t.filter_blocks >= 8 * GEMM_ROWS &&
-               work / (double)t.tasks > 8e6) {
-            t.filter_blocks *= 2;
-            t.tasks *= 2;
-        }
+        t.filter_blocks = choose_filter_blocks(&t, work);
+        t.tasks *= t.filter_blocks;
         /* 16 products cost what hl_grain counts as one operation. */
         status = parallel_even(t.tasks, work / (double)t.tasks / 16, product_tasks, &t);
     }

@@ -208,8 +208,9 @@ static inline gemm_ahead gemm_fetch_strip(const real *next, int64_t run, int64_t
 static inline int64_t gemm_next_strip(int64_t n) { return n / GEMM_STRIP * GEMM_STRIP + GEMM_STRIP; }
 
 /* One block of C from panels: a holds the row panels one after the other ([row][depth] in size), b the column panels
- * ([round_up(columns, LANES)][depth]). Where b_row is not 0, b is the matrix itself, columns side by side, rows b_row
- * apart, all vectors whole: its panels are made on the way, in `panels`. */
-void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row, real *panels,
-                const gemm_out *out);
+ * ([round_up(columns, LANES)][depth]). Where a_row is not 0, a is the matrix itself, a[m * a_row + k], and read where it
+ * lies. Where b_row is not 0, b is the matrix itself, columns side by side, rows b_row apart, all vectors whole: its panels
+ * are made on the way, in `panels`, by the first row panel, or without `panels` all read b where it lies. */
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
+                int64_t b_row, real *panels, const gemm_out *out);
 #endif

@@ -271,11 +271,8 @@ static tile_ahead fetched(const gemm_ahead *next, int64_t t, int64_t tiles, int6
     return (tile_ahead){next->first + first * next->row, next->row, steps, (next->run + steps - 1) / steps};
 }
 
-/* a_row is 0 for packed panels; else A is read where it lies, a[m * a_row + k]. B is in packed `panels`, unless b_row is
- * the row stride of a B whose columns (full vectors only) lie side by side: then the first tile packs them into `panels`
- * for the others, or without `panels` all read them where they lie. */
-static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
-                  int64_t b_row, real *panels, const gemm_out *out)
+void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int64_t a_row, const real *b,
+                int64_t b_row, real *panels, const gemm_out *out)
 {
     /* Where the processor fetches little by itself, tiles fetch the panel that comes next, if the panels may not all be in
      * the second cache. */
@@ -320,12 +317,6 @@ static void block(int64_t rows, int64_t columns, int64_t depth, const real *a, i
         }
     }
 }
-void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, const real *b, int64_t b_row, real *panels,
-                const gemm_out *out)
-{
-    block(rows, columns, depth, a, 0, b, b_row, panels, out);
-}
-
 /* ---- few rows ---- */
 
 /* Up to DOT_ROWS rows against a B whose columns are contiguous: dot products, B is read once and never packed. */
@@ -547,12 +538,13 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                     if (g->column_bias) out.add = g->column_bias + n;
                     if (g->row_bias) out.row_bias = g->row_bias + m;
                 }
-                if (packs && m > m0) block(rows, body, depth, a, a_row, pack_b, 0, NULL, &out);
+                if (packs && m > m0) gemm_block(rows, body, depth, a, a_row, pack_b, 0, NULL, &out);
                 else if (body)
-                    block(rows, body, depth, a, a_row, g->b + k * g->b_row + n, g->b_row, packs ? pack_b : NULL, &out);
+                    gemm_block(rows, body, depth, a, a_row, g->b + k * g->b_row + n, g->b_row, packs ? pack_b : NULL,
+                               &out);
                 if (out.add) out.add += body;
                 out.c += body;
-                block(rows, columns - body, depth, a, a_row, packs ? b + body * depth : b, 0, NULL, &out);
+                gemm_block(rows, columns - body, depth, a, a_row, packs ? b + body * depth : b, 0, NULL, &out);
                 if (k + depth >= g->K) activate_rows(g->activation, rows, columns, g->c + m * g->c_row + n, g->c_row);
             }
             k += depth;
