@@ -395,7 +395,9 @@ static int check_queries(const job *j, int64_t row, int64_t rows)
 
 /* ---- forward, few queries ---- */
 
-enum { FEW = LANES / 2, DOTS = LANES < 4 ? LANES : 4 };
+/* Up to FEW queries: of more, half-empty vectors cost less than a pass over the keys for each PAIR, which shares what is
+ * loaded. */
+enum { FEW = LANES > 8 ? 5 : LANES / 2, PAIR = 2, DOTS = LANES < 4 ? LANES : 4 };
 
 /* Neighbours among n vectors are added lane by lane until one vector is left: for n = LANES, their sums in order. */
 static inline __attribute__((always_inline)) vreal fold(const int n, vreal *x)
@@ -407,30 +409,49 @@ static inline __attribute__((always_inline)) vreal fold(const int n, vreal *x)
     return x[0];
 }
 
-/* The products of q with LANES neighbouring keys, DOTS of them side by side. */
-static __attribute__((noinline)) vreal dots(const real *q, const real *k, int64_t k_row, int64_t D)
+/* The products of `rows` queries with LANES neighbouring keys, DOTS of them side by side. */
+static inline __attribute__((always_inline)) void dots(const int rows, const real *const *q, const real *k,
+                                                       int64_t k_row, int64_t D, int64_t ahead, real *const *scores)
 {
-    const int64_t ahead = hl_ahead;
-    vreal group[LANES / DOTS];
+    vreal group[PAIR][LANES / DOTS];
     int64_t body = D / LANES * LANES;
 #pragma GCC unroll 4
     for (int g = 0; g < LANES / DOTS; g++, k += DOTS * k_row) {
-        vreal sum[DOTS];
+        vreal sum[PAIR][DOTS];
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int i = 0; i < DOTS; i++) sum[i] = splat((real)0);
+            for (int i = 0; i < DOTS; i++) sum[r][i] = splat((real)0);
         for (int64_t d = 0; d < body; d += LANES)
 #pragma GCC unroll 4
             for (int i = 0; i < DOTS; i++) {
                 fetch(k + i * k_row + d, ahead);
-                sum[i] += load(q + d) * load(k + i * k_row + d);
+                vreal key = load(k + i * k_row + d);
+#pragma GCC unroll 2
+                for (int r = 0; r < rows; r++) sum[r][i] += load(q[r] + d) * key;
             }
         if (body < D)
 #pragma GCC unroll 4
-            for (int i = 0; i < DOTS; i++)
-                sum[i] += load_part(q + body, D - body, (real)0) * load_part(k + i * k_row + body, D - body, (real)0);
-        group[g] = fold(DOTS, sum);
+            for (int i = 0; i < DOTS; i++) {
+                vreal key = load_part(k + i * k_row + body, D - body, (real)0);
+#pragma GCC unroll 2
+                for (int r = 0; r < rows; r++) sum[r][i] += load_part(q[r] + body, D - body, (real)0) * key;
+            }
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; r++) group[r][g] = fold(DOTS, sum[r]);
     }
-    return fold(LANES / DOTS, group);
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++) store(scores[r], fold(LANES / DOTS, group[r]));
+}
+static __attribute__((noinline)) void dots_of_one(const real *const *q, const real *k, int64_t k_row, int64_t D,
+                                                  int64_t ahead, real *const *scores)
+{
+    dots(1, q, k, k_row, D, ahead, scores);
+}
+static __attribute__((noinline)) void dots_of_two(const real *const *q, const real *k, int64_t k_row, int64_t D,
+                                                  int64_t ahead, real *const *scores)
+{
+    dots(2, q, k, k_row, D, ahead, scores);
 }
 
 /* row = 2^(row - base); the sum. */
@@ -451,46 +472,61 @@ static real row_exp(real *row, int64_t n, real base)
     return sum_lanes(sum);
 }
 
-/* y += the sum of w[s] v[s * v_row], `vectors` wide. */
-static inline __attribute__((always_inline)) void weighted_columns(const int vectors, const real *w, int64_t n,
-                                                                   const real *v, int64_t v_row, real *y)
+/* y[r][e ...] += the sum of w[r][s] v[s * v_row], `vectors` wide, for `rows` queries. */
+static inline __attribute__((always_inline)) void weighted_columns(const int rows, const int vectors,
+                                                                   const real *const *w, int64_t n, const real *v,
+                                                                   int64_t v_row, int64_t ahead, real *const *y,
+                                                                   int64_t e)
 {
-    const int64_t ahead = hl_ahead;
-    vreal sum[8];
+    vreal sum[PAIR][8];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-    for (int i = 0; i < vectors; i++) sum[i] = load(y + i * LANES);
-    for (int64_t s = 0; s < n; s++, v += v_row) {
+        for (int i = 0; i < vectors; i++) sum[r][i] = load(y[r] + e + i * LANES);
+    v += e;
+    for (int64_t s = 0; s < n; s++, v += v_row)
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) {
             fetch(v + i * LANES, ahead);
-            sum[i] += splat(w[s]) * load(v + i * LANES);
+            vreal value = load(v + i * LANES);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) sum[r][i] += splat(w[r][s]) * value;
         }
-    }
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-    for (int i = 0; i < vectors; i++) store(y + i * LANES, sum[i]);
+        for (int i = 0; i < vectors; i++) store(y[r] + e + i * LANES, sum[r][i]);
 }
 
-/* y[E] += the sum of w[s] v[s][E] over n keys. */
-static void weighted_sum(const real *w, int64_t n, const real *v, int64_t v_row, int64_t E, real *y)
+/* y[r][E] += the sum of w[r][s] v[s][E] over n keys. */
+static void weighted_sum(int rows, const real *const *w, int64_t n, const real *v, int64_t v_row, int64_t E,
+                         int64_t ahead, real *const *y)
 {
+    const int wide = rows == 1 ? 8 : 4; /* so many sums are under way, and stay in registers */
     int64_t e = 0;
     for (int64_t vectors; e + LANES <= E; e += vectors * LANES) {
-        vectors = min64((E - e) / LANES, 8);
-        switch (vectors) {
-        case 1: weighted_columns(1, w, n, v + e, v_row, y + e); break;
-        case 2: weighted_columns(2, w, n, v + e, v_row, y + e); break;
-        case 3: weighted_columns(3, w, n, v + e, v_row, y + e); break;
-        case 4: weighted_columns(4, w, n, v + e, v_row, y + e); break;
-        case 5: weighted_columns(5, w, n, v + e, v_row, y + e); break;
-        case 6: weighted_columns(6, w, n, v + e, v_row, y + e); break;
-        case 7: weighted_columns(7, w, n, v + e, v_row, y + e); break;
-        default: weighted_columns(8, w, n, v + e, v_row, y + e);
+        vectors = min64((E - e) / LANES, wide);
+#define COLUMNS(r, n_vectors) \
+    case r * 16 + n_vectors: weighted_columns(r, n_vectors, w, n, v, v_row, ahead, y, e); break;
+        switch (rows * 16 + vectors) {
+            COLUMNS(1, 1)
+            COLUMNS(1, 2)
+            COLUMNS(1, 3)
+            COLUMNS(1, 4)
+            COLUMNS(1, 5)
+            COLUMNS(1, 6)
+            COLUMNS(1, 7)
+            COLUMNS(1, 8)
+            COLUMNS(2, 1)
+            COLUMNS(2, 2)
+            COLUMNS(2, 3)
+            COLUMNS(2, 4)
         }
     }
-    if (e < E) {
-        vreal sum = load_part(y + e, E - e, (real)0);
-        for (int64_t s = 0; s < n; s++) sum += splat(w[s]) * load_part(v + s * v_row + e, E - e, (real)0);
-        store_part(y + e, E - e, sum);
+    for (int r = 0; r < rows && e < E; r++) {
+        vreal sum = load_part(y[r] + e, E - e, (real)0);
+        for (int64_t s = 0; s < n; s++) sum += splat(w[r][s]) * load_part(v + s * v_row + e, E - e, (real)0);
+        store_part(y[r] + e, E - e, sum);
     }
 }
 
@@ -505,11 +541,17 @@ static int few_queries(const job *j, int64_t row, int64_t rows, real *scratch)
                *v = j->v + keys_at(j, j->vs, b.head) + b.begin * v_row;
     real *extra = scratch + rows * n;
     for (int64_t s0 = 0; s0 < n; s0 += KEYS)
-        for (int64_t i = 0; i < rows; i++) {
-            const real *q = j->q + query_at(j, j->qs, row + i);
-            int64_t s = s0, end = min64(s0 + KEYS, n);
-            for (; s + LANES <= end; s += LANES) store(scratch + i * n + s, dots(q, k + s * k_row, k_row, D));
-            for (; s < end; s++) scratch[i * n + s] = dot(q, k + s * k_row, D);
+        for (int64_t i = 0; i < rows; i += PAIR) {
+            const int two = i + 1 < rows;
+            const real *q[PAIR] = {j->q + query_at(j, j->qs, row + i), j->q + query_at(j, j->qs, row + i + two)};
+            int64_t s = s0, end = min64(s0 + KEYS, n), ahead = i ? 0 : hl_ahead;
+            for (; s < end; s += LANES) {
+                real *scores[PAIR] = {scratch + i * n + s, scratch + (i + two) * n + s};
+                if (s + LANES <= end) (two ? dots_of_two : dots_of_one)(q, k + s * k_row, k_row, D, ahead, scores);
+                else
+                    for (int r = 0; r <= two; r++)
+                        for (int64_t t = 0; s + t < end; t++) scores[r][t] = dot(q[r], k + (s + t) * k_row, D);
+            }
         }
     for (int64_t i = 0; i < rows; i++) {
         real *scores = scratch + i * n;
@@ -522,9 +564,12 @@ static int few_queries(const job *j, int64_t row, int64_t rows, real *scratch)
         memset(j->y + query_at(j, j->ys, row + i), 0, (size_t)E * sizeof(real));
     }
     for (int64_t s0 = 0; s0 < n; s0 += KEYS)
-        for (int64_t i = 0; i < rows; i++)
-            weighted_sum(scratch + i * n + s0, min64(KEYS, n - s0), v + s0 * v_row, v_row, E,
-                         j->y + query_at(j, j->ys, row + i));
+        for (int64_t i = 0; i < rows; i += PAIR) {
+            const int two = i + 1 < rows;
+            const real *weights[PAIR] = {scratch + i * n + s0, scratch + (i + two) * n + s0};
+            real *y[PAIR] = {j->y + query_at(j, j->ys, row + i), j->y + query_at(j, j->ys, row + i + two)};
+            weighted_sum(1 + two, weights, min64(KEYS, n - s0), v + s0 * v_row, v_row, E, i ? 0 : hl_ahead, y);
+        }
     return check_queries(j, row, rows);
 }
 
