@@ -595,8 +595,9 @@ static int conv_product(const conv_job *j)
                    j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
     hl_note(t.flat ? "matrix product" : "implicit gemm");
     hl_pack weights = {0};
-    /* So few products do not repay what packing a weight costs. */
-    int in_place = in_order(j) && j->images * outputs_of(j) <= 256 && !hl_is_prepacked(j->weights);
+    /* So few products of a weight do not repay packing it. Where tiles pack x, too, it is slower to read. */
+    int64_t few = t.flat ? 256 : 512;
+    int in_place = in_order(j) && j->images * outputs_of(j) <= few && !hl_is_prepacked(j->weights);
     int status = in_place ? HL_OK : begin_panels(j, t.depth, &weights);
     if (status == HL_OK) {
         t.packed = weights.data;
@@ -1049,7 +1050,7 @@ static int run(conv_job *j, int exact)
     flatten(j);
     if (is_linear(j)) return conv_linear(j);
 #if HL_F32
-    if (!exact && in_order(j) && is_dense(j) && is_winograd(j, 0.9)) return conv_winograd(j, 0);
+    if (!exact && in_order(j) && is_dense(j) && is_winograd(j, 1)) return conv_winograd(j, 0);
 #else
     (void)exact;
 #endif
@@ -1237,7 +1238,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         .bias = b,
         .y = gx,
     };
-    if (!p->exact && is_winograd(&whole, 0.9)) return conv_winograd(&whole, 1);
+    if (!p->exact && is_winograd(&whole, 1)) return conv_winograd(&whole, 1);
 #endif
     for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
         for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)
@@ -1573,8 +1574,7 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
     }
     flatten(&j);
 #if HL_F32
-    /* The sums over all tiles pass through memory: 3x3 taps with a stride of 2 gain nothing. */
-    if (!p->exact && is_winograd(&j, 0.65)) return conv_winograd_gradient(&j, gy, gw);
+    if (!p->exact && is_winograd(&j, 0)) return conv_winograd_gradient(&j, gy, gw);
 #endif
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);

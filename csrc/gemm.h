@@ -141,7 +141,7 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
     for (int64_t k = 0; k < K; k += steps) {
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
-            if (ahead) __builtin_prefetch(ahead + s * ahead_step, 0, 3);
+            if (ahead) __builtin_prefetch(ahead + s * ahead_step, 0, 2);
             vreal bk[GEMM_VECTORS];
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) {

@@ -861,20 +861,25 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
 
 /* ---- the choice ---- */
 
-/* Whether it applies, and pays: its work, transforms included, is less than that share of the direct sums'. */
-static int is_winograd(const conv_job *j, double share)
+/* Whether it applies, and pays: where its work is less than that of the direct sums, or hardly more where weights that are
+ * `known` need not be transformed again if they are prepacked. */
+static int is_winograd(const conv_job *j, int known)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return 0;
     if (w->taps != h->taps || h->stride != w->stride || h->stride > 2 || h->dilation != 1 || w->dilation != 1) return 0;
     int64_t stride = h->stride, taps = ceil_div(h->taps, stride), out = 7 - taps;
     if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return 0;
-    /* Multiply-adds of a vector, and vectors moved or summed by the transforms (250 a tile and channel, 100 a weight). */
+    /* Measured in multiply-adds of a vector: of the points, which are somewhat slower; the transforms of a tile and channel,
+     * with a stride phase by phase; those of a weight, or of its gradient, which is summed over all tiles. */
+    const double slower = stride == 1 ? 1.16 : 1.1, transform = stride == 1 ? 300 : 450;
+    const double weight = !known ? 2000 : stride == 1 ? 330 : 580;
     int64_t high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
     double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
     double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
     double direct = n * (double)(h->outputs * w->outputs * h->taps * w->taps) * (double)j->channels * F;
-    return (points + 2 * POINTS) * C * F + n * (double)(high * wide) * 250 * (C + F) + 100 * C * F < share * direct;
+    return (slower * points + weight) * C * F + n * (double)(high * wide) * transform * (C + F) <
+           (known ? 1.1 : 1) * direct;
 }
 
 static winograd make_winograd(const conv_job *j, int adjoint)

@@ -58,8 +58,8 @@ SHAPES = {
 }
 LARGE = {
     "large_3x3": geometry(19, (30, 37), 35, (3, 3), n=2, pad=1),
-    "large_3x3_narrow": geometry(40, (7, 7), 50, (3, 3), n=5, pad=1),
-    "large_3x3_one_over": geometry(33, (9, 13), 20, (3, 3), n=3, pad=1),
+    "large_3x3_narrow": geometry(40, (7, 7), 50, (3, 3), n=9, pad=1),
+    "large_3x3_one_over": geometry(33, (9, 13), 20, (3, 3), n=6, pad=1),
     "large_3x3_three_over": geometry(150, (11, 14), 17, (3, 3), n=7),
     "large_5x5": geometry(21, (11, 16), 36, (5, 5), n=3, pad=2),
     "large_1x1": geometry(67, (13, 17), 45, (1, 1), n=3),
@@ -80,13 +80,13 @@ LARGE = {
 }
 
 FAST = {
-    "fast_2x2": geometry(34, (25, 26), 40, (2, 2), n=2, pad=1),
+    "fast_2x2": geometry(34, (25, 26), 40, (2, 2), n=3, pad=1),
     "fast_4x4": geometry(17, (21, 20), 36, (4, 4), n=2, pad=2),
     "fast_stride_2x2_one_over": geometry(33, (44, 43), 36, (4, 4), n=3, stride=2, pad=1),
     "fast_stride_3x3": geometry(40, (39, 40), 48, (3, 3), n=4, stride=2, pad=1),
     "fast_stride_3x3_end": geometry(36, (40, 39), 66, (3, 3), n=4, stride=2, pad=(0, 3), end=(1, 2)),
-    "fast_stride_4x4_groups": geometry(40, (31, 30), 44, (4, 4), n=4, groups=2, stride=2, pad=1),
-    "fast_stride_5x5": geometry(20, (41, 42), 36, (5, 5), n=2, stride=2, pad=2),
+    "fast_stride_4x4_groups": geometry(40, (31, 30), 44, (4, 4), n=7, groups=2, stride=2, pad=1),
+    "fast_stride_5x5": geometry(20, (41, 42), 36, (5, 5), n=3, stride=2, pad=2),
     "fast_stride_6x6": geometry(20, (30, 33), 20, (6, 6), n=2, stride=2, pad=(5, 4)),
     "fast_stride_7x7": geometry(3, (60, 59), 32, (7, 7), n=2, stride=2, pad=3),
     "fast_stride_9x9": geometry(16, (30, 31), 16, (9, 9), n=2, stride=2, pad=(4, 9)),
