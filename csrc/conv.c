@@ -381,29 +381,48 @@ static int64_t part_depth(int64_t channels, int64_t taps)
     return ceil_div(channels, ceil_div(max64(channels, 1), GEMM_DEPTH / taps)) * taps;
 }
 
-/* Parallel over (group, part of K). w is read once, across its memory order where the gradient transposes it. */
+/* Panels of K from k0 on, where what a filter is multiplied with does not lie in order: some columns of all filters at a
+ * time, so that w is read in pieces that go on, and panels are written in pieces of some length. */
+static void pack_columns_of_weights(const conv_job *j, const real *w, int64_t k0, int64_t depth, real *panels)
+{
+    enum { TOGETHER = 64 };
+    const axis *x = j->axes;
+    int64_t taps = taps_of(j), offsets[TOGETHER];
+    for (int64_t k = 0, n; k < depth; k += n) {
+        n = min64(depth - k, TOGETHER);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t c = (k0 + k + i) / taps, tap = (k0 + k + i) % taps;
+            offsets[i] = c * j->w_channel + tap / x[2].taps / x[1].taps * j->w_tap[0] +
+                         tap / x[2].taps % x[1].taps * j->w_tap[1] + tap % x[2].taps * j->w_tap[2];
+        }
+        for (int64_t f = 0, rows; f < j->filters; f += rows) {
+            rows = gemm_rows(j->filters - f);
+            const real *from = w + f * j->w_filter;
+            real *panel = panels + f * depth + k * rows;
+            for (int64_t i = 0; i < n; i++, panel += rows)
+                if (j->w_filter == 1) memcpy(panel, from + offsets[i], (size_t)rows * sizeof(real));
+                else
+                    for (int64_t r = 0; r < rows; r++) panel[r] = from[offsets[i] + r * j->w_filter];
+        }
+    }
+}
+
+/* Parallel over (group, part of K). w is read once, in its memory order. */
 static int pack_weights(int64_t begin, int64_t end, void *context)
 {
     const product *t = context;
     const conv_job *j = t->j;
-    int64_t taps = taps_of(j), K = j->channels * taps, parts = ceil_div(K, t->depth);
+    int64_t K = j->channels * taps_of(j), parts = ceil_div(K, t->depth);
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / parts, k0 = i % parts * t->depth, depth = min64(t->depth, K - k0);
-        for (int64_t f = 0, rows; f < j->filters; f += rows) {
-            rows = gemm_rows(j->filters - f);
-            real *panel = t->packed + (group * K + k0) * j->filters + f * depth;
-            const real *w = j->w + group * j->w_group + f * j->w_filter;
-            if (in_order(j)) {
-                gemm_pack_panel(rows, rows, depth, w + k0, j->w_filter, 1, panel);
-                continue;
+        const real *w = j->w + group * j->w_group;
+        real *panels = t->packed + (group * K + k0) * j->filters;
+        if (!in_order(j)) pack_columns_of_weights(j, w, k0, depth, panels);
+        else
+            for (int64_t f = 0, rows; f < j->filters; f += rows) {
+                rows = gemm_rows(j->filters - f);
+                gemm_pack_panel(rows, rows, depth, w + f * j->w_filter + k0, j->w_filter, 1, panels + f * depth);
             }
-            for (int64_t k = k0; k < k0 + depth; k++, panel += rows) {
-                int64_t kw = k % j->axes[2].taps, kh = k / j->axes[2].taps % j->axes[1].taps;
-                int64_t kd = k / j->axes[2].taps / j->axes[1].taps % j->axes[0].taps;
-                const real *wk = w + k / taps * j->w_channel + kd * j->w_tap[0] + kh * j->w_tap[1] + kw * j->w_tap[2];
-                for (int64_t r = 0; r < rows; r++) panel[r] = wk[r * j->w_filter];
-            }
-        }
     }
     return HL_OK;
 }
@@ -1328,8 +1347,14 @@ static inline __attribute__((always_inline)) void weight_tile(const int rows, co
             for (int v = 0; v < vectors; v++) g[v] = load(gy + v * LANES);
 #pragma GCC unroll 8
             for (int i = 0; i < rows; i++)
+                if (vectors == 1 || i % 2 == 0) /* as gemm_multiply */
 #pragma GCC unroll 3
-                for (int v = 0; v < vectors; v++) sum[i][v] += splat(a[i][s]) * g[v];
+                    for (int v = 0; v < vectors; v++) sum[i][v] = add_splat(sum[i][v], a[i] + s, g[v]);
+                else {
+                    vreal ai = splat(a[i][s]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < vectors; v++) sum[i][v] = add_product(sum[i][v], ai, g[v]);
+                }
         }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
@@ -1408,14 +1433,11 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
                             t->padded);
             }
         }
-        for (int64_t f = f0; f < f1; f++) {
-            real *to = t->gw + (group * j->filters + f) * K + r0;
-            const real *from = sums + (f - f0);
-            if (t->first_box)
-                for (int64_t r = 0; r < rows; r++) to[r] += from[r * t->padded];
-            else
-                for (int64_t r = 0; r < rows; r++) to[r] = from[r * t->padded];
-        }
+        real *to = t->gw + (group * j->filters + f0) * K + r0;
+        if (!t->first_box) gemm_transpose(rows, f1 - f0, sums, t->padded, to, K);
+        else
+            for (int64_t f = 0; f < f1 - f0; f++)
+                for (int64_t r = 0; r < rows; r++) to[f * K + r] += sums[r * t->padded + f];
     }
     hl_give(scratch);
     return HL_OK;
@@ -1455,6 +1477,32 @@ static int weight_product(weight_job *t)
     }
     hl_give(t->packed);
     return status;
+}
+
+/* gw[filters, channels] = gy[filters, positions] x[channels, positions]^T, summed over the images: of x, the smaller one,
+ * panels are made. */
+static int weight_flat(const conv_job *j, const real *gy, real *gw)
+{
+    int64_t S = outputs_of(j);
+    hl_note("matrix product");
+    for (int64_t i = 0; i < j->images * j->groups; i++) {
+        int64_t group = i % j->groups;
+        gemm_call g = {.M = j->filters,
+                       .N = j->channels,
+                       .K = S,
+                       .a = gy + i * j->filters * S,
+                       .a_row = S,
+                       .a_col = 1,
+                       .b = j->x + i * j->channels * S,
+                       .b_row = 1,
+                       .b_col = S,
+                       .c = gw + group * j->filters * j->channels,
+                       .c_row = j->channels,
+                       .accumulate = i >= j->groups};
+        int status = gemm_parallel(&g);
+        if (status != HL_OK) return status;
+    }
+    return HL_OK;
 }
 
 /* sums[k] += gy * patches over one row of W outputs, up to nine k; gy is zero beyond the row, what the planes hold there
@@ -1576,6 +1624,8 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
 #if HL_F32
     if (!p->exact && is_winograd(&j, 0)) return conv_winograd_gradient(&j, gy, gw);
 #endif
+    if (is_flat(&j) && (j.images == 1 || (outputs_of(&j) >= GEMM_DEPTH && j.channels < 4 * j.filters)))
+        return weight_flat(&j, gy, gw);
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);
 }

@@ -386,37 +386,42 @@ static int64_t phase_filters(const winograd *t)
     return t->y.stride > 1 ? round_up(t->y.channels, LANES) : t->y.channels;
 }
 
-/* Channels from c0 on; u holds `all` from `before` on. `stage` takes LANES filters of those channels as
- * [channel][tap][LANES]. */
+/* U of LANES filters from f on and n channels of one phase from c on, which `stage` takes as [channel][tap][LANES]. */
+static void make_u_part(const winograd *t, int64_t group, int64_t f, int64_t width, int64_t c, int64_t n, real *stage,
+                        real *to, int64_t step, int64_t point)
+{
+    const conv_job *j = t->j;
+    int64_t taps = t->kernel * t->kernel, tap_at[25];
+    const real *source =
+        j->w + group * j->w_group + f % phase_filters(t) * j->w_filter + c % t->x.channels * j->w_channel;
+    taps_at(t, t->adjoint ? f / phase_filters(t) : c / t->x.channels, tap_at);
+    if (j->w_channel == taps) gemm_pack_panel(width, LANES, n * taps, source, j->w_filter, 1, stage);
+    else
+        for (int64_t i = 0; i < n; i++)
+            gemm_pack_panel(width, LANES, taps, source + i * j->w_channel, j->w_filter, 1, stage + i * taps * LANES);
+    for (int64_t i = 0; i < n; i++, stage += taps * LANES, to += step) {
+        if (t->taps == 2) weight_tile_u(2, tap_at, stage, to, point);
+        else if (t->taps == 3) weight_tile_u(3, tap_at, stage, to, point);
+        else if (t->taps == 4) weight_tile_u(4, tap_at, stage, to, point);
+        else weight_tile_u(5, tap_at, stage, to, point);
+    }
+}
+
+/* Channels from c0 on; u holds `all` from `before` on. w is read as it lies: the channels of a filter, or some filters of a
+ * channel side by side, and then no more channels at a time than memory follows. */
 static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters, int64_t c0, int64_t channels,
                    int64_t before, int64_t all, real *stage, real *u)
 {
-    const conv_job *j = t->j;
-    int64_t taps = t->kernel * t->kernel, point = u_point(all, filters), tap_at[25];
-    for (int64_t f = 0, step; f < filters; f += step) {
-        step = gemm_columns(filters - f);
-        for (int64_t v = 0; v < step; v += LANES) {
-            int64_t y_phase = (f0 + f + v) / phase_filters(t), filter = (f0 + f + v) % phase_filters(t);
-            int64_t width = min64(min64(LANES, filters - f - v), t->y.channels - filter);
-            const real *from = j->w + group * j->w_group + filter * j->w_filter;
-            for (int64_t c = 0, n; c < channels; c += n) { /* channels of one phase */
-                int64_t x_phase = (c0 + c) / t->x.channels, first = (c0 + c) % t->x.channels;
-                n = min64(channels - c, t->x.channels - first);
-                const real *source = from + first * j->w_channel;
-                taps_at(t, t->adjoint ? y_phase : x_phase, tap_at);
-                if (j->w_channel == taps) gemm_pack_panel(width, LANES, n * taps, source, j->w_filter, 1, stage);
-                else
-                    for (int64_t i = 0; i < n; i++)
-                        gemm_pack_panel(width, LANES, taps, source + i * j->w_channel, j->w_filter, 1,
-                                        stage + i * taps * LANES);
-                for (int64_t i = 0; i < n; i++) {
-                    real *to = u + f * all + (c0 - before + c + i) * step + v;
-                    const real *tile = stage + i * taps * LANES;
-                    if (t->taps == 2) weight_tile_u(2, tap_at, tile, to, point);
-                    else if (t->taps == 3) weight_tile_u(3, tap_at, tile, to, point);
-                    else if (t->taps == 4) weight_tile_u(4, tap_at, tile, to, point);
-                    else weight_tile_u(5, tap_at, tile, to, point);
-                }
+    enum { TOGETHER = 8 };
+    int64_t point = u_point(all, filters), most = t->j->w_channel == t->kernel * t->kernel ? channels : TOGETHER;
+    for (int64_t c = c0, n; c < c0 + channels; c += n) { /* of one phase */
+        n = min64(min64(c0 + channels - c, t->x.channels - c % t->x.channels), most);
+        for (int64_t f = 0, step; f < filters; f += step) {
+            step = gemm_columns(filters - f);
+            for (int64_t v = 0; v < step; v += LANES) {
+                int64_t filter = f0 + f + v,
+                        width = min64(min64(LANES, filters - f - v), t->y.channels - filter % phase_filters(t));
+                make_u_part(t, group, filter, width, c, n, stage, u + f * all + (c - before) * step + v, step, point);
             }
         }
     }
