@@ -1362,23 +1362,16 @@ static inline __attribute__((always_inline)) void weight_tile(const int rows, co
         for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
 }
 
+/* As many rows as fill tiles. */
 static void weight_rows(int64_t rows, int64_t vectors, const real *from, const int64_t *offsets, const int64_t *runs,
                         int64_t n, int64_t length, const real *gy, real *sums, int64_t sums_row)
 {
-    int64_t r = 0;
-#define WEIGHT_TILE(h, v) weight_tile(h, v, from, offsets + r, runs, n, length, gy, sums + r * sums_row, sums_row)
-    for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) {
-        if (vectors == 1) WEIGHT_TILE(GEMM_ROWS, 1);
-        else if (vectors == 2) WEIGHT_TILE(GEMM_ROWS, 2);
+    for (int64_t r = 0; r < rows; r += GEMM_ROWS) {
+#define WEIGHT_TILE(v) weight_tile(GEMM_ROWS, v, from, offsets + r, runs, n, length, gy, sums + r * sums_row, sums_row)
+        if (vectors == 1) WEIGHT_TILE(1);
+        else if (vectors == 2) WEIGHT_TILE(2);
 #if HL_REGISTERS == 32
-        else WEIGHT_TILE(GEMM_ROWS, 3);
-#endif
-    }
-    for (; r < rows; r++) {
-        if (vectors == 1) WEIGHT_TILE(1, 1);
-        else if (vectors == 2) WEIGHT_TILE(1, 2);
-#if HL_REGISTERS == 32
-        else WEIGHT_TILE(1, 3);
+        else WEIGHT_TILE(3);
 #endif
     }
 }
@@ -1409,6 +1402,7 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / t->filter_blocks / t->row_blocks, r0 = i / t->filter_blocks % t->row_blocks * t->rows;
         int64_t rows = min64(t->rows, K - r0), c0 = r0 / taps, channels = ceil_div(r0 + rows, taps) - c0;
+        int64_t tall = round_up(rows, GEMM_ROWS);
         int64_t f0 = weight_filter_cut(t, i % t->filter_blocks), f1 = weight_filter_cut(t, i % t->filter_blocks + 1);
         memset(sums, 0, sums_size * sizeof(real));
         for (int64_t n = 0; n < t->boxes; n++) {
@@ -1426,9 +1420,10 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
                 fill_offsets(j, &p, r0, r0 + rows, c0, offsets);
                 for (int64_t r = 0; r < count; r++) runs[r] = row_base(&b, &p, r);
             }
+            for (int64_t r = rows; r < tall; r++) offsets[r] = offsets[0]; /* nobody reads their sums */
             for (int64_t f = f0, step; f < f1; f += step) {
                 step = gemm_columns(f1 - f);
-                weight_rows(rows, step / LANES, from, offsets, runs, count, b.size[2],
+                weight_rows(tall, step / LANES, from, offsets, runs, count, b.size[2],
                             t->packed + (n * j->groups + group) * t->box_size + f * positions, sums + (f - f0),
                             t->padded);
             }
