@@ -349,6 +349,33 @@ def test_empty(host_backend):
     assert hl.conv_transpose2d(np.ones((0, 3, 5, 5)), np.ones((3, 2, 3, 3))).shape == (0, 2, 7, 7)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "options"),
+    [
+        ((1, 64, 9, 9), (170, 64, 3, 3), {"padding": 1}),
+        ((1, 40, 19, 19), (150, 40, 3, 3), {"stride": 2, "padding": 1}),
+        ((2, 301, 9, 9), (203, 301, 1, 1), {}),
+        ((1, 90, 13, 13), (210, 30, 3, 3), {"groups": 3, "padding": 2, "dilation": 2}),
+    ],
+)
+def test_few_positions(host_backend, dtype, x_shape, w_shape, options):
+    """Weights that few products share, and filters that are cut as the threads ask. Sums are exact."""
+    x, w = (rng.integers(-4, 5, shape).astype(dtype) for shape in (x_shape, w_shape))
+    with hl.exact_convolution():
+        with hl.backend("reference"):
+            y = hl.conv2d(x, w, **options)
+            gy = rng.integers(-4, 5, y.shape).astype(dtype)
+            gx, gw, _ = hl.conv2d_backward(gy, x, w, **options)
+        for threads in (1, 2, 3, 5):
+            with hl.num_threads(threads):
+                assert_same_bits(hl.conv2d(x, w, **options), y, f"{threads} threads")
+                assert_same_bits(hl.conv2d(x, hl.prepack(hl.conv2d, w), **options), y, f"{threads} threads, prepacked")
+                got = hl.conv2d_backward(gy, x, w, **options)
+                assert_same_bits(got[0], gx, f"gradient of x, {threads} threads")
+                assert_same_bits(got[1], gw, f"gradient of w, {threads} threads")
+
+
 def test_exact_convolution(host_backend):
     x, w = normal(2, 64, 20, 20, dtype=np.float32), normal(64, 64, 3, 3, dtype=np.float32)
     truth = hl.conv2d(x.astype(np.float64), w.astype(np.float64), padding=1)
