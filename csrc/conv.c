@@ -1474,14 +1474,13 @@ static int weight_product(weight_job *t)
     return status;
 }
 
-/* gw[filters, channels] = gy[filters, positions] x[channels, positions]^T, summed over the images: of x, the smaller one,
- * panels are made. */
+/* gw[filters, channels] = gy[filters, positions] x[channels, positions]^T, summed over the images; x is what is brought into
+ * panels, and no result has to be turned. */
 static int weight_flat(const conv_job *j, const real *gy, real *gw)
 {
     int64_t S = outputs_of(j);
     hl_note("matrix product");
-    for (int64_t i = 0; i < j->images * j->groups; i++) {
-        int64_t group = i % j->groups;
+    for (int64_t i = 0; i < j->images; i++) {
         gemm_call g = {.M = j->filters,
                        .N = j->channels,
                        .K = S,
@@ -1491,9 +1490,9 @@ static int weight_flat(const conv_job *j, const real *gy, real *gw)
                        .b = j->x + i * j->channels * S,
                        .b_row = 1,
                        .b_col = S,
-                       .c = gw + group * j->filters * j->channels,
+                       .c = gw,
                        .c_row = j->channels,
-                       .accumulate = i >= j->groups};
+                       .accumulate = i > 0};
         int status = gemm_parallel(&g);
         if (status != HL_OK) return status;
     }
@@ -1619,7 +1618,9 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
 #if HL_F32
     if (!p->exact && is_winograd(&j, 0)) return conv_winograd_gradient(&j, gy, gw);
 #endif
-    if (is_flat(&j) && (j.images == 1 || (outputs_of(&j) >= GEMM_DEPTH && j.channels < 4 * j.filters)))
+    /* Not where gw would be read and written for few products, or most of the work were panels. */
+    int64_t S = outputs_of(&j);
+    if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= GEMM_DEPTH && j.channels < 4 * j.filters)))
         return weight_flat(&j, gy, gw);
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);
