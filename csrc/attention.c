@@ -246,7 +246,7 @@ static void turned_rows(const job *j, const block *b, int64_t s0, int64_t n, con
     gemm_transpose(b->width, n, w->rows, KEYS, w->extra, QUERIES);
 }
 
-/* -inf where the window hides a key, by itself: query i sees the keys s0 + s with first[i] <= s < last[i]. */
+/* -inf where the window, and no mask, hides a key: query i sees the keys s0 + s with first[i] <= s < last[i]. */
 static void hide(const job *j, const block *b, int64_t s0, int64_t n, real *scores)
 {
     if (s0 >= b->high - 1 - j->left && s0 + n <= b->low + j->right + 1) return;

@@ -1325,9 +1325,9 @@ static int pack_gy(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* sums[rows][vectors] += patches^T gy over all runs of `length` positions: the patches are read where they lie in the
+/* sums[GEMM_ROWS][vectors] += patches^T gy over all runs of `length` positions: the patches are read where they lie in the
  * planes, one broadcast each, gy from its panel. */
-static inline __attribute__((always_inline)) void weight_tile(const int rows, const int vectors, const real *from,
+static inline __attribute__((always_inline)) void weight_tile(const int vectors, const real *from,
                                                               const int64_t *offsets, const int64_t *runs, int64_t n,
                                                               int64_t length, const real *gy, real *sums,
                                                               int64_t sums_row)
@@ -1335,7 +1335,7 @@ static inline __attribute__((always_inline)) void weight_tile(const int rows, co
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
     const real *a[GEMM_ROWS];
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
+    for (int i = 0; i < GEMM_ROWS; i++) {
         a[i] = from + offsets[i];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = load(sums + i * sums_row + v * LANES);
@@ -1346,18 +1346,10 @@ static inline __attribute__((always_inline)) void weight_tile(const int rows, co
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) g[v] = load(gy + v * LANES);
 #pragma GCC unroll 8
-            for (int i = 0; i < rows; i++)
-                if (vectors == 1 || i % 2 == 0) /* as gemm_multiply */
-#pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[i][v] = add_splat(sum[i][v], a[i] + s, g[v]);
-                else {
-                    vreal ai = splat(a[i][s]);
-#pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[i][v] = add_product(sum[i][v], ai, g[v]);
-                }
+            for (int i = 0; i < GEMM_ROWS; i++) add_row(i, vectors, a[i] + s, g, sum[i]);
         }
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < GEMM_ROWS; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
 }
@@ -1367,11 +1359,11 @@ static void weight_rows(int64_t rows, int64_t vectors, const real *from, const i
                         int64_t n, int64_t length, const real *gy, real *sums, int64_t sums_row)
 {
     for (int64_t r = 0; r < rows; r += GEMM_ROWS) {
-#define WEIGHT_TILE(v) weight_tile(GEMM_ROWS, v, from, offsets + r, runs, n, length, gy, sums + r * sums_row, sums_row)
-        if (vectors == 1) WEIGHT_TILE(1);
-        else if (vectors == 2) WEIGHT_TILE(2);
+        real *to = sums + r * sums_row;
+        if (vectors == 1) weight_tile(1, from, offsets + r, runs, n, length, gy, to, sums_row);
+        else if (vectors == 2) weight_tile(2, from, offsets + r, runs, n, length, gy, to, sums_row);
 #if HL_REGISTERS == 32
-        else WEIGHT_TILE(3);
+        else weight_tile(3, from, offsets + r, runs, n, length, gy, to, sums_row);
 #endif
     }
 }

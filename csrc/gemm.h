@@ -118,10 +118,24 @@ static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal 
 #endif
 }
 
+/* Row `row` of a register tile: sum[v] += *a b[v]. Every other row is splat by the instructions that multiply: all of them
+ * would read too much, none would be too many instructions where a processor shares its core with another one. */
+static inline __attribute__((always_inline)) void add_row(const int row, const int vectors, const real *a,
+                                                          const vreal *b, vreal *sum)
+{
+    if (vectors == 1 || row % 2 == 0)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[v] = add_splat(sum[v], a, b[v]);
+    else {
+        vreal ak = splat(*a);
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[v] = add_product(sum[v], ak, b[v]);
+    }
+}
+
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
  * pay where strides are constants: addresses are then part of the instructions; but only where registers are left over.
- * Instructions beside the multiplications count where a processor shares its core with another one. Even rows have addresses
- * of their own: with two registers in its address `add_splat` would be two instructions inside.
+ * Even rows have addresses of their own: with two registers in its address `add_splat` would be two instructions inside.
  * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched at the first step, or NULL; each further step
  * fetches what lies `ahead_step` elements on. */
 #if defined(__AVX512F__)
@@ -149,17 +163,7 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
                 if (panel) store(panel + (s * vectors + v) * LANES, bk[v] = kept(bk[v]));
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < rows; i++) {
-                const real *ai = pair[i / 2] + i % 2 * a_row + s * a_col;
-                if (vectors == 1 || i % 2 == 0)
-#pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[i][v] = add_splat(sum[i][v], ai, bk[v]);
-                else {
-                    vreal aik = splat(*ai);
-#pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[i][v] = add_product(sum[i][v], aik, bk[v]);
-                }
-            }
+            for (int i = 0; i < rows; i++) add_row(i, vectors, pair[i / 2] + i % 2 * a_row + s * a_col, bk, sum[i]);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] += steps * a_col;

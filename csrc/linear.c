@@ -317,6 +317,7 @@ void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int
         }
     }
 }
+
 /* ---- few rows ---- */
 
 /* Up to DOT_ROWS rows against a B whose columns are contiguous: dot products, B is read once and never packed. */

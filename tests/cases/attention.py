@@ -54,6 +54,7 @@ ATTENTION = [
     plain("window_long", 1, 1, 260, 300, 8, 8, left=30, right=5),
     plain("decode_long", 3, 4, 1, 700, 64, 64, G=2),
     plain("few_queries", 2, 4, 5, 300, 32, 32, G=1),
+    plain("few_queries_wide", 1, 2, 5, 90, 70, 130),
     plain("masked_long", 2, 2, 70, 130, 16, 16, mask="bool", like=(2, 2, 70)),
     plain("biased_long", 2, 2, 70, 130, 16, 16, mask="float", like=(2, 1, 70), softcap=3.0),
     plain("dropped_long", 1, 2, 100, 220, 16, 16, **DROP),
