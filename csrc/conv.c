@@ -641,9 +641,7 @@ typedef struct {
     const conv_job *j;
     grid grid;
     int64_t depth;
-    int by_rows; /* direct_rows applies */
-    int fetch; /* by rows: x and y do not stay in the caches */
-    real *packed; /* w: by rows as it lies, else [group][part of K][row panels] */
+    real *packed; /* w: [group][part of K][row panels] */
 } direct;
 
 /* sums[rows][vectors] = (bias or what they are) + the sum over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
@@ -706,143 +704,6 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
     }
 }
 
-/* gcc would load again for each use. */
-static inline __attribute__((always_inline)) vreal in_register(vreal v)
-{
-#if defined(__x86_64__)
-    __asm__("" : "+v"(v));
-#endif
-    return v;
-}
-
-/* The lines that the rows of outputs of one channel read, wherever they lie: in planes, or in x itself. `inside` tells for
- * each tap of a row and each vector of outputs which lanes read an input and which the padding. */
-typedef struct {
-    const real *first;      /* of the first row of outputs */
-    int64_t above, rows;    /* of the lines from there on, those that are padding; the end of those that are not */
-    int64_t pitch;
-    const real *zeros;      /* what the padding is; NULL where the weights are finite, and it adds nothing */
-    const int64_t *offsets; /* of the taps of a row, from the output's column */
-    const vint *inside;     /* [vector][KW] */
-} lines;
-
-/* One channel to a group, stride and dilation 1 along H, some vectors of each row of outputs: each line is loaded once for
- * all rows that it belongs to. sum[kh] is that of the row whose tap kh the line is. */
-static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int vectors,
-                                                             const lines *x, int64_t vector, const real *w, real bias,
-                                                             int64_t top, int64_t bottom, int64_t W, real *y,
-                                                             const real *end, const ptrdiff_t *next)
-{
-    vreal sum[8 * 3];
-#pragma GCC unroll 24
-    for (int i = 0; i < KH * vectors; i++) sum[i] = splat(bias);
-    y += (top - KH + 1) * W + vector * LANES;
-    const real *line = x->first + top * x->pitch + vector * LANES;
-    const int few = __builtin_constant_p(KW) && KW <= 3; /* taps, all of which stay in registers */
-    const vint *inside = x->inside + vector * KW;
-    int64_t offsets[3];
-    vint masks[9];
-    vreal weights[9];
-    if (few)
-#pragma GCC unroll 3
-        for (int kw = 0; kw < KW; kw++) {
-            offsets[kw] = x->offsets[kw];
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) masks[v * KW + kw] = inside[v * KW + kw];
-#pragma GCC unroll 3
-            for (int kh = 0; kh < KH; kh++) weights[kh * KW + kw] = splat(w[kh * KW + kw]);
-        }
-    for (int64_t r = top; r < bottom + KH - 1; r++, line += x->pitch, y += W) {
-        const int padding = r < x->above || r >= x->rows;
-        if (!padding || x->zeros)
-#pragma GCC unroll 3
-            for (int64_t kw = 0; kw < KW; kw++) {
-                const real *tap = (padding ? x->zeros + vector * LANES : line) + (few ? offsets[kw] : x->offsets[kw]);
-                vreal in[3];
-#pragma GCC unroll 3
-                for (int v = 0; v < vectors; v++)
-                    in[v] = in_register(
-                        (vreal)((few ? masks[v * KW + kw] : inside[v * KW + kw]) & (vint)load(tap + v * LANES)));
-#pragma GCC unroll 7
-                for (int kh = 0; kh < KH; kh++) {
-                    vreal wk = few ? weights[kh * KW + kw] : in_register(splat(w[kh * KW + kw]));
-#pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[kh * vectors + v] += wk * in[v];
-                }
-            }
-        if (next)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors * LANES; v += 64 / (int)sizeof(real)) { /* line of the cache by line */
-                __builtin_prefetch(line + next[0] + v);
-                __builtin_prefetch(y + next[1] + v, 1);
-            }
-        if (r >= top + KH - 1)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
-                vreal done = sum[(KH - 1) * vectors + v];
-                if (end - y >= (v + 1) * LANES) store(y + v * LANES, done);
-                else store_part(y + v * LANES, W - (vector + v) * LANES, done);
-            }
-#pragma GCC unroll 24
-        for (int i = KH * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : splat(bias);
-    }
-}
-
-/* How many elements from the first that a row of outputs touches, padding among them, to the last. */
-static int64_t row_reach(const axis *W) { return round_up(W->outputs, LANES) + (W->taps - 1) * W->dilation; }
-
-/* Whether the rows of a channel of an image can be read where they lie: what is around it is there to be touched. */
-static int in_place(const conv_job *j, int64_t channel)
-{
-    const axis *W = &j->axes[2];
-    int64_t size = inputs_of(j), after = (j->images * j->groups - 1 - channel) * size;
-    return W->stride == 1 && channel * size >= W->pad && after >= row_reach(W);
-}
-
-/* For rows that lie in x: which lanes read no padding. Behind the last output a lane may read anything. */
-static void fill_inside(const axis *W, vint *inside)
-{
-    for (int64_t w = 0; w < W->outputs; w += LANES)
-        for (int64_t kw = 0; kw < W->taps; kw++) {
-            int64_t from = w + kw * W->dilation - W->pad;
-            vint left = lanes_before(max64(min64(-from, LANES), 0));
-            *inside++ = ~left & lanes_before(max64(min64(W->inputs - from, LANES), 0));
-        }
-}
-
-/* One channel of one image. Strips of vectors go from the right to the left: what a vector writes beyond its row is written
- * again by the strip on the left; only at the end of the box is part of a vector stored. A plane for which the second cache
- * is small goes by bands of rows that stay in the first with what they read. With `fetch` each strip fetches what the next
- * one reads and writes: lines so far apart are not fetched by the machine itself. */
-static void direct_rows(const conv_job *j, const box *b, const lines *l, const real *w, real bias, real *y, int fetch)
-{
-    enum { SECOND = 32768, FIRST = 4096 }; /* outputs: with what they read a fourth, all of such caches in float32 */
-    int64_t H = b->size[1], W = b->size[2], KH = j->axes[1].taps, KW = j->axes[2].taps;
-    /* Both of two bands multiply the KH - 1 lines between them. */
-    int64_t rows = H * W > SECOND ? max64(FIRST / W, 3 * (KH - 1)) : H;
-    for (int64_t top = 0; top < H; top += rows)
-        for (int64_t vectors = ceil_div(W, LANES), take; vectors > 0; vectors -= take) {
-            take = vectors % 2 == 0 ? 2 : vectors > 1 && KH == 3 ? 3 : 1; /* the sums fit in registers */
-            /* Where the next strip lies from here: on the left, or at the right end of the next band or plane. y is KH - 1
-             * rows behind the lines. */
-            ptrdiff_t next[2] = {-2 * LANES, (KH - 1) * W - 2 * LANES};
-            if (vectors == take) {
-                int64_t right = (ceil_div(W, LANES) - take) * LANES, last = top + rows >= H;
-                next[0] = (last ? inputs_of(j) - top * l->pitch : rows * l->pitch) + right;
-                next[1] = (KH - 1) * W + (last ? j->y_channel - top * W : rows * W) + right;
-            }
-#define ROWS_STRIP(kh, kw, v) \
-    rows_strip(kh, kw, v, l, vectors - v, w, bias, top, min64(top + rows, H), W, y, y + H * W, \
-               fetch || rows < H ? next : NULL)
-            if (KH == 3 && KW == 3)
-                take == 3 ? ROWS_STRIP(3, 3, 3) : take == 2 ? ROWS_STRIP(3, 3, 2) : ROWS_STRIP(3, 3, 1);
-            else if (KH == 3)
-                take == 3 ? ROWS_STRIP(3, KW, 3) : take == 2 ? ROWS_STRIP(3, KW, 2) : ROWS_STRIP(3, KW, 1);
-            else if (KH == 5) take == 2 ? ROWS_STRIP(5, KW, 2) : ROWS_STRIP(5, KW, 1);
-            else take == 2 ? ROWS_STRIP(7, KW, 2) : ROWS_STRIP(7, KW, 1);
-        }
-}
-
 /* From sums by plane position into one filter of y. Where rows of y follow each other, whole vectors are written and what
  * lies beyond a row is written again by the next; only at the end of the box is part of a vector stored. */
 static void write_rows(const conv_job *j, const box *b, const planes *p, const real *sums, real *y)
@@ -860,64 +721,6 @@ static void write_rows(const conv_job *j, const box *b, const planes *p, const r
             else
                 for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
         }
-}
-
-/* The boxes of conv_direct by rows. */
-static int row_tasks(int64_t begin, int64_t end, void *context)
-{
-    const direct *t = context;
-    const conv_job *j = t->j;
-    const axis *H = &j->axes[1], *W = &j->axes[2];
-    int64_t K = taps_of(j), masks = ceil_div(W->outputs, LANES) * W->taps;
-    box b = box_at(j, &t->grid, 0);
-    planes p = make_planes(j, &b, 1);
-    size_t plane_size = planes_size(&b, &p) + (size_t)LANES;
-    /* No channel is read in place whose rows reach beyond all of x. */
-    int64_t reach = row_reach(W) <= j->images * j->groups * inputs_of(j) ? round_up(row_reach(W), LANES) : 0;
-    vint *everywhere = hl_take((size_t)(2 * masks) * sizeof(vint) + (plane_size + (size_t)reach) * sizeof(real) +
-                               (size_t)(2 * W->taps) * sizeof(int64_t));
-    if (!everywhere) return HL_NOMEM;
-    vint *inside = everywhere + masks;
-    real *plane = (real *)(inside + masks), *zeros = plane + plane_size;
-    int64_t *plane_offsets = (int64_t *)(zeros + reach), *offsets = plane_offsets + W->taps;
-    memset(everywhere, -1, (size_t)masks * sizeof(vint));
-    memset(zeros, 0, (size_t)reach * sizeof(real));
-    fill_inside(W, inside);
-    for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
-    int64_t zeroed = -1; /* the box that the zeros of the plane were made for */
-    for (int64_t i = begin; i < end; i++) {
-        int64_t group = i % j->groups;
-        b = box_at(j, &t->grid, i / j->groups);
-        int64_t channel = b.image * j->groups + group, first = b.first[1] - H->pad;
-        lines l = {.first = j->x + channel * inputs_of(j) + first * W->inputs,
-                   .above = -first,
-                   .rows = H->inputs - first,
-                   .pitch = W->inputs,
-                   .offsets = offsets,
-                   .inside = inside};
-        if (!in_place(j, channel)) {
-            p = make_planes(j, &b, 1);
-            if (zeroed != i / j->groups) {
-                memset(plane, 0, plane_size * sizeof(real));
-                zeroed = i / j->groups;
-                fill_offsets(j, &p, 0, W->taps, 0, plane_offsets);
-            }
-            fill_planes(j, &b, &p, group, 0, 1, plane);
-            l = (lines){.first = plane,
-                        .rows = p.pitch[1],
-                        .pitch = p.pitch[2],
-                        .offsets = plane_offsets,
-                        .inside = everywhere};
-        }
-        for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
-            real *y = j->y + row_target(j, &b, 0) + f * j->y_channel;
-            l.zeros = has_nonfinite(t->packed + f * K, K) ? zeros + W->pad : NULL;
-            direct_rows(j, &b, &l, t->packed + f * K, j->bias ? j->bias[f] : 0, y, t->fetch);
-            activate_rows(j->activation, 1, b.size[1] * b.size[2], y, 0);
-        }
-    }
-    hl_give(everywhere);
-    return HL_OK;
 }
 
 static int direct_tasks(int64_t begin, int64_t end, void *context)
@@ -969,16 +772,6 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* Whether conv_direct can go by rows, and rows fill more than one vector, and mostly. */
-static int is_by_rows(const conv_job *j)
-{
-    const axis *D = &j->axes[0], *H = &j->axes[1];
-    int64_t W = j->axes[2].outputs;
-    return j->filters <= DIRECT_FILTERS && j->channels == 1 && D->taps == 1 && D->outputs == 1 && H->stride == 1 &&
-           H->dilation == 1 && (H->taps == 3 || H->taps == 5 || H->taps == 7) && is_dense(j) && W > LANES &&
-           W * 4 >= round_up(W, LANES) * 3;
-}
-
 /* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
  * x is copied to planes once per tile of filters and read from the first cache once per tap; y is written once.
  * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
@@ -988,40 +781,18 @@ static int conv_direct(const conv_job *j)
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
     /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
     direct t = {.j = j, .depth = part_depth(j->channels, taps)};
-    int64_t W = j->axes[2].outputs, positions = 4096 / gemm_rows(j->filters);
-    t.by_rows = is_by_rows(j);
-    /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
-    if (t.by_rows)
-        positions =
-            j->axes[2].stride == 1 && j->images * j->groups >= 2 * enough_tasks() ? outputs_of(j) : max64(4096, 16 * W);
-    /* Where x and y do not stay in the caches; strips of narrow vectors, one line of the cache wide, wait for the third
-     * cache, too. */
-    double bytes = (double)(j->images * j->groups) * sizeof(real) * (double)(inputs_of(j) + j->filters * outputs_of(j));
-    t.fetch = bytes > (sizeof(vreal) == 64 ? 16 : 8) * 1048576.0;
-    t.grid = make_grid(j, positions);
+    t.grid = make_grid(j, 4096 / gemm_rows(j->filters));
     if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
     hl_pack weights;
-    int status = HL_OK;
-    if (t.by_rows) {
-        weights = begin_weights(j, HL_PACK_CONV_ROWS, j->groups * K * j->filters, 0);
-        if (!weights.data) return HL_NOMEM;
-        real *to = weights.data;
-        for (int64_t f = 0; f < j->groups * j->filters && !weights.ready; f++) {
-            const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
-            for (int64_t k = 0; k < K; k++)
-                to[f * K + k] = w[k / j->axes[2].taps * j->w_tap[1] + k % j->axes[2].taps * j->w_tap[2]];
-        }
-        if (!weights.ready) hl_pack_ready(&weights);
-    } else status = begin_panels(j, t.depth, &weights);
+    int status = begin_panels(j, t.depth, &weights);
     t.packed = weights.data;
     /* A multiply-add of a vector from the planes costs about four of what hl_grain counts. */
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *
                   (double)(K + 4) * 4 / LANES;
-    if (status == HL_OK)
-        status = parallel_even(t.grid.boxes * j->groups, work, t.by_rows ? row_tasks : direct_tasks, &t);
+    if (status == HL_OK) status = parallel_even(t.grid.boxes * j->groups, work, direct_tasks, &t);
     hl_pack_end(&weights);
     return status;
 }
@@ -1073,7 +844,8 @@ static int run(conv_job *j, int exact)
 #else
     (void)exact;
 #endif
-    if (is_by_channels(j) && !is_by_rows(j)) return conv_by_channels(j);
+    if (is_by_rows(j)) return conv_by_rows(j);
+    if (is_by_channels(j)) return conv_by_channels(j);
     if (j->filters <= DIRECT_FILTERS && !is_flat(j)) return conv_direct(j);
     return conv_product(j);
 }

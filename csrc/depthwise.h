@@ -1,14 +1,6 @@
-/* Convolutions of one channel to a group with lanes over channels: whatever the image's width, the stride and the dilation,
- * each load is a whole vector and none is wasted. The price is to transpose x and y, about one multiply-add an element. */
+/* Convolutions of one channel to a group: by rows of a channel, or, where rows do not fit, with lanes over channels. */
 #ifndef HL_DEPTHWISE_H
 #define HL_DEPTHWISE_H
-
-typedef struct {
-    const conv_job *j;
-    grid grid;
-    int64_t rows, pitch; /* of the plane of the largest box */
-    const real *packed; /* w: [LANES groups][filter of the group][tap][LANES] */
-} by_channels;
 
 /* The inputs that so many outputs span, padding among them. */
 static int64_t span(const axis *x, int64_t outputs)
@@ -16,8 +8,303 @@ static int64_t span(const axis *x, int64_t outputs)
     return (outputs - 1) * x->stride + (x->taps - 1) * x->dilation + 1;
 }
 
+enum { WIDEST = 256, TALLEST = 64 }; /* windows go in the nearest caches */
+
+/* ---- by rows ---- */
+
+/* Some vectors of each row of outputs of one channel, and the lines of inputs that they read, in x or in a copy of it. */
+typedef struct {
+    const real *line; /* the first, at the first of the columns */
+    int64_t above, below; /* of the lines from there on, the first and the end of those in the image */
+    int64_t pitch; /* from a line to the next */
+    const real *zeros; /* what lines outside the image are */
+    const int64_t *offsets; /* of the taps of a row, from the output's first column */
+    const vint *inside; /* [vector][KW]: which lanes of a vector of outputs read an input, and not the padding */
+    int64_t taps; /* KW */
+    const real *w;
+    real bias, *y, *end; /* of y: from here on nothing is written */
+    int64_t rows, W, left; /* W from a row of y to the next, `left` outputs in it from these columns on */
+    const ptrdiff_t *next; /* what to fetch, from the line and from y; NULL: nothing */
+} strip;
+
+/* Each line is loaded once for all rows that it belongs to, of which sum[0] is the last. */
+static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int stride,
+                                                             const int vectors, const strip *s)
+{
+    const int open = (KH + stride - 1) / stride; /* rows that a line belongs to */
+    const int few = __builtin_constant_p(KW) && KW <= 3; /* taps, all of which stay in registers */
+    const ptrdiff_t *next = s->next;
+    const real *line = s->line, *w = s->w;
+    const int64_t pitch = s->pitch, W = s->W;
+    real *y = s->y - (open - 1) * W, *end = s->end;
+    vreal sum[8 * 3], weights[9], bias = splat(s->bias);
+    vint masks[9];
+    int64_t offsets[3];
+#pragma GCC unroll 24
+    for (int i = 0; i < open * vectors; i++) sum[i] = bias;
+    if (few)
+#pragma GCC unroll 3
+        for (int kw = 0; kw < KW; kw++) {
+            offsets[kw] = s->offsets[kw];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) masks[v * KW + kw] = s->inside[v * KW + kw];
+#pragma GCC unroll 3
+            for (int kh = 0; kh < KH; kh++) weights[kh * KW + kw] = splat(w[kh * KW + kw]);
+        }
+    for (int64_t r = 1 - open; r < s->rows; r++, y += W) {
+#pragma GCC unroll 2
+        for (int phase = 0; phase < stride; phase++, line += pitch) {
+            int64_t at = (r + open - 1) * stride + phase;
+            const real *from = at < s->above || at >= s->below ? s->zeros : line;
+#pragma GCC unroll 3
+            for (int64_t kw = 0; kw < KW; kw++) {
+                const real *tap = from + (few ? offsets[kw] : s->offsets[kw]);
+                vreal in[3];
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++) {
+                    vreal all = load(tap + v * LANES * stride);
+                    if (stride == 2) all = evens(all, load(tap + v * LANES * stride + LANES));
+                    in[v] = kept((vreal)((few ? masks[v * KW + kw] : s->inside[v * KW + kw]) & (vint)all));
+                }
+#pragma GCC unroll 7
+                for (int kh = phase; kh < KH; kh += stride) {
+                    vreal wk = few ? weights[kh * KW + kw] : kept(splat(w[kh * KW + kw]));
+#pragma GCC unroll 3
+                    for (int v = 0; v < vectors; v++) sum[kh / stride * vectors + v] += wk * in[v];
+                }
+            }
+            if (next)
+#pragma GCC unroll 6
+                for (int v = 0; v < vectors * LANES * stride; v += 64 / (int)sizeof(real)) /* lines of the cache */
+                    __builtin_prefetch(line + next[0] + v);
+        }
+        if (next)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors * LANES; v += 64 / (int)sizeof(real)) __builtin_prefetch(y + next[1] + v, 1);
+        if (r >= 0)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                vreal done = sum[(open - 1) * vectors + v];
+                if (end - y >= (v + 1) * LANES) store(y + v * LANES, done);
+                else store_part(y + v * LANES, s->left - v * LANES, done);
+            }
+#pragma GCC unroll 24
+        for (int i = open * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : bias;
+    }
+}
+
+/* [stride - 1][taps: 3x3, 3, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in registers. */
+typedef void strip_rows(const strip *s);
+#define STRIP(KH, kw, KW, stride, vectors) \
+    static void strip_##KH##x##kw##_##stride##_##vectors(const strip *s) { rows_strip(KH, KW, stride, vectors, s); }
+#define STRIPS(KH, kw, KW) \
+    STRIP(KH, kw, KW, 1, 1) STRIP(KH, kw, KW, 1, 2) STRIP(KH, kw, KW, 2, 1) STRIP(KH, kw, KW, 2, 2)
+STRIPS(3, 3, 3)
+STRIP(3, 3, 3, 1, 3)
+STRIP(3, 3, 3, 2, 3)
+STRIPS(3, k, s->taps)
+STRIP(3, k, s->taps, 1, 3)
+STRIP(3, k, s->taps, 2, 3)
+STRIPS(5, k, s->taps)
+STRIPS(7, k, s->taps)
+static strip_rows *const strips[2][4][3] = {
+    {{strip_3x3_1_1, strip_3x3_1_2, strip_3x3_1_3},
+     {strip_3xk_1_1, strip_3xk_1_2, strip_3xk_1_3},
+     {strip_5xk_1_1, strip_5xk_1_2},
+     {strip_7xk_1_1, strip_7xk_1_2}},
+    {{strip_3x3_2_1, strip_3x3_2_2, strip_3x3_2_3},
+     {strip_3xk_2_1, strip_3xk_2_2, strip_3xk_2_3},
+     {strip_5xk_2_1, strip_5xk_2_2},
+     {strip_7xk_2_1, strip_7xk_2_2}},
+};
+
+/* How many elements from the beginning of a line the last is that a row of outputs touches. */
+static int64_t row_reach(const axis *W)
+{
+    return round_up(W->outputs, LANES) * W->stride + (W->taps - 1) * W->dilation + max64(-W->pad, 0);
+}
+
+/* Whether the rows of a channel of an image can be read where they lie: what is around it is there to be touched. */
+static int in_place(const conv_job *j, int64_t channel)
+{
+    const axis *W = &j->axes[2];
+    int64_t size = inputs_of(j), after = (j->images * j->groups - 1 - channel) * size;
+    return channel * size >= W->pad && after + W->inputs >= row_reach(W);
+}
+
+/* Which lanes read no padding. Behind the last output a lane may read anything. */
+static void fill_inside(const axis *W, vint *inside)
+{
+    for (int64_t w = 0; w < W->outputs; w += LANES)
+        for (int64_t kw = 0; kw < W->taps; kw++) {
+            int64_t from = w * W->stride + kw * W->dilation - W->pad;
+            int64_t left = ceil_div(max64(-from, 0), W->stride),
+                    right = ceil_div(max64(W->inputs - from, 0), W->stride);
+            *inside++ = ~lanes_before(min64(left, LANES)) & lanes_before(min64(right, LANES));
+        }
+}
+
+/* Some rows of one channel of one image, given as its first strip. Strips go from the right to the left: what a vector
+ * writes beyond its row is written again by the strip on the left; only at the end is part of a vector stored. A plane for
+ * which the second cache is small goes by bands of rows that stay in the first with what they read. With `fetch` each strip
+ * fetches what the next one reads and writes: lines so far apart are not fetched by the machine itself. */
+static void rows_of_channel(const conv_job *j, const strip *all, int fetch)
+{
+    enum { SECOND = 32768, FIRST = 4096 }; /* outputs: with what they read a fourth, all of such caches in float32 */
+    int64_t KH = j->axes[1].taps, stride = j->axes[2].stride, W = all->W, pitch = all->pitch, rows = all->rows;
+    int64_t open = ceil_div(KH, stride), columns = ceil_div(W, LANES);
+    strip_rows *const *kernels = strips[stride - 1][KH == 3 ? all->taps != 3 : KH / 2];
+    /* Both of two bands multiply the lines between them. */
+    int64_t band = rows * W > SECOND ? max64(FIRST / W, 3 * (open - 1)) : rows;
+    for (int64_t top = 0; top < rows; top += band)
+        for (int64_t vectors = columns, take; vectors > 0; vectors -= take) {
+            take = vectors % 2 == 0 ? 2 : vectors > 1 && kernels[2] ? 3 : 1;
+            int64_t left = vectors - take, line = top * stride;
+            strip s = *all;
+            s.line += line * pitch + left * LANES * stride;
+            s.above -= line, s.below -= line;
+            s.inside += left * s.taps;
+            s.y += top * W + left * LANES;
+            s.rows = min64(band, rows - top);
+            s.left = W - left * LANES;
+            /* Where the next strip lies from here: on the left, or at the right end of the next band or plane. y is as many
+             * rows behind the lines as are open. */
+            ptrdiff_t next[2] = {-2 * LANES * stride, (open - 1) * W - 2 * LANES};
+            if (!left) {
+                int64_t right = (columns - take) * LANES, last = top + band >= rows;
+                next[0] = (last ? inputs_of(j) - line * pitch : band * stride * pitch) + right * stride;
+                next[1] = (open - 1) * W + (last ? j->y_channel - top * W : band * W) + right;
+            }
+            s.next = fetch || band < rows ? next : NULL;
+            kernels[take - 1](&s);
+        }
+}
+
+typedef struct {
+    const conv_job *j;
+    grid grid;
+    int fetch; /* x and y do not stay in the caches */
+    const real *w; /* of all filters, one after the other */
+} by_rows;
+
+static int row_tasks(int64_t begin, int64_t end, void *context)
+{
+    const by_rows *t = context;
+    const conv_job *j = t->j;
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    int64_t taps = taps_of(j), masks = ceil_div(W->outputs, LANES) * W->taps, reach = round_up(row_reach(W), LANES);
+    /* Channels at the ends of x are copied, so many rows of outputs at a time, between margins that may be touched. */
+    int64_t copied = min64(max64(4096 / W->outputs, 16), H->outputs), before = max64(W->pad, 0);
+    int64_t copied_lines = (copied - 1) * H->stride + H->taps;
+    vint *inside = hl_take((size_t)masks * sizeof(vint) + (size_t)W->taps * sizeof(int64_t) +
+                           (size_t)(before + copied_lines * W->inputs + 2 * reach) * sizeof(real));
+    if (!inside) return HL_NOMEM;
+    int64_t *offsets = (int64_t *)(inside + masks);
+    real *zeros = (real *)(offsets + W->taps), *copy = zeros + reach + before;
+    memset(zeros, 0, (size_t)reach * sizeof(real));
+    fill_inside(W, inside);
+    for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
+    box b = {0};
+    for (int64_t i = begin; i < end; i++) {
+        int64_t group = i % j->groups;
+        if (i == begin || group == 0) b = box_at(j, &t->grid, i / j->groups);
+        int64_t channel = b.image * j->groups + group, ready = in_place(j, channel);
+        const real *x = j->x + channel * inputs_of(j);
+        for (int64_t h = 0, rows; h < b.size[1]; h += rows) {
+            rows = ready ? b.size[1] : min64(copied, b.size[1] - h);
+            int64_t line = (b.first[1] + h) * H->stride - H->pad;
+            strip all = {.above = -line,
+                         .below = H->inputs - line,
+                         .pitch = W->inputs,
+                         .zeros = zeros + W->pad,
+                         .offsets = offsets,
+                         .inside = inside,
+                         .taps = W->taps,
+                         .rows = rows,
+                         .W = W->outputs};
+            if (ready) all.line = x + line * W->inputs;
+            else {
+                int64_t first = max64(line, 0), last = min64(line + (rows - 1) * H->stride + H->taps, H->inputs);
+                memcpy(copy, x + first * W->inputs, (size_t)(max64(last - first, 0) * W->inputs) * sizeof(real));
+                all.line = copy + (line - first) * W->inputs;
+            }
+            for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
+                all.w = t->w + f * taps;
+                all.bias = j->bias ? j->bias[f] : 0;
+                all.y = j->y + row_target(j, &b, h) + f * j->y_channel;
+                all.end = all.y + rows * W->outputs;
+                rows_of_channel(j, &all, t->fetch);
+                activate_rows(j->activation, 1, rows * W->outputs, all.y, 0);
+            }
+        }
+    }
+    hl_give(inside);
+    return HL_OK;
+}
+
+/* Whether it applies, and rows are long enough and fill their vectors: the more taps, the less the transposes below cost. */
+static int is_by_rows(const conv_job *j)
+{
+    const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
+    int64_t lanes = round_up(W->outputs, LANES);
+    return j->filters <= DIRECT_FILTERS && j->channels == 1 && D->taps == 1 && D->outputs == 1 && D->inputs == 1 &&
+           !D->pad && H->stride == W->stride && W->stride <= 2 && H->dilation == 1 &&
+           (H->taps == 3 || H->taps == 5 || H->taps == 7) && is_dense(j) && span(W, 1) <= WIDEST && W->pad <= WIDEST &&
+           W->pad >= -WIDEST && W->outputs > 8 &&
+           (H->taps == 3 ? W->outputs * 2 >= lanes : W->outputs * 4 >= lanes * 3);
+}
+
+/* Parallel over (box of one image, group). Lines are read where they lie, once to a strip of vectors; y is written once.
+ * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
+static int conv_by_rows(const conv_job *j)
+{
+    hl_note(j->groups > 1 ? "depthwise" : "direct");
+    int64_t taps = taps_of(j), filters = j->groups * j->filters, positions = outputs_of(j);
+    /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
+    if (j->images * j->groups < 2 * enough_tasks()) positions = max64(4096, 16 * j->axes[2].outputs);
+    /* Strips of narrow vectors, one line of the cache wide, wait for the third cache, too. */
+    double bytes = (double)(j->images * j->groups) * sizeof(real) * (double)(inputs_of(j) + j->filters * outputs_of(j));
+    by_rows t = {.j = j,
+                 .grid = make_grid(j, positions),
+                 .fetch = bytes > (sizeof(vreal) == 64 ? 16 : 8) * 1048576.0,
+                 .w = j->w};
+    if (t.grid.split < 0) { /* one image a box */
+        t.grid.per = 1;
+        t.grid.ranges = t.grid.boxes = j->images;
+    }
+    hl_pack weights = {0};
+    if (!in_order(j) || j->w_filter != taps || j->w_group != j->filters * taps) {
+        weights = begin_weights(j, HL_PACK_CONV_ROWS, filters * taps, 0);
+        if (!weights.data) return HL_NOMEM;
+        real *to = weights.data;
+        for (int64_t f = 0; f < filters && !weights.ready; f++) {
+            const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
+            for (int64_t kh = 0; kh < j->axes[1].taps; kh++, w += j->w_tap[1])
+                for (int64_t kw = 0; kw < j->axes[2].taps; kw++) *to++ = w[kw * j->w_tap[2]];
+        }
+        if (!weights.ready) hl_pack_ready(&weights);
+        t.w = weights.data;
+    }
+    /* A multiply-add of a vector costs about four of what hl_grain counts. */
+    double work = (double)(j->images * outputs_of(j)) / (double)max64(t.grid.boxes, 1) * (double)j->filters *
+                  (double)(taps + 4) * 4 / LANES;
+    int status = parallel_even(t.grid.boxes * j->groups, work, row_tasks, &t);
+    hl_pack_end(&weights);
+    return status;
+}
+
+/* ---- lanes over channels ---- */
+
+/* Whatever the image's width, the stride and the dilation, each load is a whole vector and none is wasted. The price is to
+ * transpose x and y, about one multiply-add an element. */
+typedef struct {
+    const conv_job *j;
+    grid grid;
+    int64_t rows, pitch; /* of the plane of the largest box */
+    const real *packed; /* w: [LANES groups][filter of the group][tap][LANES] */
+} by_channels;
+
 /* Whether it applies: planes of the nearest caches, few inputs beside them, and lanes that are mostly taken. */
-enum { WIDEST = 256, TALLEST = 64 };
 static int is_by_channels(const conv_job *j)
 {
     const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
@@ -139,14 +426,14 @@ static int conv_by_channels(const conv_job *j)
     if (!weights.data) return HL_NOMEM;
     if (!weights.ready) {
         real *to = weights.data;
-        for (int64_t i = 0; i < blocks * j->filters; i++)
-            for (int64_t k = 0; k < taps; k++)
-                for (int64_t lane = 0; lane < LANES; lane++) {
-                    int64_t g = i / j->filters * LANES + lane;
-                    *to++ = g < j->groups ? j->w[g * j->w_group + i % j->filters * j->w_filter +
-                                                 k / W->taps * j->w_tap[1] + k % W->taps * j->w_tap[2]]
-                                          : 0;
-                }
+        memset(to, 0, (size_t)(blocks * j->filters * taps * LANES) * sizeof(real));
+        for (int64_t g = 0; g < j->groups; g++)
+            for (int64_t f = 0; f < j->filters; f++) {
+                real *lane = to + (g / LANES * j->filters + f) * taps * LANES + g % LANES;
+                const real *w = j->w + g * j->w_group + f * j->w_filter;
+                for (int64_t kh = 0; kh < H->taps; kh++, w += j->w_tap[1])
+                    for (int64_t kw = 0; kw < W->taps; kw++, lane += LANES) *lane = w[kw * j->w_tap[2]];
+            }
         hl_pack_ready(&weights);
     }
     t.packed = weights.data;

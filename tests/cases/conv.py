@@ -74,6 +74,12 @@ LARGE = {
     "large_depthwise_twice": geometry(33, (21, 45), 66, (3, 3), n=2, groups=33, pad=1),
     "large_depthwise_7x7": geometry(33, (20, 30), 33, (7, 7), n=2, groups=33, pad=(2, 5), dilation=(1, 2)),
     "large_depthwise_bands": geometry(3, (250, 140), 3, (3, 3), n=2, groups=3, pad=1),
+    "large_depthwise_bands_stride": geometry(2, (470, 301), 2, (3, 3), groups=2, stride=2, pad=(2, 0)),
+    "large_depthwise_stride": geometry(35, (21, 61), 70, (3, 3), n=2, groups=35, stride=2, pad=(1, 3)),
+    "large_depthwise_stride_5x4": geometry(21, (19, 58), 21, (5, 4), n=2, groups=21, stride=2, pad=(4, 2), dilation=(1, 2)),
+    "large_depthwise_stride_7x7": geometry(20, (15, 28), 20, (7, 7), n=2, groups=20, stride=2, pad=(2, 3), end=(5, 4)),
+    "large_depthwise_short_rows": geometry(40, (9, 14), 40, (3, 3), n=2, groups=40, pad=1),
+    "large_depthwise_shortest_rows": geometry(40, (7, 6), 40, (5, 3), n=2, groups=40, pad=(2, 1)),
     "large_one_channel": geometry(1, (30, 29), 11, (3, 3), n=13, pad=1),
     "large_groups": geometry(24, (30, 31), 40, (3, 3), n=2, groups=4, pad=1),
     "large_line": geometry(16, (700,), 24, (9,), n=2, pad=4),
@@ -126,6 +132,7 @@ def specials(rng, shape, dtype):
 
 
 NONFINITE = ("square", "same_even", "stride", "dilation", "groups", "depthwise", "volume", "tall_filters")
+NONFINITE += ("large_depthwise", "large_depthwise_stride", "large_depthwise_shortest_rows")
 SPECIAL = geometry(2, (6, 7), 3, (3, 3), pad=1)
 
 
@@ -206,6 +213,7 @@ CASES = {
         case("no_bias", **SHAPES["square"], exact=1, b=None),
         case("no_bias_large", **LARGE["large_1x1"], exact=1, b=None),
         case("nan", **SPECIAL, exact=1, x=specials),
+        *(case(f"{name}_nan", **{**SHAPES, **LARGE}[name], exact=1, w=specials) for name in NONFINITE),
     ],
     "conv_grad_input": [
         *convolutions(exact=1),
@@ -213,7 +221,7 @@ CASES = {
         case("no_bias", **SHAPES["stride"], exact=1, b=None),
         case("no_bias_large", **LARGE["large_3x3"], exact=1, b=None),
         case("no_filters", **geometry(2, (4, 4), 0, (3, 3)), exact=1),
-        *(case(f"{name}_nan", **SHAPES[name], exact=name == "stride", w=specials) for name in NONFINITE),
+        *(case(f"{name}_nan", **{**SHAPES, **LARGE}[name], exact=name == "stride", w=specials) for name in NONFINITE),
     ],
     "conv_grad_weight": [*convolutions(exact=1), *fast()],
     "conv_grad_bias": [
