@@ -353,26 +353,34 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                         y[n, f, od, oh, ow] = bias
             for c in range(CG):
                 for kd in range(KD):
-                    d = od * stride[0] - pad[0] + kd * dilation[0]
-                    if d < 0 or d >= D:
+                    d, at = od * stride[0] - pad[0] + kd * dilation[0], ((f * CG + c) * KD + kd) * taps
+                    channel, outside = f // FG * CG + c, d < 0 or d >= D
+                    if flat and outside:
+                        if not _all_finite(w1[at : at + taps]):  # times the zeros of the padding
+                            fill_ahead(sums, 0, length, real(np.nan))
                         continue
-                    channel = f // FG * CG + c
                     if flat:
-                        at, start = ((f * CG + c) * KD + kd) * taps, ((n * x.shape[1] + channel) * D + d) * H * W
+                        start = ((n * x.shape[1] + channel) * D + d) * H * W
                         if start != kept:
                             _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
                             kept = start
                         _sweep(w1[at : at + taps], offsets, padded, length, sums)
                         continue
-                    plane = x[n, channel, d]
+                    plane = x[n, channel, 0 if outside else d]
                     for kh in range(KH):
                         up = pad[1] - kh * dilation[1]
+                        low, high = _first(up, stride[1], OH), 0 if outside else _first(H + up, stride[1], OH)
                         for kw in range(KW):
                             left = pad[2] - kw * dilation[2]
                             lo, hi = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                            if not _all_finite(w[f, c, kd, kh, kw : kw + 1]):
+                                for oh in range(OH):
+                                    for ow in range(OW):
+                                        if not (low <= oh < high and lo <= ow < hi):
+                                            y[n, f, od, oh, ow] = real(np.nan)
                             if lo >= hi:
                                 continue
-                            for oh in range(_first(up, stride[1], OH), _first(H + up, stride[1], OH)):
+                            for oh in range(low, high):
                                 line = plane[oh * stride[1] - up, lo * stride[2] - left :]
                                 _add(w[f, c, kd, kh, kw], line, stride[2], y[n, f, od, oh, lo:hi], 1, hi - lo)
             if flat:

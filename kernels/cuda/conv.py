@@ -139,18 +139,19 @@ def _conv_few(
     base_w = s % OW * step_w + shift_w
     total = b[g * rows + r] if b.size > 0 else real(0)
     weights = g * rows * channels * taps + r * w_row
+    is_padded = spread_d > 0  # with zeros, which weights multiply; to a gradient, what lies outside adds nothing
     for c in range(channels):
         plane = ((n * groups + g) * channels + c) * D * H * W
         for kd in range(KD):
             d = _meet(base_d + kd * spread_d, divide_d, D)
             for kh in range(KH):
                 h = _meet(base_h + kh * spread_h, divide_h, H)
-                if d < 0 or h < 0:
-                    continue
                 for kw in range(KW):
                     u = _meet(base_w + kw * spread_w, divide_w, W)
-                    if u >= 0:
-                        total += w[weights + c * w_channel + (kd * KH + kh) * KW + kw] * x[plane + (d * H + h) * W + u]
+                    inside = d >= 0 and h >= 0 and u >= 0
+                    if inside or is_padded:
+                        value = x[plane + (d * H + h) * W + u] if inside else real(0)
+                        total += w[weights + c * w_channel + (kd * KH + kh) * KW + kw] * value
     y[q] = activate(total, activation)
 
 

@@ -132,7 +132,7 @@ def specials(rng, shape, dtype):
 
 
 NONFINITE = ("square", "same_even", "stride", "dilation", "groups", "depthwise", "volume", "tall_filters")
-NONFINITE += ("large_depthwise", "large_depthwise_stride", "large_depthwise_shortest_rows")
+NONFINITE += ("far_padding", "large_depthwise", "large_depthwise_stride", "large_depthwise_shortest_rows")
 SPECIAL = geometry(2, (6, 7), 3, (3, 3), pad=1)
 
 
