@@ -10,6 +10,9 @@ static int64_t span(const axis *x, int64_t outputs)
 
 enum { WIDEST = 256, TALLEST = 64 }; /* windows go in the nearest caches */
 
+/* Outputs that with what they read fill a fourth of the second cache, all of the first, in float32. */
+enum { SECOND = 32768, FIRST = 4096 };
+
 /* ---- by rows ---- */
 
 /* Some vectors of each row of outputs of one channel, and the lines of inputs that they read, in x or in a copy of it. */
@@ -118,30 +121,98 @@ static strip_rows *const strips[2][4][3] = {
      {strip_7xk_2_1, strip_7xk_2_2}},
 };
 
-/* How many elements from the beginning of a line the last is that a row of outputs touches. */
-static int64_t row_reach(const axis *W)
-{
-    return round_up(W->outputs, LANES) * W->stride + (W->taps - 1) * W->dilation + max64(-W->pad, 0);
-}
+/* Lines of channels. Vectors reach beyond them: they are read where they lie, or, at the ends of the array, in a copy between
+ * margins. */
+typedef struct {
+    const real *x;
+    int64_t channels, lines, pitch; /* of x */
+    int64_t taps,
+        offsets[WIDEST]; /* of a row of outputs, from its first column; its outputs are `stride` inputs apart */
+    int64_t stride, outputs;
+    int64_t before, reach; /* elements that may be touched before a line, and from its beginning on */
+    vint *inside;
+    real *zeros, *copy;
+} reader;
 
-/* Whether the rows of a channel of an image can be read where they lie: what is around it is there to be touched. */
-static int in_place(const conv_job *j, int64_t channel)
+/* Up to so many lines are copied at a time. */
+static int begin_lines(reader *t, int64_t copied)
 {
-    const axis *W = &j->axes[2];
-    int64_t size = inputs_of(j), after = (j->images * j->groups - 1 - channel) * size;
-    return channel * size >= W->pad && after + W->inputs >= row_reach(W);
-}
-
-/* Which lanes read no padding. Behind the last output a lane may read anything. */
-static void fill_inside(const axis *W, vint *inside)
-{
-    for (int64_t w = 0; w < W->outputs; w += LANES)
-        for (int64_t kw = 0; kw < W->taps; kw++) {
-            int64_t from = w * W->stride + kw * W->dilation - W->pad;
-            int64_t left = ceil_div(max64(-from, 0), W->stride),
-                    right = ceil_div(max64(W->inputs - from, 0), W->stride);
-            *inside++ = ~lanes_before(min64(left, LANES)) & lanes_before(min64(right, LANES));
+    int64_t low = 0, high = 0, masks = ceil_div(t->outputs, LANES) * t->taps;
+    for (int64_t kw = 0; kw < t->taps; kw++) low = min64(low, t->offsets[kw]), high = max64(high, t->offsets[kw]);
+    t->before = -low;
+    t->reach = round_up(t->outputs, LANES) * t->stride + high;
+    t->inside =
+        hl_take((size_t)masks * sizeof(vint) + (size_t)(2 * (t->before + t->reach) + copied * t->pitch) * sizeof(real));
+    if (!t->inside) return HL_NOMEM;
+    t->zeros = (real *)(t->inside + masks) + t->before;
+    t->copy = t->zeros + t->reach + t->before;
+    memset(t->zeros - t->before, 0, (size_t)(t->before + t->reach) * sizeof(real));
+    vint *inside = t->inside;
+    for (int64_t w = 0; w < t->outputs; w += LANES)
+        for (int64_t kw = 0; kw < t->taps; kw++) {
+            int64_t from = w * t->stride + t->offsets[kw];
+            int64_t left = ceil_div(max64(-from, 0), t->stride), right = ceil_div(max64(t->pitch - from, 0), t->stride);
+            right = min64(min64(right, t->outputs - w), LANES);
+            *inside++ = ~lanes_before(min64(left, LANES)) & lanes_before(right);
         }
+    return HL_OK;
+}
+static void end_lines(reader *t) { hl_give(t->inside); }
+
+static int in_place(const reader *t, int64_t channel)
+{
+    int64_t size = t->lines * t->pitch;
+    return channel * size >= t->before && (t->channels - 1 - channel) * size + t->pitch >= t->reach;
+}
+
+/* Lines of a channel, some of them outside the image. What was read before may be copied over. */
+static strip read_lines(const reader *t, int64_t channel, int64_t first, int64_t count)
+{
+    const real *x = t->x + channel * t->lines * t->pitch;
+    strip s = {.line = x + first * t->pitch,
+               .above = -first,
+               .below = t->lines - first,
+               .pitch = t->pitch,
+               .zeros = t->zeros,
+               .offsets = t->offsets,
+               .inside = t->inside,
+               .taps = t->taps};
+    if (in_place(t, channel)) return s;
+    int64_t low = min64(max64(first, 0), t->lines), high = max64(min64(first + count, t->lines), low);
+    memcpy(t->copy, x + low * t->pitch, (size_t)((high - low) * t->pitch) * sizeof(real));
+    s.line = t->copy + (first - low) * t->pitch;
+    return s;
+}
+
+/* Whether a strip can be read: images of one channel to a group, windows that are not far apart. */
+static int is_readable(const conv_job *j)
+{
+    const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
+    return j->channels == 1 && D->taps == 1 && D->outputs == 1 && D->inputs == 1 && !D->pad && H->stride == W->stride &&
+           W->stride <= 2 && H->dilation == 1 && span(W, 1) <= WIDEST && W->pad <= WIDEST && W->pad >= -WIDEST;
+}
+
+/* The lines that a convolution reads, some rows of outputs at a time where they are copied. */
+static int begin_rows(reader *t, const conv_job *j, int64_t rows)
+{
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    *t = (reader){.x = j->x,
+                  .channels = j->images * j->groups,
+                  .lines = H->inputs,
+                  .pitch = W->inputs,
+                  .taps = W->taps,
+                  .stride = W->stride,
+                  .outputs = W->outputs};
+    for (int64_t kw = 0; kw < W->taps; kw++) t->offsets[kw] = kw * W->dilation - W->pad;
+    return begin_lines(t, (rows - 1) * H->stride + H->taps);
+}
+static strip read_rows(const reader *t, const conv_job *j, int64_t channel, int64_t first, int64_t rows)
+{
+    const axis *H = &j->axes[1];
+    strip s = read_lines(t, channel, first * H->stride - H->pad, (rows - 1) * H->stride + H->taps);
+    s.rows = rows;
+    s.W = j->axes[2].outputs;
+    return s;
 }
 
 /* Some rows of one channel of one image, given as its first strip. Strips go from the right to the left: what a vector
@@ -150,7 +221,6 @@ static void fill_inside(const axis *W, vint *inside)
  * fetches what the next one reads and writes: lines so far apart are not fetched by the machine itself. */
 static void rows_of_channel(const conv_job *j, const strip *all, int fetch)
 {
-    enum { SECOND = 32768, FIRST = 4096 }; /* outputs: with what they read a fourth, all of such caches in float32 */
     int64_t KH = j->axes[1].taps, stride = j->axes[2].stride, W = all->W, pitch = all->pitch, rows = all->rows;
     int64_t open = ceil_div(KH, stride), columns = ceil_div(W, LANES);
     strip_rows *const *kernels = strips[stride - 1][KH == 3 ? all->taps != 3 : KH / 2];
@@ -191,67 +261,39 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
 {
     const by_rows *t = context;
     const conv_job *j = t->j;
-    const axis *H = &j->axes[1], *W = &j->axes[2];
-    int64_t taps = taps_of(j), masks = ceil_div(W->outputs, LANES) * W->taps, reach = round_up(row_reach(W), LANES);
-    /* Channels at the ends of x are copied, so many rows of outputs at a time, between margins that may be touched. */
-    int64_t copied = min64(max64(4096 / W->outputs, 16), H->outputs), before = max64(W->pad, 0);
-    int64_t copied_lines = (copied - 1) * H->stride + H->taps;
-    vint *inside = hl_take((size_t)masks * sizeof(vint) + (size_t)W->taps * sizeof(int64_t) +
-                           (size_t)(before + copied_lines * W->inputs + 2 * reach) * sizeof(real));
-    if (!inside) return HL_NOMEM;
-    int64_t *offsets = (int64_t *)(inside + masks);
-    real *zeros = (real *)(offsets + W->taps), *copy = zeros + reach + before;
-    memset(zeros, 0, (size_t)reach * sizeof(real));
-    fill_inside(W, inside);
-    for (int64_t kw = 0; kw < W->taps; kw++) offsets[kw] = kw * W->dilation - W->pad;
+    int64_t taps = taps_of(j), W = j->axes[2].outputs, copied = min64(max64(FIRST / W, 16), j->axes[1].outputs);
+    reader x;
+    int status = begin_rows(&x, j, copied);
+    if (status != HL_OK) return status;
     box b = {0};
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
         if (i == begin || group == 0) b = box_at(j, &t->grid, i / j->groups);
-        int64_t channel = b.image * j->groups + group, ready = in_place(j, channel);
-        const real *x = j->x + channel * inputs_of(j);
+        int64_t channel = b.image * j->groups + group, ready = in_place(&x, channel);
         for (int64_t h = 0, rows; h < b.size[1]; h += rows) {
             rows = ready ? b.size[1] : min64(copied, b.size[1] - h);
-            int64_t line = (b.first[1] + h) * H->stride - H->pad;
-            strip all = {.above = -line,
-                         .below = H->inputs - line,
-                         .pitch = W->inputs,
-                         .zeros = zeros + W->pad,
-                         .offsets = offsets,
-                         .inside = inside,
-                         .taps = W->taps,
-                         .rows = rows,
-                         .W = W->outputs};
-            if (ready) all.line = x + line * W->inputs;
-            else {
-                int64_t first = max64(line, 0), last = min64(line + (rows - 1) * H->stride + H->taps, H->inputs);
-                memcpy(copy, x + first * W->inputs, (size_t)(max64(last - first, 0) * W->inputs) * sizeof(real));
-                all.line = copy + (line - first) * W->inputs;
-            }
+            strip all = read_rows(&x, j, channel, b.first[1] + h, rows);
             for (int64_t f = group * j->filters; f < (group + 1) * j->filters; f++) {
                 all.w = t->w + f * taps;
                 all.bias = j->bias ? j->bias[f] : 0;
                 all.y = j->y + row_target(j, &b, h) + f * j->y_channel;
-                all.end = all.y + rows * W->outputs;
+                all.end = all.y + rows * W;
                 rows_of_channel(j, &all, t->fetch);
-                activate_rows(j->activation, 1, rows * W->outputs, all.y, 0);
+                activate_rows(j->activation, 1, rows * W, all.y, 0);
             }
         }
     }
-    hl_give(inside);
+    end_lines(&x);
     return HL_OK;
 }
 
 /* Whether it applies, and rows are long enough and fill their vectors: the more taps, the less the transposes below cost. */
 static int is_by_rows(const conv_job *j)
 {
-    const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
+    const axis *H = &j->axes[1], *W = &j->axes[2];
     int64_t lanes = round_up(W->outputs, LANES);
-    return j->filters <= DIRECT_FILTERS && j->channels == 1 && D->taps == 1 && D->outputs == 1 && D->inputs == 1 &&
-           !D->pad && H->stride == W->stride && W->stride <= 2 && H->dilation == 1 &&
-           (H->taps == 3 || H->taps == 5 || H->taps == 7) && is_dense(j) && span(W, 1) <= WIDEST && W->pad <= WIDEST &&
-           W->pad >= -WIDEST && W->outputs > 8 &&
-           (H->taps == 3 ? W->outputs * 2 >= lanes : W->outputs * 4 >= lanes * 3);
+    return j->filters <= DIRECT_FILTERS && is_readable(j) && (H->taps == 3 || H->taps == 5 || H->taps == 7) &&
+           is_dense(j) && W->outputs > 8 && (H->taps == 3 ? W->outputs * 2 >= lanes : W->outputs * 4 >= lanes * 3);
 }
 
 /* Parallel over (box of one image, group). Lines are read where they lie, once to a strip of vectors; y is written once.
