@@ -827,6 +827,7 @@ static int conv_linear(const conv_job *j)
 /* ---- kernels ---- */
 
 #include "depthwise.h"
+#include "depthwise_grad.h"
 #if HL_F32
 #include "winograd.h"
 #endif
@@ -1013,6 +1014,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         double work = (double)(p->F / groups * taps) * (double)p->OD * (double)p->OH * (double)p->OW;
         return parallel_even(p->N * p->C, work, add_products, &direct);
     }
+    if (is_scatter(p)) return grad_input_scatter(p, gy, w, b, gx);
 #if HL_F32
     conv_job whole = {
         .images = p->N,
@@ -1382,6 +1384,7 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
 #if HL_F32
     if (!p->exact && is_winograd(&j, 0)) return conv_winograd_gradient(&j, gy, gw);
 #endif
+    if (is_weight_by_rows(&j)) return weight_by_rows(&j, gy, gw);
     /* Not where gw would be read and written for few products, or most of the work were panels. */
     int64_t S = outputs_of(&j);
     if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= GEMM_DEPTH && j.channels < 4 * j.filters)))

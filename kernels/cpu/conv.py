@@ -606,29 +606,42 @@ def _grad_weight_few(begin, end, gy, x, gw, FG, stride, pad, dilation):
                         gw[f, c, kd, kh, kw] = real(0)
         for n in range(N):
             for od in range(OD):
+                start = ((n * F + f) * OD + od) * OH * OW
+                finite = _all_finite(gy1[start : start + OH * OW])  # else its products with the padding count
                 if flat:
-                    start = ((n * F + f) * OD + od) * OH * OW
                     _pad_plane(gy1, start, OH, OW, spread, OH, pitch, (0, 0), 1, 1)
                 for c in range(CG):
                     for kd in range(KD):
                         d = od * stride[0] - pad[0] + kd * dilation[0]
-                        if d < 0 or d >= D:
+                        outside = d < 0 or d >= D
+                        if outside and finite:
                             continue
-                        plane = x[n, f // FG * CG + c, d]
-                        if flat:
+                        plane = x[n, f // FG * CG + c, 0 if outside else d]
+                        if flat and not outside:
                             start = ((n * x.shape[1] + f // FG * CG + c) * D + d) * H * W
                             _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
                         for kh in range(KH):
                             up = pad[1] - kh * dilation[1]
                             for kw in range(KW):
                                 left = pad[2] - kw * dilation[2]
-                                if flat:
-                                    gw[f, c, kd, kh, kw] += _dot(spread, padded[offsets[kh * KW + kw] :], length, 1)
+                                if flat and not outside:
+                                    at = offsets[kh * KW + kw]
+                                    total = _dot(spread, padded[at:], length, 1)
+                                    if not (total - total == real(0)):  # what lies between the rows may have made it so
+                                        total = real(0)
+                                        for r in range(0, OH * pitch, pitch):
+                                            total += _dot(spread[r:], padded[at + r :], OW, 1)
+                                    gw[f, c, kd, kh, kw] += total
                                     continue
                                 lo, hi = _first(left, stride[2], OW), _first(W + left, stride[2], OW)
+                                low, high = _first(up, stride[1], OH), 0 if outside else _first(H + up, stride[1], OH)
+                                for oh in range(0 if finite else OH):
+                                    for ow in range(OW):
+                                        if not (low <= oh < high and lo <= ow < hi):
+                                            gw[f, c, kd, kh, kw] += gy[n, f, od, oh, ow] * real(0)
                                 if lo >= hi:
                                     continue
-                                for oh in range(_first(up, stride[1], OH), _first(H + up, stride[1], OH)):
+                                for oh in range(low, high):
                                     line = plane[oh * stride[1] - up, lo * stride[2] - left :]
                                     gw[f, c, kd, kh, kw] += _dot(gy[n, f, od, oh, lo:hi], line, hi - lo, stride[2])
 

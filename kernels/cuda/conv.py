@@ -292,8 +292,10 @@ def _weight_few(
         d = s // OW // OH * stride_d - pad_d + kd * dilation_d
         h = s // OW % OH * stride_h - pad_h + kh * dilation_h
         u = s % OW * stride_w - pad_w + kw * dilation_w
+        value = real(0)  # of the padding, which makes NaN of a gradient that is not finite
         if 0 <= d < D and 0 <= h < H and 0 <= u < W:
-            total += gy[(n * groups * rows + f) * size + s] * x[((n * groups * channels + channel) * D + d) * H * W + h * W + u]
+            value = x[((n * groups * channels + channel) * D + d) * H * W + h * W + u]
+        total += gy[(n * groups * rows + f) * size + s] * value
     shared[thread] = total
     cuda.syncthreads()
     step = THREADS // 2

@@ -78,6 +78,7 @@ LARGE = {
     "large_depthwise_stride": geometry(35, (21, 61), 70, (3, 3), n=2, groups=35, stride=2, pad=(1, 3)),
     "large_depthwise_stride_5x4": geometry(21, (19, 58), 21, (5, 4), n=2, groups=21, stride=2, pad=(4, 2), dilation=(1, 2)),
     "large_depthwise_stride_7x7": geometry(20, (15, 28), 20, (7, 7), n=2, groups=20, stride=2, pad=(2, 3), end=(5, 4)),
+    "large_depthwise_stride_4x2": geometry(20, (24, 37), 20, (4, 2), n=2, groups=20, stride=2, pad=(1, 1)),
     "large_depthwise_short_rows": geometry(40, (9, 14), 40, (3, 3), n=2, groups=40, pad=1),
     "large_depthwise_shortest_rows": geometry(40, (7, 6), 40, (5, 3), n=2, groups=40, pad=(2, 1)),
     "large_one_channel": geometry(1, (30, 29), 11, (3, 3), n=13, pad=1),
@@ -223,7 +224,12 @@ CASES = {
         case("no_filters", **geometry(2, (4, 4), 0, (3, 3)), exact=1),
         *(case(f"{name}_nan", **{**SHAPES, **LARGE}[name], exact=name == "stride", w=specials) for name in NONFINITE),
     ],
-    "conv_grad_weight": [*convolutions(exact=1), *fast()],
+    "conv_grad_weight": [
+        *convolutions(exact=1),
+        *fast(),
+        *(case(f"{name}_nan", **{**SHAPES, **LARGE}[name], exact=1, x=specials) for name in NONFINITE),
+        *(case(f"{name}_nan_gradient", **{**SHAPES, **LARGE}[name], exact=1, gy=specials) for name in NONFINITE),
+    ],
     "conv_grad_bias": [
         case("one", N=1, F=1, S=1),
         case("odd", N=3, F=5, S=7),

@@ -1,0 +1,225 @@
+/* Gradients of convolutions of one channel to a group, by rows as in depthwise.h. */
+#ifndef HL_DEPTHWISE_GRAD_H
+#define HL_DEPTHWISE_GRAD_H
+
+/* ---- gradient of 3x3 weights ---- */
+
+/* sum[9] += the products of the lines that row r of gy is the last to meet with the rows[row][vector] that they belong to,
+ * of which row r is the first. Rows that are not there meet no line, as it may be infinite; `whole`: all are there. */
+static inline __attribute__((always_inline)) void line_products(const int stride, const int vectors, const int whole,
+                                                                const strip *s, int64_t r, const vint *masks,
+                                                                const vreal *rows, vreal *sum)
+{
+#pragma GCC unroll 2
+    for (int phase = 0; phase < stride; phase++) {
+        int64_t at = r * stride + phase;
+        const real *from = at < s->above || at >= s->below ? s->zeros : s->line + at * s->pitch;
+#pragma GCC unroll 3
+        for (int kw = 0; kw < 3; kw++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) {
+                const real *tap = from + s->offsets[kw] + v * LANES * stride;
+                vreal in = load(tap);
+                if (stride == 2) in = evens(in, load(tap + LANES));
+                in = kept((vreal)(masks[v * 3 + kw] & (vint)in));
+#pragma GCC unroll 3
+                for (int kh = phase; kh < 3; kh += stride)
+                    if (whole || (r - kh / stride >= 0 && r - kh / stride < s->rows))
+                        sum[kh * 3 + kw] += in * rows[kh / stride * vectors + v];
+            }
+    }
+}
+
+/* sums[9] += the products of some vectors of each row of gy with what each tap read. g is the first row at the first of the
+ * columns; what is read of gy ends at `end`. */
+static inline __attribute__((always_inline)) void rows_products(const int stride, const int vectors, const strip *s,
+                                                                const real *g, const real *end, vreal *sums)
+{
+    const int open = (3 + stride - 1) / stride; /* rows that a line belongs to */
+    vreal sum[9], rows[3 * 2];
+    vint masks[3 * 2], columns[2];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; k++) sum[k] = sums[k];
+#pragma GCC unroll 6
+    for (int i = 0; i < 3 * vectors; i++) {
+        masks[i] = s->inside[i];
+        rows[i] = splat((real)0);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) columns[v] = lanes_before(min64(s->left - v * LANES, LANES));
+    for (int64_t r = 0; r < s->rows + open - 1; r++, g += s->W) {
+#pragma GCC unroll 6
+        for (int i = open * vectors - 1; i >= vectors; i--) rows[i] = rows[i - vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            if (r >= s->rows) rows[v] = splat((real)0);
+            else if (end - g >= (v + 1) * LANES) rows[v] = (vreal)(columns[v] & (vint)load(g + v * LANES));
+            else rows[v] = load_part(g + v * LANES, s->left - v * LANES, (real)0);
+        if (r >= open - 1 && r < s->rows) line_products(stride, vectors, 1, s, r, masks, rows, sum);
+        else line_products(stride, vectors, 0, s, r, masks, rows, sum);
+    }
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; k++) sums[k] = sum[k];
+}
+
+typedef struct {
+    const conv_job *j;
+    const real *gy;
+    real *gw;
+} weight_rows_job;
+
+/* Filter by filter. A channel goes by bands of rows that stay in the first cache. */
+static int weight_row_tasks(int64_t begin, int64_t end, void *context)
+{
+    const weight_rows_job *t = context;
+    const conv_job *j = t->j;
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, band = min64(max64(FIRST / W, 16), H);
+    reader x;
+    int status = begin_rows(&x, j, band);
+    if (status != HL_OK) return status;
+    for (int64_t f = begin; f < end; f++) {
+        vreal sums[9];
+        memset(sums, 0, sizeof sums);
+        for (int64_t n = 0; n < j->images; n++)
+            for (int64_t top = 0; top < H; top += band) {
+                const real *gy = t->gy + ((n * j->groups * j->filters + f) * H + top) * W;
+                strip all = read_rows(&x, j, n * j->groups + f / j->filters, top, min64(band, H - top));
+                const real *gy_end = gy + all.rows * W;
+                for (int64_t left = 0; left < W;) {
+                    strip s = all;
+                    s.line += left * j->axes[2].stride;
+                    s.inside += left / LANES * 3;
+                    s.left = W - left;
+                    int two = s.left > LANES;
+#define ROWS_PRODUCTS(stride, vectors) rows_products(stride, vectors, &s, gy + left, gy_end, sums)
+                    if (j->axes[2].stride == 1) two ? ROWS_PRODUCTS(1, 2) : ROWS_PRODUCTS(1, 1);
+                    else two ? ROWS_PRODUCTS(2, 2) : ROWS_PRODUCTS(2, 1);
+                    left += two ? 2 * LANES : LANES;
+                }
+            }
+        for (int k = 0; k < 9; k++) t->gw[f * 9 + k] = sum_lanes(sums[k]);
+    }
+    end_lines(&x);
+    return HL_OK;
+}
+
+static int is_weight_by_rows(const conv_job *j)
+{
+    return is_readable(j) && j->axes[1].taps == 3 && j->axes[2].taps == 3;
+}
+
+/* Parallel over filters. x and gy are read once, x where it lies.
+ * Source: as conv_by_rows. */
+static int weight_by_rows(const conv_job *j, const real *gy, real *gw)
+{
+    hl_note(j->groups > 1 ? "depthwise" : "direct");
+    weight_rows_job t = {j, gy, gw};
+    double work = (double)(j->images * outputs_of(j)) * 9 * 4 / LANES;
+    return parallel_even(j->groups * j->filters, work, weight_row_tasks, &t);
+}
+
+/* ---- gradient of the input, stride 2 ---- */
+
+enum { SCATTER_TAPS = 7 };
+
+typedef struct {
+    const hl_conv_grad_input_plan *p;
+    const real *gy, *w, *bias;
+    real *gx;
+    int64_t band, bands; /* lines of gx, and how many bands a channel has */
+} scatter_job;
+
+/* A line of gx: its even and odd columns are summed apart, for two to four rows of gy `from` at their taps w. Taps kw with
+ * an even kw + odd reach the even columns. Vectors go from the left to the right; what the last one writes beyond its line
+ * is written again by the next; only before `end` is part of a vector stored. */
+static inline __attribute__((always_inline)) void scatter_line(const int64_t KW, const int odd, const strip *gy,
+                                                               int64_t rows, const real *const *from,
+                                                               const real *const *w, real *y, const real *end)
+{
+    const vint *inside = gy->inside;
+    for (int64_t column = 0; column < gy->W; column += 2 * LANES, y += 2 * LANES, inside += KW) {
+        vreal sum[2] = {splat(gy->bias), splat(gy->bias)};
+        for (int64_t k = 0; k < rows; k++)
+#pragma GCC unroll 8
+            for (int64_t kw = 0; kw < KW; kw++)
+                sum[(kw + odd) & 1] +=
+                    (vreal)(inside[kw] & (vint)load(from[k] + gy->offsets[kw] + column / 2)) * splat(w[k][kw]);
+        vreal both[2] = {zip_low(sum[0], sum[1]), zip_high(sum[0], sum[1])};
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            int64_t left = gy->W - column - v * LANES;
+            if (left <= 0) break;
+            if (end - y >= (v + 1) * LANES) store(y + v * LANES, both[v]);
+            else store_part(y + v * LANES, left, both[v]);
+        }
+    }
+}
+
+static int scatter_tasks(int64_t begin, int64_t end, void *context)
+{
+    const scatter_job *t = context;
+    const hl_conv_grad_input_plan *p = t->p;
+    reader gy = {.x = t->gy,
+                 .channels = p->N * p->C,
+                 .lines = p->OH,
+                 .pitch = p->OW,
+                 .taps = p->KW,
+                 .stride = 1,
+                 .outputs = ceil_div(p->W, 2)};
+    for (int64_t kw = 0; kw < p->KW; kw++) gy.offsets[kw] = (((kw + p->pad_w) & 1) + p->pad_w - kw) / 2;
+    int64_t most = (t->band + p->KH) / 2 + 1; /* rows of gy to a band */
+    int status = begin_lines(&gy, most);
+    if (status != HL_OK) return status;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t channel = i / t->bands, top = i % t->bands * t->band, bottom = min64(top + t->band, p->H);
+        int64_t first = (top + p->pad_h - p->KH + 2) >> 1, last = (bottom - 1 + p->pad_h) >> 1, c = channel % p->C;
+        strip rows = read_lines(&gy, channel, first, last - first + 1);
+        real *gx = t->gx + channel * p->H * p->W;
+        rows.bias = t->bias ? t->bias[c] : 0;
+        rows.W = p->W;
+        for (int64_t h = top; h < bottom; h++) {
+            const real *from[SCATTER_TAPS], *w[SCATTER_TAPS];
+            int64_t count = 0;
+            for (int64_t kh = (h + p->pad_h) & 1; kh < p->KH; kh += 2, count++) {
+                int64_t r = (h + p->pad_h - kh) / 2 - first;
+                from[count] = r < rows.above || r >= rows.below ? rows.zeros : rows.line + r * rows.pitch;
+                w[count] = t->w + (c * p->KH + kh) * p->KW;
+            }
+            real *y = gx + h * p->W, *y_end = gx + bottom * p->W;
+#define SCATTER_LINE(KW) \
+    (p->pad_w & 1 ? scatter_line(KW, 1, &rows, count, from, w, y, y_end) \
+                  : scatter_line(KW, 0, &rows, count, from, w, y, y_end))
+            switch (p->KW) {
+            case 2: SCATTER_LINE(2); break;
+            case 3: SCATTER_LINE(3); break;
+            case 4: SCATTER_LINE(4); break;
+            case 5: SCATTER_LINE(5); break;
+            case 6: SCATTER_LINE(6); break;
+            case 7: SCATTER_LINE(7); break;
+            }
+        }
+    }
+    end_lines(&gy);
+    return HL_OK;
+}
+
+static int is_scatter(const hl_conv_grad_input_plan *p)
+{
+    return p->CG == 1 && p->F == p->C && p->C == max64(p->groups, 1) && p->D == 1 && p->OD == 1 && p->KD == 1 &&
+           !p->pad_d && p->stride_h == 2 && p->stride_w == 2 && p->dilation_h == 1 && p->dilation_w == 1 &&
+           p->KW >= 2 && p->KW <= SCATTER_TAPS && p->KH <= SCATTER_TAPS && p->pad_h <= WIDEST && p->pad_w <= WIDEST &&
+           p->OH > 0 && p->OW > 0;
+}
+
+/* Parallel over (image, channel, band of lines of gx). gy is read where it lies, from the caches for all but one of its
+ * taps; gx is written once, in memory order. Source: the convolutions by residues below, side by side. */
+static int grad_input_scatter(const hl_conv_grad_input_plan *p, const real *gy, const real *w, const real *b, real *gx)
+{
+    hl_note("depthwise");
+    scatter_job t = {.p = p, .gy = gy, .w = w, .bias = b, .gx = gx, .band = p->H};
+    if (p->H * p->W > SECOND || p->N * p->C < 2 * enough_tasks()) t.band = min64(max64(FIRST / p->W, 16), p->H);
+    t.bands = ceil_div(p->H, t.band);
+    double work = (double)(t.band * p->W) * (double)(p->KH * p->KW + 4) / LANES;
+    return parallel_even(p->N * p->C * t.bands, work, scatter_tasks, &t);
+}
+#endif
