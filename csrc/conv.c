@@ -841,7 +841,10 @@ static int run(conv_job *j, int exact)
     flatten(j);
     if (is_linear(j)) return conv_linear(j);
 #if HL_F32
-    if (!exact && in_order(j) && is_dense(j) && is_winograd(j, 1)) return conv_winograd(j, 0);
+    if (!exact && in_order(j) && is_dense(j)) {
+        if (is_winograd(j, 1)) return conv_winograd(j, 0);
+        if (is_dilated_winograd(j, 0)) return conv_winograd_dilated(j, 0);
+    }
 #else
     (void)exact;
 #endif
@@ -1032,6 +1035,7 @@ int HL(conv_grad_input)(const hl_conv_grad_input_plan *p, const real *gy, const 
         .y = gx,
     };
     if (!p->exact && is_winograd(&whole, 1)) return conv_winograd(&whole, 1);
+    if (!p->exact && is_dilated_winograd(&whole, 1)) return conv_winograd_dilated(&whole, 1);
 #endif
     for (int64_t d = 0; d < min64(p->stride_d, p->D); d++)
         for (int64_t h = 0; h < min64(p->stride_h, p->H); h++)

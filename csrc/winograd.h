@@ -9,7 +9,7 @@
  * same transformed weights: 14 outputs are 4 + 4 + 4 + 2 in 6 + 6 + 6 + 4 points.
  * With a stride of 2 the even and the odd rows and columns of x are four images, which the even and the odd taps meet with
  * a stride of 1: four times the channels of half the taps in each dimension. In the gradient of the input it is gx that
- * comes in four images: four times the filters.
+ * comes in four images: four times the filters. With a dilation, they are more images of a convolution without one.
  * Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); the points, Alam et al., Winograd
  * Convolution for Deep Neural Networks: Efficient Point Selection (2022). */
 #ifndef HL_WINOGRAD_H
@@ -866,25 +866,35 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
 
 /* ---- the choice ---- */
 
-/* Whether it applies, and pays: where its work is less than that of the direct sums, or hardly more where weights that are
- * `known` need not be transformed again if they are prepacked. */
-static int is_winograd(const conv_job *j, int known)
+static double direct_work(const conv_job *j)
+{
+    return (double)(j->images * outputs_of(j) * taps_of(j)) * (double)(j->channels * j->filters);
+}
+
+/* Its work in multiply-adds of a vector, as measured, or infinity where it does not apply. Weights that are `known` need not
+ * be transformed again if they are prepacked. */
+static double winograd_work(const conv_job *j, int known)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
-    if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return 0;
-    if (w->taps != h->taps || h->stride != w->stride || h->stride > 2 || h->dilation != 1 || w->dilation != 1) return 0;
+    if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return INFINITY;
+    if (w->taps != h->taps || h->stride != w->stride || h->stride > 2) return INFINITY;
     int64_t stride = h->stride, taps = ceil_div(h->taps, stride), out = 7 - taps;
-    if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return 0;
-    /* Measured in multiply-adds of a vector: of the points, which are somewhat slower; the transforms of a tile and channel,
-     * with a stride phase by phase; those of a weight, or of its gradient, which is summed over all tiles. */
+    if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return INFINITY;
+    /* Of the points, which are somewhat slower; the transforms of a tile and channel, with a stride phase by phase; those of
+     * a weight, or of its gradient, which is summed over all tiles. */
     const double slower = stride == 1 ? 1.16 : 1.1, transform = stride == 1 ? 300 : 450;
     const double weight = !known ? 2000 : stride == 1 ? 330 : 580;
     int64_t high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
     double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
     double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
-    double direct = n * (double)(h->outputs * w->outputs * h->taps * w->taps) * (double)j->channels * F;
-    return (slower * points + weight) * C * F + n * (double)(high * wide) * transform * (C + F) <
-           (known ? 1.1 : 1) * direct;
+    return (slower * points + weight) * C * F + n * (double)(high * wide) * transform * (C + F);
+}
+
+/* Whether it pays: where its work is less than that of the direct sums, or hardly more where it can be prepacked. */
+static int is_winograd(const conv_job *j, int known)
+{
+    return j->axes[1].dilation == 1 && j->axes[2].dilation == 1 &&
+           winograd_work(j, known) < (known ? 1.1 : 1) * direct_work(j);
 }
 
 static winograd make_winograd(const conv_job *j, int adjoint)
@@ -964,6 +974,136 @@ static int conv_winograd(const conv_job *j, int adjoint)
     if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
     hl_pack_end(&weights);
+    return status;
+}
+
+/* ---- dilation ---- */
+
+/* Every dilation-th row and column of outputs meets every dilation-th input without a dilation: phases, as images of their
+ * own. Of all phases alike are computed; what lies beyond the outputs is left out. The axes of `whole` are those of the
+ * convolution, also where x is gy and y is gx. */
+typedef struct {
+    const conv_job *whole;
+    int adjoint;
+    conv_job phases; /* of some images, from this one on */
+    int64_t image, images;
+    real *x, *y; /* of the phases */
+} dilated;
+
+static conv_job phases_of(const conv_job *j, int adjoint)
+{
+    conv_job p = *j;
+    for (int a = 1; a < 3; a++) {
+        axis *x = &p.axes[a];
+        int64_t places = ceil_div(adjoint ? x->inputs : x->outputs, x->dilation), more = places + x->taps - 1;
+        p.images *= x->dilation;
+        *x = (axis){places, more, x->taps, 1, 0, 1};
+        if (adjoint) *x = (axis){more, places, x->taps, 1, x->taps - 1, 1};
+    }
+    return p;
+}
+
+/* What x, or y, of a phase and a channel is made of: element [row][column] is this one of the plane, if there is one. */
+typedef struct { int64_t size[2], step[2], first[2], places[2], phases; } phase_grid;
+static phase_grid grid_of(const dilated *t, int is_x)
+{
+    phase_grid g = {.phases = 1};
+    for (int a = 0; a < 2; a++) {
+        const axis *x = &t->whole->axes[a + 1], *p = &t->phases.axes[a + 1];
+        int inputs = is_x != t->adjoint;
+        g.size[a] = inputs ? x->inputs : x->outputs;
+        g.places[a] = inputs ? p->inputs : p->outputs;
+        g.step[a] = x->dilation;
+        g.first[a] = !is_x ? 0 : t->adjoint ? x->pad - (x->taps - 1) * x->dilation : -x->pad;
+        g.phases *= x->dilation;
+    }
+    return g;
+}
+
+/* Parallel over (image, channel): the phases of its x, with zeros where no input lies. */
+static int split_phases(int64_t begin, int64_t end, void *context)
+{
+    const dilated *t = context;
+    const phase_grid g = grid_of(t, 1);
+    int64_t channels = t->whole->groups * t->whole->channels, W = g.size[1];
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t q = 0; q < g.phases; q++) {
+            const real *from = t->whole->x + (t->image * channels + i) * g.size[0] * W;
+            int64_t down = q / g.step[1] + g.first[0], right = q % g.step[1] + g.first[1];
+            int64_t low = min64(ceil_div(max64(-right, 0), g.step[1]), g.places[1]);
+            int64_t high = min64(ceil_div(max64(W - right, 0), g.step[1]), g.places[1]);
+            real *to = t->x + ((i / channels * g.phases + q) * channels + i % channels) * g.places[0] * g.places[1];
+            for (int64_t r = 0; r < g.places[0]; r++, to += g.places[1]) {
+                int64_t h = r * g.step[0] + down;
+                if (h < 0 || h >= g.size[0] || low >= high) memset(to, 0, (size_t)g.places[1] * sizeof(real));
+                else {
+                    for (int64_t k = 0; k < low; k++) to[k] = 0;
+                    for (int64_t k = low; k < high; k++) to[k] = from[h * W + k * g.step[1] + right];
+                    for (int64_t k = high; k < g.places[1]; k++) to[k] = 0;
+                }
+            }
+        }
+    return HL_OK;
+}
+
+/* Parallel over (image, channel): y from its phases, row by row. */
+static int merge_phases(int64_t begin, int64_t end, void *context)
+{
+    const dilated *t = context;
+    const phase_grid g = grid_of(t, 0);
+    int64_t channels = t->whole->groups * t->whole->filters, W = g.size[1], step = g.step[1];
+    for (int64_t i = begin; i < end; i++) {
+        real *to = t->whole->y + (t->image * channels + i) * g.size[0] * W;
+        for (int64_t h = 0; h < g.size[0]; h++, to += W)
+            for (int64_t v = 0; v < min64(step, W); v++) {
+                int64_t q = h % g.step[0] * step + v;
+                const real *from =
+                    t->y + ((i / channels * g.phases + q) * channels + i % channels) * g.places[0] * g.places[1] +
+                    h / g.step[0] * g.places[1];
+                for (int64_t k = 0; k * step + v < W; k++) to[k * step + v] = from[k];
+            }
+    }
+    return HL_OK;
+}
+
+/* An element that is copied apart from its neighbours costs as much as this many multiply-adds of a vector. */
+enum { COPY_WORK = 80 };
+/* Not where phases have two outputs in a dimension: so small tiles take longer than winograd_work tells. */
+static int is_dilated_winograd(const conv_job *j, int adjoint)
+{
+    for (int a = 1; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        if (x->stride != 1 || (x->dilation > 1 && x->dilation * 2 >= (adjoint ? x->inputs : x->outputs))) return 0;
+    }
+    if (j->axes[1].dilation == 1 && j->axes[2].dilation == 1) return 0;
+    conv_job p = phases_of(j, adjoint);
+    double copies = (double)p.images * (double)(p.channels * inputs_of(&p) + p.filters * outputs_of(&p));
+    return winograd_work(&p, 1) + COPY_WORK * copies < direct_work(j);
+}
+
+/* As many images at a time as their phases fit a third-level cache. */
+static int conv_winograd_dilated(const conv_job *j, int adjoint)
+{
+    dilated t = {.whole = j, .adjoint = adjoint, .phases = phases_of(j, adjoint)};
+    int64_t phases = t.phases.images / j->images, inputs = inputs_of(&t.phases), outputs = outputs_of(&t.phases);
+    if (adjoint) inputs = outputs_of(&t.phases), outputs = inputs_of(&t.phases);
+    int64_t x_size = phases * j->groups * j->channels * inputs, y_size = phases * j->groups * j->filters * outputs;
+    int64_t most = min64(max64((8 << 20) / (x_size + y_size), 1), j->images);
+    t.x = hl_take((size_t)(most * (x_size + y_size)) * sizeof(real));
+    if (!t.x) return HL_NOMEM;
+    t.y = t.x + most * x_size;
+    int status = HL_OK;
+    for (; t.image < j->images && status == HL_OK; t.image += most) {
+        t.images = min64(most, j->images - t.image);
+        t.phases.images = t.images * phases;
+        t.phases.x = t.x;
+        t.phases.y = t.y;
+        status = parallel_even(t.images * j->groups * j->channels, (double)(phases * inputs), split_phases, &t);
+        if (status == HL_OK) status = conv_winograd(&t.phases, adjoint);
+        if (status == HL_OK)
+            status = parallel_even(t.images * j->groups * j->filters, (double)(phases * outputs), merge_phases, &t);
+    }
+    hl_give(t.x);
     return status;
 }
 

@@ -90,6 +90,9 @@ LARGE = {
 FAST = {
     "fast_2x2": geometry(34, (25, 26), 40, (2, 2), n=3, pad=1),
     "fast_4x4": geometry(17, (21, 20), 36, (4, 4), n=2, pad=2),
+    "fast_dilation": geometry(72, (21, 30), 70, (3, 3), n=3, pad=(2, 5), dilation=(2, 3)),
+    "fast_dilation_groups": geometry(130, (29, 17), 160, (4, 4), n=3, groups=2, pad=(0, 3), end=(6, 1), dilation=(4, 1)),
+    "fast_dilation_5x5": geometry(24, (33, 35), 40, (5, 5), pad=(7, 0), dilation=2),
     "fast_stride_2x2_one_over": geometry(33, (44, 43), 36, (4, 4), n=3, stride=2, pad=1),
     "fast_stride_3x3": geometry(40, (39, 40), 48, (3, 3), n=4, stride=2, pad=1),
     "fast_stride_3x3_end": geometry(36, (40, 39), 66, (3, 3), n=4, stride=2, pad=(0, 3), end=(1, 2)),
