@@ -126,9 +126,8 @@ static strip_rows *const strips[2][4][3] = {
 typedef struct {
     const real *x;
     int64_t channels, lines, pitch; /* of x */
-    int64_t taps,
-        offsets[WIDEST]; /* of a row of outputs, from its first column; its outputs are `stride` inputs apart */
-    int64_t stride, outputs;
+    int64_t outputs, stride, taps; /* of a row of outputs, which are `stride` inputs apart */
+    int64_t offsets[WIDEST]; /* of the taps, from the first output's column */
     int64_t before, reach; /* elements that may be touched before a line, and from its beginning on */
     vint *inside;
     real *zeros, *copy;

@@ -129,9 +129,9 @@ typedef struct {
     int64_t band, bands; /* lines of gx, and how many bands a channel has */
 } scatter_job;
 
-/* A line of gx: its even and odd columns are summed apart, for two to four rows of gy `from` at their taps w. Taps kw with
- * an even kw + odd reach the even columns. Vectors go from the left to the right; what the last one writes beyond its line
- * is written again by the next; only before `end` is part of a vector stored. */
+/* A line of gx: its even and odd columns are summed apart, over the `rows` of gy that reach it, which begin at `from`, and
+ * their taps w. Taps kw with an even kw + odd reach the even columns. Vectors go from the left to the right; what the last
+ * one writes beyond its line is written again by the next; only before `end` is part of a vector stored. */
 static inline __attribute__((always_inline)) void scatter_line(const int64_t KW, const int odd, const strip *gy,
                                                                int64_t rows, const real *const *from,
                                                                const real *const *w, real *y, const real *end)

@@ -985,8 +985,8 @@ static int conv_winograd(const conv_job *j, int adjoint)
 typedef struct {
     const conv_job *whole;
     int adjoint;
-    conv_job phases; /* of some images, from this one on */
-    int64_t image, images;
+    int64_t image, images; /* some of them, from this one on */
+    conv_job phases; /* of these */
     real *x, *y; /* of the phases */
 } dilated;
 
