@@ -185,6 +185,14 @@ static inline __attribute__((always_inline)) vreal load_before(const real *from,
     return !end || end - from >= LANES ? load(from) : load_part(from, max64(end - from, 0), (real)0);
 }
 
+/* A vector of a row that has `left` elements from here on. What is written beyond them is written again later; only before
+ * `end` is part of it stored. */
+static inline __attribute__((always_inline)) void store_before(real *to, const real *end, int64_t left, vreal v)
+{
+    if (end - to >= LANES) store(to, v);
+    else store_part(to, left, v);
+}
+
 /* to[i] = from[i * stride] for i < n, and zeros up to the end of the last vector, whose lanes before n are `inside`. */
 static inline __attribute__((always_inline)) void copy_row(const real *from, int64_t n, const int64_t stride,
                                                            vint inside, const real *end, real *to)
@@ -713,11 +721,9 @@ static void write_rows(const conv_job *j, const box *b, const planes *p, const r
         for (int64_t h = 0; h < b->size[1]; h++) {
             const real *from = sums + (d * p->pitch[1] + h) * p->pitch[2];
             real *to = y + d * j->y_step[0] + h * j->y_step[1];
-            int64_t left = dense ? total - (d * b->size[1] + h) * W : W;
+            const real *end = to + (dense ? total - (d * b->size[1] + h) * W : W);
             if (j->y_step[2] == 1)
-                for (int64_t w = 0; w < W; w += LANES)
-                    if (w + LANES <= left) store(to + w, load(from + w));
-                    else store_part(to + w, W - w, load(from + w));
+                for (int64_t w = 0; w < W; w += LANES) store_before(to + w, end, W - w, load(from + w));
             else
                 for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
         }

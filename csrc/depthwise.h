@@ -86,11 +86,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
             for (int v = 0; v < vectors * LANES; v += 64 / (int)sizeof(real)) __builtin_prefetch(y + next[1] + v, 1);
         if (r >= 0)
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
-                vreal done = sum[(open - 1) * vectors + v];
-                if (end - y >= (v + 1) * LANES) store(y + v * LANES, done);
-                else store_part(y + v * LANES, s->left - v * LANES, done);
-            }
+            for (int v = 0; v < vectors; v++)
+                store_before(y + v * LANES, end, s->left - v * LANES, sum[(open - 1) * vectors + v]);
 #pragma GCC unroll 24
         for (int i = open * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : bias;
     }

@@ -52,9 +52,7 @@ static inline __attribute__((always_inline)) void rows_products(const int stride
         for (int i = open * vectors - 1; i >= vectors; i--) rows[i] = rows[i - vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
-            if (r >= s->rows) rows[v] = splat((real)0);
-            else if (end - g >= (v + 1) * LANES) rows[v] = (vreal)(columns[v] & (vint)load(g + v * LANES));
-            else rows[v] = load_part(g + v * LANES, s->left - v * LANES, (real)0);
+            rows[v] = r < s->rows ? (vreal)(columns[v] & (vint)load_before(g + v * LANES, end)) : splat((real)0);
         if (r >= open - 1 && r < s->rows) line_products(stride, vectors, 1, s, r, masks, rows, sum);
         else line_products(stride, vectors, 0, s, r, masks, rows, sum);
     }
@@ -148,9 +146,7 @@ static inline __attribute__((always_inline)) void scatter_line(const int64_t KW,
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
             int64_t left = gy->W - column - v * LANES;
-            if (left <= 0) break;
-            if (end - y >= (v + 1) * LANES) store(y + v * LANES, both[v]);
-            else store_part(y + v * LANES, left, both[v]);
+            if (left > 0) store_before(y + v * LANES, end, left, both[v]);
         }
     }
 }

@@ -985,7 +985,7 @@ static int conv_winograd(const conv_job *j, int adjoint)
 typedef struct {
     const conv_job *whole;
     int adjoint;
-    int64_t image, images; /* some of them, from this one on */
+    int64_t image; /* the first of those that are at work */
     conv_job phases; /* of these */
     real *x, *y; /* of the phases */
 } dilated;
@@ -1094,14 +1094,14 @@ static int conv_winograd_dilated(const conv_job *j, int adjoint)
     t.y = t.x + most * x_size;
     int status = HL_OK;
     for (; t.image < j->images && status == HL_OK; t.image += most) {
-        t.images = min64(most, j->images - t.image);
-        t.phases.images = t.images * phases;
+        int64_t images = min64(most, j->images - t.image);
+        t.phases.images = images * phases;
         t.phases.x = t.x;
         t.phases.y = t.y;
-        status = parallel_even(t.images * j->groups * j->channels, (double)(phases * inputs), split_phases, &t);
+        status = parallel_even(images * j->groups * j->channels, (double)(phases * inputs), split_phases, &t);
         if (status == HL_OK) status = conv_winograd(&t.phases, adjoint);
         if (status == HL_OK)
-            status = parallel_even(t.images * j->groups * j->filters, (double)(phases * outputs), merge_phases, &t);
+            status = parallel_even(images * j->groups * j->filters, (double)(phases * outputs), merge_phases, &t);
     }
     hl_give(t.x);
     return status;

@@ -357,10 +357,14 @@ def test_empty(host_backend):
         ((1, 40, 19, 19), (150, 40, 3, 3), {"stride": 2, "padding": 1}),
         ((2, 301, 9, 9), (203, 301, 1, 1), {}),
         ((1, 90, 13, 13), (210, 30, 3, 3), {"groups": 3, "padding": 2, "dilation": 2}),
+        ((1, 3, 90, 75), (3, 1, 3, 3), {"groups": 3, "padding": 1}),
+        ((1, 2, 101, 90), (2, 1, 3, 3), {"groups": 2, "padding": 1, "stride": 2}),
+        ((2, 1, 70, 81), (5, 1, 3, 3), {"padding": (0, 2)}),
+        ((1, 33, 24, 31), (33, 1, 5, 4), {"groups": 33, "padding": (3, 1), "stride": 2}),
     ],
 )
-def test_few_positions(host_backend, dtype, x_shape, w_shape, options):
-    """Weights that few products share, and filters that are cut as the threads ask. Sums are exact."""
+def test_any_number_of_threads(host_backend, dtype, x_shape, w_shape, options):
+    """Few products to a weight, where filters are cut as the threads ask, and few channels, where rows are. Sums are exact."""
     x, w = (rng.integers(-4, 5, shape).astype(dtype) for shape in (x_shape, w_shape))
     with hl.exact_convolution():
         with hl.backend("reference"):
@@ -374,6 +378,16 @@ def test_few_positions(host_backend, dtype, x_shape, w_shape, options):
                 got = hl.conv2d_backward(gy, x, w, **options)
                 assert_same_bits(got[0], gx, f"gradient of x, {threads} threads")
                 assert_same_bits(got[1], gw, f"gradient of w, {threads} threads")
+
+
+def test_dilation_in_passes(host_backend):
+    """More images than the phases of a dilated convolution are made of at a time."""
+    x, w = normal(3, 32, 300, 290, dtype=np.float32), normal(32, 32, 3, 3, dtype=np.float32)
+    y = hl.conv2d(x, w, padding=(2, 3), dilation=(2, 3))
+    gx = hl.conv2d_backward(y, x, w, padding=(2, 3), dilation=(2, 3))[0]
+    with hl.exact_convolution():
+        assert_oracle(y, hl.conv2d(x, w, padding=(2, 3), dilation=(2, 3)), terms=32 * 9)
+        assert_oracle(gx, hl.conv2d_backward(y, x, w, padding=(2, 3), dilation=(2, 3))[0], terms=32 * 9)
 
 
 def test_exact_convolution(host_backend):
