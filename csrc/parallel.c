@@ -20,6 +20,7 @@ enum { MAX_THREADS = 256, SPIN = 2000, MAX_CHUNKS = 0x7fff };
 
 int (*hl_poll)(void);
 int64_t hl_ahead;
+int hl_adds_beside;
 
 static pthread_mutex_t job_lock = PTHREAD_MUTEX_INITIALIZER, sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
@@ -372,5 +373,6 @@ __attribute__((constructor)) static void init(void)
 #if defined(__x86_64__)
     __builtin_cpu_init();
     hl_ahead = __builtin_cpu_is("intel") ? 2 * PAGE : 0;
+    hl_adds_beside = __builtin_cpu_is("amd");
 #endif
 }

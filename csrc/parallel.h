@@ -35,6 +35,9 @@ void hl_note(const char *algorithm);
  * alone: 0. */
 extern int64_t hl_ahead;
 
+/* Whether the processor adds in other units than it multiplies in (AMD's), so that what only adds runs beside products. */
+extern int hl_adds_beside;
+
 /* Asked every 50 ms by the thread that called; set by the extension module, NULL in plain C programs. */
 extern int (*hl_poll)(void);
 #endif
