@@ -35,45 +35,52 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
                                                              const int vectors, const strip *s)
 {
     const int open = (KH + stride - 1) / stride; /* rows that a line belongs to */
-    const int few = __builtin_constant_p(KW) && KW <= 3; /* taps, all of which stay in registers */
+    /* How much stays in registers: all that belongs to few taps, of some more all but the weights. */
+    const int few = __builtin_constant_p(KW) && KW <= 3, some = __builtin_constant_p(KW) && KW <= 5;
     const ptrdiff_t *next = s->next;
     const real *line = s->line, *w = s->w;
     const int64_t pitch = s->pitch, W = s->W;
     real *y = s->y - (open - 1) * W, *end = s->end;
     vreal sum[8 * 3], weights[9], bias = splat(s->bias);
-    vint masks[9];
-    int64_t offsets[3];
+    vint masks[10];
+    int64_t offsets[5];
 #pragma GCC unroll 24
     for (int i = 0; i < open * vectors; i++) sum[i] = bias;
-    if (few)
-#pragma GCC unroll 3
+    if (some)
+#pragma GCC unroll 5
         for (int kw = 0; kw < KW; kw++) {
             offsets[kw] = s->offsets[kw];
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) masks[v * KW + kw] = s->inside[v * KW + kw];
-#pragma GCC unroll 3
-            for (int kh = 0; kh < KH; kh++) weights[kh * KW + kw] = splat(w[kh * KW + kw]);
         }
+    if (few)
+#pragma GCC unroll 9
+        for (int k = 0; k < KH * KW; k++) weights[k] = splat(w[k]);
     for (int64_t r = 1 - open; r < s->rows; r++, y += W) {
 #pragma GCC unroll 2
         for (int phase = 0; phase < stride; phase++, line += pitch) {
             int64_t at = (r + open - 1) * stride + phase;
             const real *from = at < s->above || at >= s->below ? s->zeros : line;
-#pragma GCC unroll 3
+#pragma GCC unroll 5
             for (int64_t kw = 0; kw < KW; kw++) {
-                const real *tap = from + (few ? offsets[kw] : s->offsets[kw]);
+                const real *tap = from + (some ? offsets[kw] : s->offsets[kw]);
                 vreal in[3];
 #pragma GCC unroll 3
                 for (int v = 0; v < vectors; v++) {
                     vreal all = load(tap + v * LANES * stride);
                     if (stride == 2) all = evens(all, load(tap + v * LANES * stride + LANES));
-                    in[v] = kept((vreal)((few ? masks[v * KW + kw] : s->inside[v * KW + kw]) & (vint)all));
+                    in[v] = kept((vreal)((some ? masks[v * KW + kw] : s->inside[v * KW + kw]) & (vint)all));
                 }
 #pragma GCC unroll 7
                 for (int kh = phase; kh < KH; kh += stride) {
+                    const int row = kh / stride * vectors;
+                    if (!few && vectors == 1) {
+                        sum[row] = add_splat(sum[row], w + kh * KW + kw, in[0]);
+                        continue;
+                    }
                     vreal wk = few ? weights[kh * KW + kw] : kept(splat(w[kh * KW + kw]));
 #pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[kh / stride * vectors + v] += wk * in[v];
+                    for (int v = 0; v < vectors; v++) sum[row + v] += wk * in[v];
                 }
             }
             if (next)
@@ -93,7 +100,7 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
     }
 }
 
-/* [stride - 1][taps: 3x3, 3, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in registers. */
+/* [stride - 1][taps: 3x3, 3 rows, 5x5, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in registers. */
 typedef void strip_rows(const strip *s);
 #define STRIP(KH, kw, KW, stride, vectors) \
     static void strip_##KH##x##kw##_##stride##_##vectors(const strip *s) { rows_strip(KH, KW, stride, vectors, s); }
@@ -105,15 +112,18 @@ STRIP(3, 3, 3, 2, 3)
 STRIPS(3, k, s->taps)
 STRIP(3, k, s->taps, 1, 3)
 STRIP(3, k, s->taps, 2, 3)
+STRIPS(5, 5, 5)
 STRIPS(5, k, s->taps)
 STRIPS(7, k, s->taps)
-static strip_rows *const strips[2][4][3] = {
+static strip_rows *const strips[2][5][3] = {
     {{strip_3x3_1_1, strip_3x3_1_2, strip_3x3_1_3},
      {strip_3xk_1_1, strip_3xk_1_2, strip_3xk_1_3},
+     {strip_5x5_1_1, strip_5x5_1_2},
      {strip_5xk_1_1, strip_5xk_1_2},
      {strip_7xk_1_1, strip_7xk_1_2}},
     {{strip_3x3_2_1, strip_3x3_2_2, strip_3x3_2_3},
      {strip_3xk_2_1, strip_3xk_2_2, strip_3xk_2_3},
+     {strip_5x5_2_1, strip_5x5_2_2},
      {strip_5xk_2_1, strip_5xk_2_2},
      {strip_7xk_2_1, strip_7xk_2_2}},
 };
@@ -219,7 +229,7 @@ static void rows_of_channel(const conv_job *j, const strip *all, int fetch)
 {
     int64_t KH = j->axes[1].taps, stride = j->axes[2].stride, W = all->W, pitch = all->pitch, rows = all->rows;
     int64_t open = ceil_div(KH, stride), columns = ceil_div(W, LANES);
-    strip_rows *const *kernels = strips[stride - 1][KH == 3 ? all->taps != 3 : KH / 2];
+    strip_rows *const *kernels = strips[stride - 1][KH == 7 ? 4 : KH - 3 + (all->taps != KH)];
     /* Both of two bands multiply the lines between them. */
     int64_t band = rows * W > SECOND ? max64(FIRST / W, 3 * (open - 1)) : rows;
     for (int64_t top = 0; top < rows; top += band)
