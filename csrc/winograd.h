@@ -891,11 +891,14 @@ static double winograd_work(const conv_job *j, int known)
 }
 
 /* Whether it pays: where its work is less than that of the direct sums, or hardly more where it can be prepacked. The parts
- * were measured on Intel's processors, where they wait for the units that multiply, too. Where others add, the break-even lay
- * at 1.75 times the work of the direct sums with AVX-512, at 1.5 with AVX2 (Zen 4; gradients of weights: as on Intel). */
+ * were measured on Intel's processors, where additions wait for the units that multiply, too. Where they do not, the
+ * break-even lay at 1.75 times the work of the direct sums with AVX-512, at 1.5 with AVX2 (Zen 4); not for gradients of
+ * weights that do not stay in the caches. */
 static int is_winograd(const conv_job *j, int known)
 {
-    const double more = !known ? 1 : hl_adds_beside ? (LANES == 16 ? 1.6 : 1.4) : 1.1;
+    int64_t stride = j->axes[1].stride, points = POINTS * stride * stride * j->channels * j->filters;
+    double more = hl_adds_beside ? (LANES == 16 ? 1.6 : 1.4) : known ? 1.1 : 1;
+    if (!known && points > CACHE_BYTES / (int64_t)sizeof(real)) more = 1;
     return j->axes[1].dilation == 1 && j->axes[2].dilation == 1 && winograd_work(j, known) < more * direct_work(j);
 }
 
