@@ -86,7 +86,8 @@ static void unfold_moved(const job *j, int64_t begin, int64_t kh, int64_t kw, re
     int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), size), column = head % W;
     for (int64_t i = head - LANES; i < size; i += LANES) { /* the first of them up to the first whole vector of `to` */
         if (i >= low && i + LANES <= high && i >= 0) {
-            vreal moved = (vreal)(in_columns(column, W, lo, hi) & (vint)load(from + i + move));
+            vreal moved = load(from + i + move);
+            if (column < lo || column + LANES > hi) moved = (vreal)(in_columns(column, W, lo, hi) & (vint)moved);
             if (j->past_cache) stream(to + i, moved);
             else store(to + i, moved);
         } else {
@@ -109,8 +110,7 @@ static int unfold_planes(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int moved =
-        h->stride == 1 && w->stride == 1 && w->outputs == w->inputs && w->inputs >= LANES && w->inputs < INT32_MAX / 2;
+    int moved = is_moved(j);
     outflow cols;
     int status = outflow_begin(&cols, j->to + begin * h->outputs * w->outputs, w->outputs, j->past_cache && !moved);
     for (int64_t i = begin; i < end && status == HL_OK; i++) {
@@ -182,7 +182,9 @@ static void fold_moved(const job *j, int64_t plane, int64_t top, int64_t bottom)
         int64_t q = max64(top * W, move), end = min64(bottom * W, size + move), column = q % W;
         for (; q + LANES <= end; q += LANES) {
             fetch(from + q - move, ahead);
-            store(image + q, load(image + q) + (vreal)(in_columns(column, W, lo, hi) & (vint)load(from + q - move)));
+            vreal moved = load(from + q - move);
+            if (column < lo || column + LANES > hi) moved = (vreal)(in_columns(column, W, lo, hi) & (vint)moved);
+            store(image + q, load(image + q) + moved);
             column += LANES;
             if (column >= W) column -= W;
         }
