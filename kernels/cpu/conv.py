@@ -30,6 +30,7 @@ from .panels import (
 from .winograd import is_winograd, winograd
 
 FILTERS = 64  # of one unit of work: they repay the packing of their panel
+WIDE = 24  # outputs of a row: two rows in a sweep repay that their inputs are laid out apart
 
 
 @inline
@@ -193,13 +194,17 @@ def _pad_plane(x, start, H, W, padded, rows, pitch, front, stride_h, stride_w):
 
 
 @inline
-def _put_plane(sums, pitch, rows, columns, y, start):
-    """The plane of rows x columns that begins at y[start], from sums whose rows are `pitch` apart; AHEAD more are read."""
+def _put_plane(sums, apart, pitch, rows, columns, y, start):
+    """The plane of rows x columns that begins at y[start], from sums whose even rows are `pitch` apart, as are the odd ones, each
+    of those `apart` from the even one before it; AHEAD more are read."""
     ahead = max(rows - (AHEAD + columns - 1) // columns, 0)  # rows with room behind them for what copy_ahead writes too much
+    at, following = 0, apart
     for r in range(ahead):
-        copy_ahead(sums, r * pitch, y, start + r * columns, columns)
+        copy_ahead(sums, at, y, start + r * columns, columns)
+        at, following = following, at + pitch
     for r in range(ahead, rows):
-        copy_row(sums, r * pitch, y, start + r * columns, columns)
+        copy_row(sums, at, y, start + r * columns, columns)
+        at, following = following, at + pitch
 
 
 @inline
@@ -243,6 +248,24 @@ def _sweep(weights, offsets, padded, length, sums):
         p = padded[offsets[k] : offsets[k] + length]
         for i in range(length):
             sums[i] += a * p[i]
+
+
+@inline
+def _sweep_pairs(weights, padded, apart, pitch, length, sums, half):
+    """Two rows of outputs of a 3 x 3 filter at a time: what they share of the four rows below them is loaded once. Even and odd
+    rows are `apart` in the padded plane, and `half` in the sums."""
+    w0, w1, w2 = weights[0], weights[1], weights[2]
+    w3, w4, w5 = weights[3], weights[4], weights[5]
+    w6, w7, w8 = weights[6], weights[7], weights[8]
+    row1, row2, row3, other = U(apart), U(pitch), U(apart + pitch), U(half)
+    for i in range(length):
+        q = U(i)
+        a0, a1, a2 = padded[q], padded[q + U(1)], padded[q + U(2)]
+        b0, b1, b2 = padded[q + row1], padded[q + row1 + U(1)], padded[q + row1 + U(2)]
+        c0, c1, c2 = padded[q + row2], padded[q + row2 + U(1)], padded[q + row2 + U(2)]
+        d0, d1, d2 = padded[q + row3], padded[q + row3 + U(1)], padded[q + row3 + U(2)]
+        sums[q] += (w0 * a0 + w1 * a1 + w2 * a2) + (w3 * b0 + w4 * b1 + w5 * b2) + (w6 * c0 + w7 * c1 + w8 * c2)
+        sums[q + other] += (w0 * b0 + w1 * b1 + w2 * b2) + (w3 * c0 + w4 * c1 + w5 * c2) + (w6 * d0 + w7 * d1 + w8 * d2)
 
 
 @inline
@@ -336,9 +359,18 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
     F, CG, KD, KH, KW = w.shape
     D, H, W, OD, OH, OW = x.shape[2], x.shape[3], x.shape[4], y.shape[2], y.shape[3], y.shape[4]
     rows, pitch = OH + (KH - 1) * dilation[1] // stride[1], OW + (KW - 1) * dilation[2] // stride[2]
-    flat = float(stride[1]) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
-    padded = np.empty(stride[1] * stride[2] * rows * pitch + AHEAD if flat else 0, x.dtype)
-    sums, length, taps = np.empty(OH * pitch + AHEAD if flat else 0, x.dtype), (OH - 1) * pitch + OW, KH * KW
+    turns, height, taps = stride[1], OH, KH * KW  # rows of inputs that take turns; rows of outputs that lie in order
+    pairs = KH == 3 and KW == 3 and stride[1] * stride[2] * dilation[1] * dilation[2] == 1 and OW >= WIDE
+    if pairs:
+        turns, height = 2, (OH + 1) // 2
+        rows = height + 1
+    flat = float(turns) * stride[2] * rows * pitch <= 4 * (H * W + OH * OW) + 65536  # no far taps, no huge stride
+    padded = np.empty(turns * stride[2] * rows * pitch + AHEAD if flat else 0, x.dtype)
+    apart, step, length = pitch, 2 * pitch, (height - 1) * pitch + OW  # an even and an odd row, two even ones; sums of a sweep
+    if pairs:
+        apart, step = height * pitch, pitch
+    filled = apart + length if pairs else length
+    sums = np.empty(filled + pitch + AHEAD if flat else 0, x.dtype)
     x1, w1, y1 = x.reshape(x.size), w.reshape(w.size), y.reshape(y.size)
     offsets, kept = _layout(KH, KW, rows, pitch, stride, dilation), -1
     for unit in range(begin, end):
@@ -346,7 +378,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
         bias = b[f] if len(b) else real(0)
         for od in range(OD):
             if flat:
-                fill_ahead(sums, 0, length, bias)
+                fill_ahead(sums, 0, filled, bias)
             else:
                 for oh in range(OH):
                     for ow in range(OW):
@@ -357,14 +389,17 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                     channel, outside = f // FG * CG + c, d < 0 or d >= D
                     if flat and outside:
                         if not _all_finite(w1[at : at + taps]):  # times the zeros of the padding
-                            fill_ahead(sums, 0, length, real(np.nan))
+                            fill_ahead(sums, 0, filled, real(np.nan))
                         continue
                     if flat:
                         start = ((n * x.shape[1] + channel) * D + d) * H * W
                         if start != kept:
-                            _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), stride[1], stride[2])
+                            _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), turns, stride[2])
                             kept = start
-                        _sweep(w1[at : at + taps], offsets, padded, length, sums)
+                        if pairs:
+                            _sweep_pairs(w1[at : at + 9], padded, rows * pitch, pitch, length, sums, apart)
+                        else:
+                            _sweep(w1[at : at + taps], offsets, padded, length, sums)
                         continue
                     plane = x[n, channel, 0 if outside else d]
                     for kh in range(KH):
@@ -384,7 +419,7 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                                 line = plane[oh * stride[1] - up, lo * stride[2] - left :]
                                 _add(w[f, c, kd, kh, kw], line, stride[2], y[n, f, od, oh, lo:hi], 1, hi - lo)
             if flat:
-                _put_plane(sums, pitch, OH, OW, y1, ((n * F + f) * OD + od) * OH * OW)
+                _put_plane(sums, apart, step, OH, OW, y1, ((n * F + f) * OD + od) * OH * OW)
             for oh in range(OH if activation else 0):
                 to = y[n, f, od, oh]
                 for i in range(OW):
@@ -517,7 +552,7 @@ def _grad_input_few(begin, end, gy, w, b, gx, groups, stride, pad, dilation):
                                 line = gx[n, c, d, oh * stride[1] - up, lo * stride[2] - left :]
                                 _add(w[f, c - g * CG, kd, kh, kw], plane[oh, lo:hi], 1, line, stride[2], hi - lo)
             if flat:
-                _put_plane(sums, pitch, H, W, gx1, ((n * C + c) * D + d) * H * W)
+                _put_plane(sums, pitch, 2 * pitch, H, W, gx1, ((n * C + c) * D + d) * H * W)
 
 
 # Parallel over channels, or over filters where a group has few of them.
