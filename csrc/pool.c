@@ -200,12 +200,14 @@ static inline __attribute__((always_inline)) void down(int kind, int64_t norm, c
         for (int64_t h = 0; h < l->h.count; h++) {
             const real *x = l->first + d * l->step_d + h * l->step_h + i;
             line = (ireal)(((l->d.first + d) * w->kernel[1] + l->h.first + h) * w->kernel[2]);
+            /* Kept in a register: the compiler would splat it anew for each vector. */
+            vint number = (vint)kept((vreal)((vint){0} + line));
             for (int k = 0; k < n; k++) {
                 fetch(x + k * LANES, ahead);
                 vreal a = kept(load_before(x + k * LANES, l->end, whole));
                 if (kind == PLACES) {
                     vint larger = a > v[k];
-                    id[k] = (larger & line) | (~larger & id[k]);
+                    id[k] = (larger & number) | (~larger & id[k]);
                 }
                 if (kind <= PLACES) check[k & 1] += a;
                 v[k] = combined(kind, v[k], kind == SQUARES ? a * a : kind == POWERS ? power(a, norm) : a);
@@ -420,32 +422,49 @@ static inline real largest(const real *x, const ireal *line, int64_t n, int64_t 
     return best;
 }
 
-/* Numbers of taps as bytes, GROUP together; the last ones twice where groups do not fill the row. */
-static inline void narrow(const ireal *restrict id, int64_t n, uint8_t *restrict to)
+/* The first n lanes as bytes; more where `room` elements may be written. */
+static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id, int64_t n, int64_t room)
 {
-    enum { GROUP = 16 };
-    for (int64_t o = 0; o < n && n >= GROUP; o += GROUP) {
-        o = min64(o, n - GROUP);
-        for (int k = 0; k < GROUP; k++) to[o + k] = (uint8_t)id[o + k];
-    }
-    for (int64_t o = 0; o < n && n < GROUP; o++) to[o] = (uint8_t)id[o];
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    bytes narrow = __builtin_convertvector(id, bytes);
+    if (n >= LANES || room >= LANES) memcpy(to, &narrow, LANES);
+    else
+        for (int64_t o = 0; o < n; o++) to[o] = narrow[o];
+}
+
+/* Where the first taps of a window stand in the reduced line, found once for all outputs. */
+enum { FIRST_TAPS = 3 };
+typedef struct { const real *at[FIRST_TAPS]; } first_taps;
+static inline __attribute__((always_inline)) first_taps find_taps(int64_t K, const windows *w, const row_space *s)
+{
+    first_taps t;
+#pragma GCC unroll 3
+    for (int64_t k = 0; k < FIRST_TAPS; k++) t.at[k] = element(s, k < K ? k * w->dilation[2] : 0);
+    return t;
+}
+static inline __attribute__((always_inline)) const real *tap_at(const first_taps *t, const windows *w,
+                                                                const row_space *s, int64_t k)
+{
+    return k < FIRST_TAPS ? t->at[k] : element(s, k * w->dilation[2]);
 }
 
 /* The largest elements first, then of the taps that equal them the smallest number. */
 static inline __attribute__((always_inline)) void across_with_places(int64_t K, const windows *w, const row_space *s,
-                                                                     real *y, const real *limit)
+                                                                     real *y, uint8_t *offsets, const real *limit)
 {
+    const first_taps taps = find_taps(K, w, s);
     for (int64_t i = 0; i < w->out[2]; i += LANES) {
         vreal best = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) best = vmax(best, load(element(s, k * w->dilation[2]) + i));
+        for (int64_t k = 1; k < K; k++) best = vmax(best, load(tap_at(&taps, w, s, k) + i));
         put(y + i, best, w->out[2] - i, limit);
         vint id = (vint){0} + NO_TAP;
         for (int64_t k = 0; k < K; k++) {
-            const real *x = element(s, k * w->dilation[2]) + i;
+            const real *x = tap_at(&taps, w, s, k) + i;
             vint tap = (vint)load(x + s->ids) + (ireal)k, smaller = (load(x) == best) & (tap < id);
             id = (smaller & tap) | (~smaller & id);
         }
         store((real *)s->id + i, (vreal)id);
+        if (offsets) put_bytes(offsets + i, id, w->out[2] - i, limit - (y + i));
     }
 }
 
@@ -459,20 +478,21 @@ static vreal max_row_with_places(const windows *w, const lines *l, const row_spa
             taps t = s->taps[2][o];
             const real *x = s->part[0] + t.at;
             y[o] = largest(x, (const ireal *)(x + s->ids), t.count, w->dilation[2], (ireal)t.first, s->id + o);
+            if (offsets) offsets[o] = (uint8_t)s->id[o];
         }
-    else if (w->kernel[2] == 2) across_with_places(2, w, s, y, limit);
-    else if (w->kernel[2] == 3) across_with_places(3, w, s, y, limit);
-    else across_with_places(w->kernel[2], w, s, y, limit);
-    if (offsets) narrow(s->id, w->out[2], offsets);
+    else if (w->kernel[2] == 2) across_with_places(2, w, s, y, offsets, limit);
+    else if (w->kernel[2] == 3) across_with_places(3, w, s, y, offsets, limit);
+    else across_with_places(w->kernel[2], w, s, y, offsets, limit);
     return check;
 }
 
 static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, const row_space *s, real *y,
                                                              const real *limit)
 {
+    const first_taps taps = find_taps(K, w, s);
     for (int64_t i = 0; i < w->out[2]; i += LANES) {
         vreal best = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) best = vmax(best, load(element(s, k * w->dilation[2]) + i));
+        for (int64_t k = 1; k < K; k++) best = vmax(best, load(tap_at(&taps, w, s, k) + i));
         put(y + i, best, w->out[2] - i, limit);
     }
 }
@@ -502,9 +522,10 @@ static inline __attribute__((always_inline)) vreal max_pairs(int kind, windows w
             vint tap;
             vreal v = pairs(kind, &w, &l, 2 * o, 2 * o <= whole, ahead, &tap, check);
             put(y + o, v, OW - o, limit);
-            if (kind == PLACES) store((real *)id + o, (vreal)tap);
+            if (kind != PLACES) continue;
+            store((real *)id + o, (vreal)tap);
+            if (offsets) put_bytes(offsets + r * OW + o, tap, OW - o, limit - (y + o));
         }
-        if (kind == PLACES && offsets) narrow(id, OW, offsets + r * OW);
     }
     return check[0] + check[1];
 }
@@ -818,9 +839,10 @@ static inline __attribute__((always_inline)) vreal scaled(vreal sum, scaling by,
 static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, const row_space *s,
                                                              scaling by, real *y, const real *limit)
 {
+    const first_taps taps = find_taps(K, w, s);
     for (int64_t i = 0; i < w->out[2]; i += LANES) {
         vreal v = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) v += load(element(s, k * w->dilation[2]) + i);
+        for (int64_t k = 1; k < K; k++) v += load(tap_at(&taps, w, s, k) + i);
         put(y + i, scaled(v, by, i), w->out[2] - i, limit);
     }
 }
