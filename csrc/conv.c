@@ -1394,6 +1394,7 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
 #if HL_F32
     if (!p->exact && is_winograd(&j, 0)) return conv_winograd_gradient(&j, gy, gw);
 #endif
+    if (is_weight_by_channels(&j)) return weight_by_channels(&j, gy, gw);
     if (is_weight_by_rows(&j)) return weight_by_rows(&j, gy, gw);
     /* Not where gw would be read and written for few products, or most of the work were panels. */
     int64_t S = outputs_of(&j);

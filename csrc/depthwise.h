@@ -361,6 +361,21 @@ static int is_by_channels(const conv_job *j)
            H->stride <= TALLEST;
 }
 
+static by_channels make_by_channels(const conv_job *j)
+{
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    by_channels t = {.j = j, .pitch = span(W, W->outputs)};
+    /* Planes of 64 KiB in float32, and tall enough that boxes do not share most of their rows. */
+    int64_t rows = max64(1024 / t.pitch, 2 * span(H, 1));
+    t.grid = make_grid(j, max64((rows - span(H, 1)) / H->stride + 1, 1) * W->outputs);
+    if (t.grid.split < 0) { /* one image a box */
+        t.grid.per = 1;
+        t.grid.ranges = t.grid.boxes = j->images;
+    }
+    t.rows = span(H, t.grid.split < 0 ? H->outputs : t.grid.per);
+    return t;
+}
+
 /* LANES groups from g on of an image as plane[row][column][LANES], zero where no input lies. */
 static void fill_lanes(const by_channels *t, const box *b, int64_t g, int64_t width, real *stage, real *plane)
 {
@@ -460,15 +475,7 @@ static int conv_by_channels(const conv_job *j)
 {
     const axis *H = &j->axes[1], *W = &j->axes[2];
     hl_note("depthwise, lanes over channels");
-    by_channels t = {.j = j, .pitch = span(W, W->outputs)};
-    /* Planes of 64 KiB in float32, and tall enough that boxes do not share most of their rows. */
-    int64_t rows = max64(1024 / t.pitch, 2 * span(H, 1));
-    t.grid = make_grid(j, max64((rows - span(H, 1)) / H->stride + 1, 1) * W->outputs);
-    if (t.grid.split < 0) { /* one image a box */
-        t.grid.per = 1;
-        t.grid.ranges = t.grid.boxes = j->images;
-    }
-    t.rows = span(H, t.grid.split < 0 ? H->outputs : t.grid.per);
+    by_channels t = make_by_channels(j);
     int64_t blocks = ceil_div(j->groups, LANES), taps = taps_of(j);
     hl_pack weights = begin_weights(j, HL_PACK_CONV_LANES, blocks * j->filters * taps * LANES, 0);
     if (!weights.data) return HL_NOMEM;

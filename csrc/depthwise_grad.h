@@ -116,6 +116,118 @@ static int weight_by_rows(const conv_job *j, const real *gy, real *gw)
     return parallel_even(j->groups * j->filters, work, weight_row_tasks, &t);
 }
 
+/* ---- gradient of weights, lanes over channels ---- */
+
+typedef struct {
+    by_channels planes; /* of x */
+    const real *gy;
+    real *gw;
+} weight_lanes_job;
+
+/* sums[kh][kw][LANES] += the products of `rows` rows of gy, as [row][column][LANES], with what `high` x `wide` taps read, the
+ * first of them from the plane on; `pitch` from a tap's row of sums to the next. */
+static inline __attribute__((always_inline)) void lanes_products(const int high, const int wide, const conv_job *j,
+                                                                 int64_t rows, const real *gy, const real *plane,
+                                                                 int64_t line, real *sums, int64_t pitch)
+{
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    const int64_t down = H->dilation * line, across = W->dilation * LANES, step = W->stride * LANES;
+    vreal sum[9];
+#pragma GCC unroll 9
+    for (int k = 0; k < high * wide; k++) sum[k] = load(sums + k / wide * pitch + k % wide * LANES);
+    for (int64_t h = 0; h < rows; h++, plane += H->stride * line) {
+        const real *x = plane;
+        for (int64_t w = 0; w < W->outputs; w++, x += step, gy += LANES) {
+            vreal g = load(gy);
+#pragma GCC unroll 9
+            for (int k = 0; k < high * wide; k++) sum[k] += g * load(x + k / wide * down + k % wide * across);
+        }
+    }
+#pragma GCC unroll 9
+    for (int k = 0; k < high * wide; k++) store(sums + k / wide * pitch + k % wide * LANES, sum[k]);
+}
+
+/* All taps, as many at a time as there are sums to keep several multiply-adds under way. */
+static void lanes_sums(const conv_job *j, int64_t rows, const real *gy, const real *plane, int64_t line, real *sums)
+{
+    int64_t KH = j->axes[1].taps, KW = j->axes[2].taps, pitch = KW * LANES;
+    if (KH == 3 && KW == 3) {
+        lanes_products(3, 3, j, rows, gy, plane, line, sums, pitch);
+        return;
+    }
+    for (int64_t kh = 0; kh < KH; kh++, plane += j->axes[1].dilation * line)
+        for (int64_t kw = 0, n; kw < KW; kw += n, sums += n * LANES) {
+            n = KW - kw >= 16 || KW - kw <= 8 ? min64(KW - kw, 8) : (KW - kw + 1) / 2;
+            const real *from = plane + kw * j->axes[2].dilation * LANES;
+#define LANES_PRODUCTS(n) \
+    case n: lanes_products(1, n, j, rows, gy, from, line, sums, pitch); break;
+            switch (n) {
+                LANES_PRODUCTS(1)
+                LANES_PRODUCTS(2)
+                LANES_PRODUCTS(3)
+                LANES_PRODUCTS(4)
+                LANES_PRODUCTS(5)
+                LANES_PRODUCTS(6)
+                LANES_PRODUCTS(7)
+                LANES_PRODUCTS(8)
+            }
+        }
+}
+
+/* LANES channels after LANES channels, over all images. */
+static int weight_lanes_tasks(int64_t begin, int64_t end, void *context)
+{
+    const weight_lanes_job *t = context;
+    const by_channels *p = &t->planes;
+    const conv_job *j = p->j;
+    int64_t taps = taps_of(j), W = j->axes[2].outputs, S = outputs_of(j), line = p->pitch * LANES;
+    box largest = box_at(j, &p->grid, 0);
+    int64_t plane_size = p->rows * line, stage_size = p->rows * j->axes[2].inputs * LANES;
+    int64_t gy_size = positions_of(&largest) * LANES, sums_size = j->filters * taps * LANES;
+    real *plane = hl_take((size_t)(plane_size + stage_size + gy_size + sums_size) * sizeof(real));
+    if (!plane) return HL_NOMEM;
+    real *stage = plane + plane_size, *gy = stage + stage_size, *sums = gy + gy_size;
+    memset(plane, 0, (size_t)plane_size * sizeof(real)); /* what is left and right of the image stays so */
+    for (int64_t i = begin; i < end; i++) {
+        int64_t g = i * LANES, width = min64(LANES, j->groups - g);
+        memset(sums, 0, (size_t)sums_size * sizeof(real));
+        for (int64_t k = 0; k < p->grid.boxes; k++) {
+            box b = box_at(j, &p->grid, k);
+            fill_lanes(p, &b, g, width, stage, plane);
+            for (int64_t f = 0; f < j->filters; f++) {
+                const real *from = t->gy + ((b.image * j->groups + g) * j->filters + f) * S + b.first[1] * W;
+                gemm_pack_panel(width, LANES, b.size[1] * W, from, j->filters * S, 1, gy);
+                lanes_sums(j, b.size[1], gy, plane, line, sums + f * taps * LANES);
+            }
+        }
+        for (int64_t lane = 0; lane < width; lane++)
+            for (int64_t k = 0; k < j->filters * taps; k++)
+                t->gw[(g + lane) * j->filters * taps + k] = sums[k * LANES + lane];
+    }
+    hl_give(plane);
+    return HL_OK;
+}
+
+/* Where it applies and lanes are mostly taken, but for 3x3 weights with long rows of outputs: these are faster row by row. */
+static int is_weight_by_channels(const conv_job *j)
+{
+    int64_t longest = HL_REGISTERS == 32 ? LANES * 3 / 4 : 24;
+    return j->filters * 4 <= LANES && is_by_channels(j) && j->groups * 8 >= round_up(j->groups, LANES) * 5 &&
+           !(is_weight_by_rows(j) && j->axes[2].outputs > longest);
+}
+
+/* Parallel over LANES channels. x and gy are read once (rows of x that two boxes need, twice), through the nearest caches.
+ * Source: as conv_by_channels. */
+static int weight_by_channels(const conv_job *j, const real *gy, real *gw)
+{
+    hl_note("depthwise, lanes over channels");
+    weight_lanes_job t = {.planes = make_by_channels(j), .gy = gy, .gw = gw};
+    int64_t blocks = ceil_div(j->groups, LANES);
+    double work = (double)(t.planes.rows * t.planes.pitch * LANES) * (double)t.planes.grid.boxes +
+                  (double)(j->filters * (taps_of(j) + 4) * outputs_of(j)) * (double)j->images;
+    return parallel_even(blocks, work, weight_lanes_tasks, &t);
+}
+
 /* ---- gradient of the input, stride 2 ---- */
 
 enum { SCATTER_TAPS = 7 };

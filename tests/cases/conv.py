@@ -73,6 +73,7 @@ LARGE = {
     "large_depthwise_5x5": geometry(20, (41, 36), 20, (5, 5), n=2, groups=20, pad=2, stride=2),
     "large_depthwise_5x5_rows": geometry(19, (17, 30), 19, (5, 5), n=2, groups=19, pad=2),
     "large_depthwise_5x5_short_rows": geometry(40, (15, 14), 40, (5, 5), n=2, groups=40, pad=2),
+    "large_depthwise_wide": geometry(21, (9, 17), 42, (2, 19), n=3, groups=21, pad=(1, 9), dilation=(2, 1), stride=(1, 2)),
     "large_depthwise_5x5_stride": geometry(20, (25, 61), 20, (5, 5), n=2, groups=20, pad=(1, 2), stride=2),
     "large_depthwise_twice": geometry(33, (21, 45), 66, (3, 3), n=2, groups=33, pad=1),
     "large_depthwise_7x7": geometry(33, (20, 30), 33, (7, 7), n=2, groups=33, pad=(2, 5), dilation=(1, 2)),
