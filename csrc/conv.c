@@ -1138,12 +1138,43 @@ static inline __attribute__((always_inline)) void weight_tile(const int vectors,
         for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
 }
 
-/* As many rows as fill tiles. */
-static void weight_rows(int64_t rows, int64_t vectors, const real *from, const int64_t *offsets, const int64_t *runs,
+#if HL_VLEN == 64
+/* The same for filters that fill no more than half of a vector: processors that multiply 512 bits in two turns need one. */
+static void weight_tile_half(const real *from, const int64_t *offsets, const int64_t *runs, int64_t n, int64_t length,
+                             const real *gy, real *sums, int64_t sums_row)
+{
+    typedef real half __attribute__((vector_size(HL_VLEN / 2), aligned(sizeof(real)), may_alias));
+    half sum[GEMM_ROWS];
+    const real *a[GEMM_ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < GEMM_ROWS; i++) {
+        a[i] = from + offsets[i];
+        sum[i] = *(const half *)(sums + i * sums_row);
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t s = runs[r]; s < runs[r] + length; s++, gy += LANES) {
+            half g = *(const half *)gy;
+#pragma GCC unroll 8
+            for (int i = 0; i < GEMM_ROWS; i++) sum[i] += a[i][s] * g;
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < GEMM_ROWS; i++) *(half *)(sums + i * sums_row) = sum[i];
+}
+#endif
+
+/* As many rows as fill tiles, for so many filters. */
+static void weight_rows(int64_t rows, int64_t filters, const real *from, const int64_t *offsets, const int64_t *runs,
                         int64_t n, int64_t length, const real *gy, real *sums, int64_t sums_row)
 {
+    int64_t vectors = ceil_div(filters, LANES);
     for (int64_t r = 0; r < rows; r += GEMM_ROWS) {
         real *to = sums + r * sums_row;
+#if HL_VLEN == 64
+        if (filters <= LANES / 2) {
+            weight_tile_half(from, offsets + r, runs, n, length, gy, to, sums_row);
+            continue;
+        }
+#endif
         if (vectors == 1) weight_tile(1, from, offsets + r, runs, n, length, gy, to, sums_row);
         else if (vectors == 2) weight_tile(2, from, offsets + r, runs, n, length, gy, to, sums_row);
 #if HL_REGISTERS == 32
@@ -1199,7 +1230,7 @@ static int weight_tasks(int64_t begin, int64_t end, void *context)
             for (int64_t r = rows; r < tall; r++) offsets[r] = offsets[0]; /* nobody reads their sums */
             for (int64_t f = f0, step; f < f1; f += step) {
                 step = gemm_columns(f1 - f);
-                weight_rows(tall, step / LANES, from, offsets, runs, count, b.size[2],
+                weight_rows(tall, min64(step, f1 - f), from, offsets, runs, count, b.size[2],
                             t->packed + (n * j->groups + group) * t->box_size + f * positions, sums + (f - f0),
                             t->padded);
             }
