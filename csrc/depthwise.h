@@ -100,7 +100,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
     }
 }
 
-/* [stride - 1][taps: 3x3, 3 rows, 5x5, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in registers. */
+/* [stride - 1][taps: 3x3, 3 rows, 5x5, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in
+ * registers. */
 typedef void strip_rows(const strip *s);
 #define STRIP(KH, kw, KW, stride, vectors) \
     static void strip_##KH##x##kw##_##stride##_##vectors(const strip *s) { rows_strip(KH, KW, stride, vectors, s); }

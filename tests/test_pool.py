@@ -366,6 +366,22 @@ def test_gradient_beyond_the_caches(dtype, width, window):
         assert_same(gx, expected, f"{backend}, {threads} threads")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pairs_beyond_the_last_cache(dtype, host_backend):
+    """Lines that are fetched ahead, down to the end of the input. Sums are exact."""
+    rows = 110 if dtype == np.float64 else 220
+    x = np.random.default_rng(0).integers(-9, 10, (3, 30, rows, 222)).astype(dtype)
+    pairs = x.reshape(3, 30, rows // 2, 2, 111, 2)
+    for threads in (1, 2):
+        with hl.num_threads(threads):
+            y, pull = hl.vjp(lambda a: hl.max_pool2d(a, 2), x)
+            assert_same(y, pairs.max(axis=(3, 5)), "largest")
+            assert_same(pull(y)[0].sum(axis=(2, 3)), y.sum(axis=(2, 3)), "gradient")
+            assert_same(hl.max_pool2d(x, 2), y, "largest, no gradient")
+            assert_same(hl.avg_pool2d(x, 2) * 4, pairs.sum(axis=(3, 5)), "means")
+            assert_same(hl.lp_pool2d(x, 2, 2), np.sqrt((pairs * pairs).sum(axis=(3, 5))), "norms")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads(threads, host_backend):
     """The same bits with any number of threads, forward and backward."""
