@@ -438,34 +438,48 @@ static void lanes_row(const conv_job *j, const real *plane, int64_t line, const 
     }
 }
 
+/* Memory of a task: the plane, what it is filled by, the outputs of a box as lanes, and `more` elements. */
+typedef struct { real *plane, *stage, *outputs, *more; } lanes_memory;
+
+static int take_lanes(const by_channels *t, int64_t more, lanes_memory *m)
+{
+    const conv_job *j = t->j;
+    box largest = box_at(j, &t->grid, 0);
+    int64_t plane = t->rows * t->pitch * LANES, stage = t->rows * j->axes[2].inputs * LANES;
+    int64_t outputs = positions_of(&largest) * LANES;
+    m->plane = hl_take((size_t)(plane + stage + outputs + more) * sizeof(real));
+    if (!m->plane) return HL_NOMEM;
+    m->stage = m->plane + plane;
+    m->outputs = m->stage + stage;
+    m->more = m->outputs + outputs;
+    memset(m->plane, 0, (size_t)plane * sizeof(real)); /* what is left and right of the image stays so */
+    return HL_OK;
+}
+
 static int lanes_tasks(int64_t begin, int64_t end, void *context)
 {
     const by_channels *t = context;
     const conv_job *j = t->j;
     int64_t blocks = ceil_div(j->groups, LANES), taps = taps_of(j), W = j->axes[2].outputs, line = t->pitch * LANES;
-    box largest = box_at(j, &t->grid, 0);
-    int64_t plane_size = t->rows * line, stage_size = t->rows * j->axes[2].inputs * LANES;
-    real *plane = hl_take((size_t)(plane_size + stage_size + positions_of(&largest) * LANES) * sizeof(real));
-    if (!plane) return HL_NOMEM;
-    real *stage = plane + plane_size, *sums = stage + stage_size;
-    memset(plane, 0, (size_t)plane_size * sizeof(real)); /* what is left and right of the image stays so */
+    lanes_memory m;
+    if (take_lanes(t, 0, &m)) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         box b = box_at(j, &t->grid, i / blocks);
         int64_t g = i % blocks * LANES, width = min64(LANES, j->groups - g);
-        fill_lanes(t, &b, g, width, stage, plane);
+        fill_lanes(t, &b, g, width, m.stage, m.plane);
         for (int64_t f = 0; f < j->filters; f++) {
             const real *w = t->packed + (i % blocks * j->filters + f) * taps * LANES;
             real biases[LANES] = {0};
             for (int64_t lane = 0; lane < width && j->bias; lane++) biases[lane] = j->bias[(g + lane) * j->filters + f];
             for (int64_t h = 0; h < b.size[1]; h++)
-                lanes_row(j, plane + h * j->axes[1].stride * line, line, w, load(biases), sums + h * W * LANES);
-            activate_rows(j->activation, 1, b.size[1] * W * LANES, sums, 0);
-            gemm_transpose(b.size[1] * W, width, sums, LANES,
+                lanes_row(j, m.plane + h * j->axes[1].stride * line, line, w, load(biases), m.outputs + h * W * LANES);
+            activate_rows(j->activation, 1, b.size[1] * W * LANES, m.outputs, 0);
+            gemm_transpose(b.size[1] * W, width, m.outputs, LANES,
                            j->y + row_target(j, &b, 0) + (g * j->filters + f) * j->y_channel,
                            j->filters * j->y_channel);
         }
     }
-    hl_give(plane);
+    hl_give(m.plane);
     return HL_OK;
 }
 

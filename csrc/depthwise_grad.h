@@ -125,7 +125,8 @@ typedef struct {
 } weight_lanes_job;
 
 /* sums[kh][kw][LANES] += the products of `rows` rows of gy, as [row][column][LANES], with what `high` x `wide` taps read, the
- * first of them from the plane on; `pitch` from a tap's row of sums to the next. */
+ * first of them from the plane on; `pitch` from a tap's row of sums to the next. The sums of a box are added as one, so that
+ * rounding does not grow with the images. */
 static inline __attribute__((always_inline)) void lanes_products(const int high, const int wide, const conv_job *j,
                                                                  int64_t rows, const real *gy, const real *plane,
                                                                  int64_t line, real *sums, int64_t pitch)
@@ -134,7 +135,7 @@ static inline __attribute__((always_inline)) void lanes_products(const int high,
     const int64_t down = H->dilation * line, across = W->dilation * LANES, step = W->stride * LANES;
     vreal sum[9];
 #pragma GCC unroll 9
-    for (int k = 0; k < high * wide; k++) sum[k] = load(sums + k / wide * pitch + k % wide * LANES);
+    for (int k = 0; k < high * wide; k++) sum[k] = splat((real)0);
     for (int64_t h = 0; h < rows; h++, plane += H->stride * line) {
         const real *x = plane;
         for (int64_t w = 0; w < W->outputs; w++, x += step, gy += LANES) {
@@ -144,7 +145,10 @@ static inline __attribute__((always_inline)) void lanes_products(const int high,
         }
     }
 #pragma GCC unroll 9
-    for (int k = 0; k < high * wide; k++) store(sums + k / wide * pitch + k % wide * LANES, sum[k]);
+    for (int k = 0; k < high * wide; k++) {
+        real *to = sums + k / wide * pitch + k % wide * LANES;
+        store(to, load(to) + sum[k]);
+    }
 }
 
 /* All taps, as many at a time as there are sums to keep several multiply-adds under way. */
@@ -181,30 +185,27 @@ static int weight_lanes_tasks(int64_t begin, int64_t end, void *context)
     const by_channels *p = &t->planes;
     const conv_job *j = p->j;
     int64_t taps = taps_of(j), W = j->axes[2].outputs, S = outputs_of(j), line = p->pitch * LANES;
-    box largest = box_at(j, &p->grid, 0);
-    int64_t plane_size = p->rows * line, stage_size = p->rows * j->axes[2].inputs * LANES;
-    int64_t gy_size = positions_of(&largest) * LANES, sums_size = j->filters * taps * LANES;
-    real *plane = hl_take((size_t)(plane_size + stage_size + gy_size + sums_size) * sizeof(real));
-    if (!plane) return HL_NOMEM;
-    real *stage = plane + plane_size, *gy = stage + stage_size, *sums = gy + gy_size;
-    memset(plane, 0, (size_t)plane_size * sizeof(real)); /* what is left and right of the image stays so */
+    int64_t sums_size = j->filters * taps * LANES;
+    lanes_memory m;
+    if (take_lanes(p, sums_size, &m)) return HL_NOMEM;
+    real *gy = m.outputs, *sums = m.more;
     for (int64_t i = begin; i < end; i++) {
         int64_t g = i * LANES, width = min64(LANES, j->groups - g);
         memset(sums, 0, (size_t)sums_size * sizeof(real));
         for (int64_t k = 0; k < p->grid.boxes; k++) {
             box b = box_at(j, &p->grid, k);
-            fill_lanes(p, &b, g, width, stage, plane);
+            fill_lanes(p, &b, g, width, m.stage, m.plane);
             for (int64_t f = 0; f < j->filters; f++) {
                 const real *from = t->gy + ((b.image * j->groups + g) * j->filters + f) * S + b.first[1] * W;
                 gemm_pack_panel(width, LANES, b.size[1] * W, from, j->filters * S, 1, gy);
-                lanes_sums(j, b.size[1], gy, plane, line, sums + f * taps * LANES);
+                lanes_sums(j, b.size[1], gy, m.plane, line, sums + f * taps * LANES);
             }
         }
         for (int64_t lane = 0; lane < width; lane++)
             for (int64_t k = 0; k < j->filters * taps; k++)
                 t->gw[(g + lane) * j->filters * taps + k] = sums[k * LANES + lane];
     }
-    hl_give(plane);
+    hl_give(m.plane);
     return HL_OK;
 }
 

@@ -510,9 +510,9 @@ static vreal max_row(const windows *w, const lines *l, const row_space *s, real 
 }
 
 /* n rows of outputs of windows side by side, and the numbers of their taps as bytes; the result is that of reduce_down. */
-static inline __attribute__((always_inline)) vreal max_pairs(int kind, windows w, lines l, int64_t n,
-                                                             const int64_t ahead, ireal *id, real *y, uint8_t *offsets,
-                                                             const real *limit)
+static inline __attribute__((always_inline)) vreal pairs_ahead(int kind, windows w, lines l, int64_t n,
+                                                               const int64_t ahead, ireal *id, real *y,
+                                                               uint8_t *offsets, const real *limit)
 {
     vreal check[2] = {splat((real)0), splat((real)0)};
     int64_t OW = w.out[2];
@@ -528,6 +528,12 @@ static inline __attribute__((always_inline)) vreal max_pairs(int kind, windows w
         }
     }
     return check[0] + check[1];
+}
+static inline __attribute__((always_inline)) vreal max_pairs(int kind, const windows *w, const lines *l, int64_t n,
+                                                             ireal *id, real *y, uint8_t *offsets, const real *limit)
+{
+    return l->ahead ? pairs_ahead(kind, *w, *l, n, l->ahead, id, y, offsets, limit)
+                    : pairs_ahead(kind, *w, *l, n, 0, id, y, offsets, limit);
 }
 
 /* The planes' places of a row of taps. */
@@ -557,12 +563,8 @@ static int max_rows(int64_t begin, int64_t end, void *context)
         uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
         vreal check = splat((real)0);
         n = paired && !j->indices ? run_of_rows(w, &s, &p, end - r) : 1;
-        if (paired && with_places)
-            check = l.ahead ? max_pairs(PLACES, *w, l, n, l.ahead, s.id, y, offsets, limit)
-                            : max_pairs(PLACES, *w, l, n, 0, s.id, y, offsets, limit);
-        else if (paired)
-            check = l.ahead ? max_pairs(MAXIMUM, *w, l, n, l.ahead, NULL, y, NULL, limit)
-                            : max_pairs(MAXIMUM, *w, l, n, 0, NULL, y, NULL, limit);
+        if (paired && !with_places) check = max_pairs(MAXIMUM, w, &l, n, NULL, y, NULL, limit);
+        else if (paired) check = max_pairs(PLACES, w, &l, n, s.id, y, offsets, limit);
         else if (!with_places) check = max_row(w, &l, &s, y, limit);
         else if (fits) check = max_row_with_places(w, &l, &s, y, offsets, limit);
         int doubtful = !fits || lane_bits(check != check);
@@ -848,8 +850,8 @@ static inline __attribute__((always_inline)) void sum_across(int64_t K, const wi
 }
 
 /* n rows of outputs of windows side by side. */
-static inline __attribute__((always_inline)) void sum_pairs(int kind, windows w, lines l, int64_t n,
-                                                            const int64_t ahead, scaling by, real *y, const real *limit)
+static inline __attribute__((always_inline)) void
+sums_ahead(int kind, windows w, lines l, int64_t n, const int64_t ahead, scaling by, real *y, const real *limit)
 {
     vreal check[2];
     int64_t OW = w.out[2];
@@ -858,6 +860,12 @@ static inline __attribute__((always_inline)) void sum_pairs(int kind, windows w,
         for (int64_t o = 0; o < OW; o += LANES)
             put(y + o, scaled(pairs(kind, &w, &l, 2 * o, 2 * o <= whole, ahead, NULL, check), by, o), OW - o, limit);
     }
+}
+static inline __attribute__((always_inline)) void sum_pairs(int kind, const windows *w, const lines *l, int64_t n,
+                                                            scaling by, real *y, const real *limit)
+{
+    if (l->ahead) sums_ahead(kind, *w, *l, n, l->ahead, by, y, limit);
+    else sums_ahead(kind, *w, *l, n, 0, by, y, limit);
 }
 
 static void sum_row(const windows *w, const row_space *s, scaling by, real *y, const real *limit)
@@ -903,12 +911,9 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
             if (!by.counts) by.factor = exact_factor(by.divisor);
         }
         real *y = j->y + r * OW, *limit = j->y + end * OW;
-        if (paired && j->norm == 2) {
-            if (l.ahead) sum_pairs(SQUARES, *w, l, n, l.ahead, by, y, limit);
-            else sum_pairs(SQUARES, *w, l, n, 0, by, y, limit);
-        } else if (paired) {
-            if (l.ahead) sum_pairs(SUM, *w, l, n, l.ahead, by, y, limit);
-            else sum_pairs(SUM, *w, l, n, 0, by, y, limit);
+        if (paired) {
+            if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, by, y, limit);
+            else sum_pairs(SUM, w, &l, n, by, y, limit);
         } else {
             if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s);
             else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s);
