@@ -216,12 +216,14 @@ static inline __attribute__((always_inline)) void softmax_over(pointers p, int64
         if (past_cache) {
             i = min64((int64_t)(-(uintptr_t)p.y % HL_VLEN / sizeof(real)), K);
             if (i) put(p.y, i, finished(take(y, i, (real)0), by, logarithm));
-            for (; i + LANES <= K; i += LANES) stream(p.y + i, finished(load(y + i), by, logarithm));
         }
-        for (; i < K; i += LANES) {
-            int64_t m = min64(K - i, LANES);
-            put(p.y + i, m, finished(take(y + i, m, (real)0), by, logarithm));
+#pragma GCC unroll 4
+        for (; i + LANES <= K; i += LANES) {
+            vreal v = finished(load(y + i), by, logarithm);
+            if (past_cache) stream(p.y + i, v);
+            else store(p.y + i, v);
         }
+        if (i < K) put(p.y + i, K - i, finished(take(y + i, K - i, (real)0), by, logarithm));
     }
     if (past_cache) stream_end();
 }

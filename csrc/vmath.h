@@ -3,6 +3,9 @@
 #ifndef HL_VMATH_H
 #define HL_VMATH_H
 #include "simd.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 /* c[0] x^(n-1) + ... + c[n-1]. */
 static inline __attribute__((always_inline)) vreal polynomial(vreal x, const real *c, const int n)
@@ -47,40 +50,77 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
     return blend(low, splat((real)0), y);
 }
 
+#if HL_F32
+/* Where a set looks lanes up in registers, 2^(n / PARTS) comes from a table of PARTS entries, 2^EXPONENT_SHIFT apart in the
+ * bits of a number: what is left of an argument is so small that two or three terms do. Without one, PARTS is 1. */
+#if HL_VLEN == 64
+enum { PARTS = 32, EXPONENT_SHIFT = 18 };
+#define EXP_TERMS 0.5f, 1.0000147f
+#define EXP2_TERMS 0.2402265f, 0.69315735f
+#elif HL_VLEN == 32
+enum { PARTS = 8, EXPONENT_SHIFT = 20 };
+#define EXP_TERMS 0.16664294f, 0.50006491f, 1.0f
+#define EXP2_TERMS 0.055496206f, 0.24025769f, 0.69314721f
+#else
+enum { PARTS = 1, EXPONENT_SHIFT = 23 };
+#define EXP_TERMS 8.24512169e-3f, 4.19046097e-2f, 1.66684821e-1f, 4.99990791e-1f, 9.99999344e-1f
+#define EXP2_TERMS 1.31727569e-3f, 9.67274327e-3f, 5.55106737e-2f, 2.40222156e-1f, 6.93146706e-1f
+#endif
+/* 2^(n / PARTS) for the n that `bits` end in: entry n % PARTS, and n shifted to the exponent. That brings n % PARTS along into
+ * the fraction; the entries are less by as much. */
+static inline __attribute__((always_inline)) vreal power(vuint bits)
+{
+#if HL_VLEN == 64
+    const vuint low = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+                       0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6};
+    const vuint high = {0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+                        0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+    const vuint entry = (vuint)_mm512_permutex2var_epi32((__m512i)low, (__m512i)bits, (__m512i)high);
+#elif HL_VLEN == 32
+    const vuint all = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    const vuint entry = (vuint)_mm256_permutevar8x32_epi32((__m256i)all, (__m256i)bits);
+#else
+    const vuint entry = (vuint)splat(1.0f);
+#endif
+    return (vreal)((bits << EXPONENT_SHIFT) + entry);
+}
+#endif
+
 /* exp for an x of at most 0, or NaN, for weights that are normalised by their sum: no overflow to look for, what is below the
- * smallest normal number may be 0. The polynomial errs by as many units in the last place above 1 as below. */
+ * smallest normal number is 0. */
 static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
 {
 #if HL_F32
-    const vreal bottom = splat(-88.02969f); /* -127 ln 2: the scale is 0 there */
-    const vreal log2e = splat(1.44269504f), ln2_hi = splat(0.693145752f), ln2_lo = splat(1.42860677e-6f);
-    const vreal magic = splat(12582912.0f + 127); /* the exponent's bias comes along */
-    static const real c[] = {8.24512169e-3f, 4.19046097e-2f, 1.66684821e-1f, 4.99990791e-1f, 9.99999344e-1f, 1.0f};
-    vreal t = vmax(x, bottom), shifted = t * log2e + magic, n = shifted - magic;
-    return POLYNOMIAL(t - n * ln2_hi - n * ln2_lo, c) * (vreal)((vuint)shifted << 23);
+    const vreal bottom = splat(-87.33654f), magic = splat(12582912.0f), parts = splat(1.44269504f * PARTS);
+    const vreal part_hi = splat(0.693145752f / PARTS), part_lo = splat(1.42860677e-6f / PARTS);
+    static const real c[] = {EXP_TERMS};
+    vreal shifted = x * parts + magic, n = shifted - magic, r = x - n * part_hi - n * part_lo;
+    vreal p = power((vuint)shifted);
+    return (vreal)((vint)(p + p * (r * POLYNOMIAL(r, c))) & ~(x < bottom));
 #else
     return vexp(x);
 #endif
 }
 
 /* 2^x for an x below 127, or NaN; what is below the smallest normal number may be 0. For weights that are normalised by
- * their sum: the factor ln 2 goes into what x is made from. The polynomial is fitted as that of vexp_below. */
+ * their sum: the factor ln 2 goes into what x is made from. */
 static inline __attribute__((always_inline)) vreal vexp2(vreal x)
 {
 #if HL_F32
-    enum { BIAS = 127, SHIFT = 23 };
-    const vreal magic = splat(12582912.0f + BIAS);
-    static const real c[] = {1.31727569e-3f, 9.67274327e-3f, 5.55106737e-2f, 2.40222156e-1f, 6.93146706e-1f, 1.0f};
+    const vreal bottom = splat(-126.0f), magic = splat(12582912.0f / PARTS);
+    static const real c[] = {EXP2_TERMS};
+    vreal shifted = x + magic, r = x - (shifted - magic), p = power((vuint)shifted);
+    return (vreal)((vint)(p + p * (r * POLYNOMIAL(r, c))) & ~(x < bottom));
 #else
     enum { BIAS = 1023, SHIFT = 52 };
     const vreal magic = splat(6755399441055744.0 + BIAS);
     static const real c[] = {4.435280703192546e-10, 7.0741055798305342e-9, 1.0178198035371477e-7, 1.3215433089906127e-6,
                              1.5252733489955561e-5, 1.5403530462513906e-4, 1.3333558146789955e-3, 9.6181291075883357e-3,
                              5.5504108664819921e-2, 2.4022650695910156e-1, 6.9314718055994533e-1, 1.0};
-#endif
     x = vmax(x, splat((real)-BIAS)); /* where the scale is 0 */
     vreal shifted = x + magic;
     return POLYNOMIAL(x - (shifted - magic), c) * (vreal)((vuint)shifted << SHIFT);
+#endif
 }
 
 static inline __attribute__((always_inline)) vreal vabs(vreal x) { return (vreal)((vint)x & ~(vint)splat((real)-0.0)); }
