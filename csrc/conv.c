@@ -382,11 +382,14 @@ static hl_pack begin_weights(const conv_job *j, enum hl_packer algorithm, int64_
     return hl_pack_begin(j->weights, (size_t)elements * sizeof(real), key, sizeof key / sizeof *key);
 }
 
-/* K = channels * taps is cut where a channel ends if a part of GEMM_DEPTH holds one, else anywhere. */
+/* K = channels * taps is cut where a channel ends if a part holds one, else anywhere. A panel of patches is used once by each
+ * filter, right after it was made: parts that are shorter than other products' keep it nearer. */
+enum { PATCH_DEPTH = 256 };
 static int64_t part_depth(int64_t channels, int64_t taps)
 {
-    if (taps > GEMM_DEPTH) return gemm_depth(channels * taps);
-    return ceil_div(channels, ceil_div(max64(channels, 1), GEMM_DEPTH / taps)) * taps;
+    if (taps > PATCH_DEPTH) return gemm_depth(channels * taps);
+    int64_t most = taps == 1 ? GEMM_DEPTH : PATCH_DEPTH / taps;
+    return ceil_div(channels, ceil_div(max64(channels, 1), most)) * taps;
 }
 
 /* Panels of K from k0 on, where what a filter is multiplied with does not lie in order: some columns of all filters at a
@@ -513,7 +516,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     int64_t taps = taps_of(j), K = j->channels * taps, S = inputs_of(j);
     const real *x_end = j->x + j->images * j->groups * j->channels * S;
     box largest = box_at(j, &t->grid, 0);
-    int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
+    int64_t channels_max = taps > PATCH_DEPTH ? t->depth / taps + 2 : t->depth / taps;
     planes p = t->flat ? (planes){.image = j->groups * j->channels * S} : make_planes(j, &largest, channels_max);
     int dense = is_dense(j) && (t->grid.split >= 0 || t->grid.per == 1); /* in one image */
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
@@ -735,7 +738,7 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     const conv_job *j = t->j;
     int64_t taps = taps_of(j), K = j->channels * taps;
     box largest = box_at(j, &t->grid, 0), b = {.image = -1};
-    int64_t channels_max = taps > GEMM_DEPTH ? t->depth / taps + 2 : t->depth / taps;
+    int64_t channels_max = taps > PATCH_DEPTH ? t->depth / taps + 2 : t->depth / taps;
     planes p = make_planes(j, &largest, channels_max);
     int64_t longest = round_up(p.volume, LANES);
     size_t plane_size = planes_size(&largest, &p) + (size_t)LANES;
@@ -1429,7 +1432,7 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
     if (is_weight_by_rows(&j)) return weight_by_rows(&j, gy, gw);
     /* Not where gw would be read and written for few products, or most of the work were panels. */
     int64_t S = outputs_of(&j);
-    if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= GEMM_DEPTH && j.channels < 4 * j.filters)))
+    if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= PATCH_DEPTH && j.channels < 4 * j.filters)))
         return weight_flat(&j, gy, gw);
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);

@@ -63,7 +63,7 @@ void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_c
 
 /* K is cut into equal parts of at most GEMM_DEPTH: a panel of B (depth x GEMM_COLUMNS) stays in the nearest two caches.
  * Part i begins at gemm_depth(K) * i. */
-enum { GEMM_DEPTH = 256 };
+enum { GEMM_DEPTH = 512 };
 static inline int64_t gemm_depth(int64_t K)
 {
     int64_t parts = (K + GEMM_DEPTH - 1) / GEMM_DEPTH;
