@@ -645,36 +645,49 @@ static int pairs_rows(int64_t begin, int64_t end, void *context)
     return status;
 }
 
+/* gx[i step + table[offset[i apart]]] += g[i apart], for windows of a row that share no element of gx: a sum that may be the
+ * one before makes the processor wait for each. */
+static inline void add_to_taps(const real *g, const uint8_t *offset, int64_t n, int64_t apart, real *gx, int64_t step,
+                               const int64_t *table)
+{
+#pragma GCC unroll 4
+    for (int64_t o = 0; o < n; o += apart, gx += step) gx[table[offset[o]]] += g[o];
+}
+
 static int max_backward_planes(int64_t begin, int64_t end, void *context)
 {
     const max_backward_job *j = context;
     const windows *w = &j->w;
-    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], stride = w->stride[2],
-            table[TABLE];
+    int64_t inside = volume(w->size), W = w->size[2], OW = w->out[2], stride = w->stride[2], table[TABLE];
     real *buffer = j->past_cache ? hl_take((size_t)inside * sizeof(real)) : NULL;
     if (j->past_cache && !buffer) return HL_NOMEM;
     fill_table(w, table);
     int64_t last_line = table[volume(w->kernel) - w->kernel[2]]; /* of a window, from its first */
+    int64_t apart = ((w->kernel[2] - 1) * w->dilation[2] + stride) / stride;
+    const real *g = j->gy + begin * volume(w->out);
+    const uint8_t *offset = j->offsets + begin * volume(w->out);
     for (int64_t m = begin; m < end; m++) {
         real *to = j->gx + m * inside, *gx = buffer ? buffer : to;
         int64_t cleared = 0, written = 0;
-        for (int64_t r = 0; r < OD * OH; r++) {
-            const real *g = j->gy + (m * OD * OH + r) * OW;
-            const uint8_t *offset = j->offsets + (m * OD * OH + r) * OW;
-            int64_t d = r / OH * w->stride[0] - w->pad[0], h = r % OH * w->stride[1] - w->pad[1];
-            int64_t start = (d * w->size[1] + h) * w->size[2] - w->pad[2];
-            /* What is added to is cleared just before; nothing more is added to what lies before the first line. */
-            int64_t end = min64(start + last_line + 2 * w->size[2], inside);
-            int64_t whole = d < 0 ? 0 : (d * w->size[1] + max64(h, 0)) * w->size[2];
-            for (; cleared < end && cleared + LANES <= inside; cleared += LANES) store(gx + cleared, splat((real)0));
-            for (; cleared < end; cleared++) gx[cleared] = 0;
-            whole -= (int64_t)((uintptr_t)(to + whole) % HL_VLEN / sizeof(real));
-            if (buffer && whole - written >= BUFFER) {
-                copy_past_cache(to + written, buffer + written, whole - written);
-                written = whole;
+        for (int64_t od = 0; od < w->out[0]; od++)
+            for (int64_t oh = 0; oh < w->out[1]; oh++, g += OW, offset += OW) {
+                int64_t d = od * w->stride[0] - w->pad[0], h = oh * w->stride[1] - w->pad[1];
+                int64_t start = (d * w->size[1] + h) * W - w->pad[2];
+                /* What is added to is cleared just before; nothing more is added to what lies before the first line. */
+                int64_t end = min64(start + last_line + 2 * W, inside);
+                int64_t whole = d < 0 ? 0 : (d * w->size[1] + max64(h, 0)) * W;
+                for (; cleared < end && cleared + LANES <= inside; cleared += LANES)
+                    store(gx + cleared, splat((real)0));
+                for (; cleared < end; cleared++) gx[cleared] = 0;
+                whole -= (int64_t)((uintptr_t)(to + whole) % HL_VLEN / sizeof(real));
+                if (buffer && whole - written >= BUFFER) {
+                    copy_past_cache(to + written, buffer + written, whole - written);
+                    written = whole;
+                }
+                for (int64_t first = 0; first < apart; first++)
+                    add_to_taps(g + first, offset + first, OW - first, apart, gx + start + first * stride,
+                                apart * stride, table);
             }
-            for (int64_t o = 0; o < OW; o++) gx[start + o * stride + table[offset[o]]] += g[o];
-        }
         for (; cleared < inside; cleared++) gx[cleared] = 0;
         if (buffer) copy_past_cache(to + written, buffer + written, inside - written);
     }
