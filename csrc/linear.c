@@ -482,8 +482,8 @@ static void row_range(const gemm_call *g, int64_t n0, int64_t n1)
 
 /* ---- blocks ---- */
 
-/* A block of A (96 x 256) fills a tenth of a second-level cache of 1 MiB in float32, a block of B (256 x about 768) the
- * rest; 96 is a multiple of both tile heights. */
+/* In float32 a block of A (96 x 512) fills a fifth of a second-level cache of 1 MiB, a panel of B beside it a tenth; the
+ * panels of a block of B (512 x about 768) come by turns. 96 is a multiple of both tile heights. */
 enum { BLOCK_ROWS = 96, BLOCK_COLUMNS = 768 / GEMM_COLUMNS * GEMM_COLUMNS };
 
 /* Few rows do not repay packing a B whose rows are contiguous. Of a B that is not near, some rows at a time, each from end to
