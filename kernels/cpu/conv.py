@@ -251,21 +251,34 @@ def _sweep(weights, offsets, padded, length, sums):
 
 
 @inline
-def _sweep_pairs(weights, padded, apart, pitch, length, sums, half):
+def _pair(w, padded, q, row1, row2, row3):
+    """The sums of a 3 x 3 filter for two outputs, one below the other."""
+    a0, a1, a2 = padded[q], padded[q + U(1)], padded[q + U(2)]
+    b0, b1, b2 = padded[q + row1], padded[q + row1 + U(1)], padded[q + row1 + U(2)]
+    c0, c1, c2 = padded[q + row2], padded[q + row2 + U(1)], padded[q + row2 + U(2)]
+    d0, d1, d2 = padded[q + row3], padded[q + row3 + U(1)], padded[q + row3 + U(2)]
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = w
+    upper = (w0 * a0 + w1 * a1 + w2 * a2) + (w3 * b0 + w4 * b1 + w5 * b2) + (w6 * c0 + w7 * c1 + w8 * c2)
+    lower = (w0 * b0 + w1 * b1 + w2 * b2) + (w3 * c0 + w4 * c1 + w5 * c2) + (w6 * d0 + w7 * d1 + w8 * d2)
+    return upper, lower
+
+
+@inline
+def _sweep_pairs(weights, padded, apart, pitch, length, sums, half, fresh, bias):
     """Two rows of outputs of a 3 x 3 filter at a time: what they share of the four rows below them is loaded once. Even and odd
-    rows are `apart` in the padded plane, and `half` in the sums."""
-    w0, w1, w2 = weights[0], weights[1], weights[2]
-    w3, w4, w5 = weights[3], weights[4], weights[5]
-    w6, w7, w8 = weights[6], weights[7], weights[8]
+    rows are `apart` in the padded plane, and `half` in the sums. Sums that are `fresh` begin with the bias."""
+    w = (weights[0], weights[1], weights[2], weights[3], weights[4], weights[5], weights[6], weights[7], weights[8])
     row1, row2, row3, other = U(apart), U(pitch), U(apart + pitch), U(half)
-    for i in range(length):
-        q = U(i)
-        a0, a1, a2 = padded[q], padded[q + U(1)], padded[q + U(2)]
-        b0, b1, b2 = padded[q + row1], padded[q + row1 + U(1)], padded[q + row1 + U(2)]
-        c0, c1, c2 = padded[q + row2], padded[q + row2 + U(1)], padded[q + row2 + U(2)]
-        d0, d1, d2 = padded[q + row3], padded[q + row3 + U(1)], padded[q + row3 + U(2)]
-        sums[q] += (w0 * a0 + w1 * a1 + w2 * a2) + (w3 * b0 + w4 * b1 + w5 * b2) + (w6 * c0 + w7 * c1 + w8 * c2)
-        sums[q + other] += (w0 * b0 + w1 * b1 + w2 * b2) + (w3 * c0 + w4 * c1 + w5 * c2) + (w6 * d0 + w7 * d1 + w8 * d2)
+    if fresh:
+        for i in range(length):
+            upper, lower = _pair(w, padded, U(i), row1, row2, row3)
+            sums[U(i)] = bias + upper
+            sums[U(i) + other] = bias + lower
+    else:
+        for i in range(length):
+            upper, lower = _pair(w, padded, U(i), row1, row2, row3)
+            sums[U(i)] += upper
+            sums[U(i) + other] += lower
 
 
 @inline
@@ -377,9 +390,10 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
         n, f = unit // F, unit % F
         bias = b[f] if len(b) else real(0)
         for od in range(OD):
-            if flat:
+            fresh = flat and pairs and 0 <= od * stride[0] - pad[0] < D  # nothing comes before the first sweep
+            if flat and not fresh:
                 fill_ahead(sums, 0, filled, bias)
-            else:
+            elif not flat:
                 for oh in range(OH):
                     for ow in range(OW):
                         y[n, f, od, oh, ow] = bias
@@ -397,9 +411,10 @@ def _conv_few(begin, end, x, w, b, y, FG, stride, pad, dilation, activation):
                             _pad_plane(x1, start, H, W, padded, rows, pitch, (pad[1], pad[2]), turns, stride[2])
                             kept = start
                         if pairs:
-                            _sweep_pairs(w1[at : at + 9], padded, rows * pitch, pitch, length, sums, apart)
+                            _sweep_pairs(w1[at : at + 9], padded, rows * pitch, pitch, length, sums, apart, fresh, bias)
                         else:
                             _sweep(w1[at : at + taps], offsets, padded, length, sums)
+                        fresh = False
                         continue
                     plane = x[n, channel, 0 if outside else d]
                     for kh in range(KH):
