@@ -645,8 +645,8 @@ static int pairs_rows(int64_t begin, int64_t end, void *context)
     return status;
 }
 
-/* gx[i step + table[offset[i apart]]] += g[i apart], for windows of a row that share no element of gx: a sum that may be the
- * one before makes the processor wait for each. */
+/* gx[i step + table[offset[i apart]]] += g[i apart], for windows of a row that share no element of gx: where the sum that is read
+ * may be the one just written, the processor waits for it each time. */
 static inline void add_to_taps(const real *g, const uint8_t *offset, int64_t n, int64_t apart, real *gx, int64_t step,
                                const int64_t *table)
 {
@@ -663,7 +663,7 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
     if (j->past_cache && !buffer) return HL_NOMEM;
     fill_table(w, table);
     int64_t last_line = table[volume(w->kernel) - w->kernel[2]]; /* of a window, from its first */
-    int64_t apart = ((w->kernel[2] - 1) * w->dilation[2] + stride) / stride;
+    int64_t apart = min64(((w->kernel[2] - 1) * w->dilation[2] + stride) / stride, OW);
     const real *g = j->gy + begin * volume(w->out);
     const uint8_t *offset = j->offsets + begin * volume(w->out);
     for (int64_t m = begin; m < end; m++) {

@@ -374,7 +374,7 @@ def record(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, defaults included: what `op.signature` makes of them, in a third of the time where nothing is
+    """The arguments by name, defaults included: what `op.signature` makes of them, but that is slow: only where something is
     wrong with them."""
     names, defaults = _layout(op)
     given = dict(zip(names, args, strict=False))
