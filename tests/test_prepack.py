@@ -25,7 +25,7 @@ CALLS = {
     "winograd 5x5": (hl.conv2d, [(2, 32, 14, 14), (1, 32, 30, 30)], (32, 32, 5, 5), {"padding": 2}),
     "winograd dilation": (hl.conv2d, [(2, 64, 24, 24), (1, 64, 31, 27)], (80, 64, 3, 3), {"padding": 2, "dilation": 2}),
     "implicit": (hl.conv2d, [(2, 5, 9, 9), (1, 5, 30, 31)], (33, 5, 3, 3), {"stride": 2, "padding": 1}),
-    "pointwise": (hl.conv2d, [(2, 300, 7, 7), (1, 300, 3, 1)], (24, 300, 1, 1), {}),
+    "pointwise": (hl.conv2d, [(2, 600, 7, 7), (1, 600, 3, 1)], (24, 600, 1, 1), {}),
     "groups": (hl.conv2d, [(2, 12, 9, 9)], (60, 4, 3, 3), {"groups": 3}),
     "few filters": (hl.conv2d, [(2, 3, 9, 9), (1, 3, 40, 40)], (4, 3, 3, 3), {}),
     "depthwise": (hl.conv2d, [(2, 20, 17, 17), (1, 20, 5, 40)], (20, 1, 3, 3), {"groups": 20, "padding": 1}),
@@ -35,9 +35,9 @@ CALLS = {
     "transposed": (hl.conv_transpose2d, [(2, 20, 9, 9), (1, 20, 3, 3)], (20, 24, 3, 3), {"stride": 2, "padding": 1}),
     "transposed winograd stride": (hl.conv_transpose2d, [(4, 32, 15, 16)], (32, 40, 4, 4), {"stride": 2, "padding": 1}),
     "transposed winograd": (hl.conv_transpose2d, [(4, 32, 12, 12)], (32, 32, 3, 3), {"padding": 1}),
-    "linear": (hl.linear, [(3, 300), (7, 300), (200, 300), (2, 2, 300)], (70, 300), {}),
-    "linear, one output": (hl.linear, [(7, 300)], (300,), {}),
-    "matmul": (hl.matmul, [(3, 300), (9, 300), (2, 9, 300)], (300, 70), {}),
+    "linear": (hl.linear, [(3, 600), (7, 600), (200, 600), (2, 2, 600)], (70, 600), {}),
+    "linear, one output": (hl.linear, [(7, 600)], (600,), {}),
+    "matmul": (hl.matmul, [(3, 600), (9, 600), (2, 9, 600)], (600, 70), {}),
 }
 
 

@@ -234,6 +234,25 @@ def test_what_is_kept_beyond_the_caches(kind, variant, dtype):
             assert_same_bits(actual, np.concatenate(halves), f"{threads} threads")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_units_than_a_part_of_a_product(kind, dtype, host_backend):
+    """Sums over more terms than a product takes at a time, with their gradients."""
+    T, N, D, H = 2, 3, 520, 530
+    x, weights = normal(T, N, D, dtype=dtype), [np.asarray(w * 0.1, dtype) for w in weights_of(kind, D, H)]
+
+    def call(x, weights):
+        return getattr(hl, kind)(x, None, weights)[0]
+
+    y, pullback = hl.vjp(call, x, weights)
+    with hl.backend("reference"):
+        expected, truth = hl.vjp(call, x.astype(np.float64), [w.astype(np.float64) for w in weights])
+        gradients = leaves(truth(np.ones_like(expected)))
+    assert_oracle(y, expected.astype(dtype), terms=T * (D + H), what=kind)
+    for i, (g, t) in enumerate(zip(leaves(pullback(np.ones_like(y))), gradients, strict=True)):
+        assert_oracle(g, t.astype(dtype), terms=T * N * (D + 4 * H), what=f"{kind}, gradient {i}")
+
+
 def test_gradient_highway(host_backend):
     """With f = 1 and i = 0 the gradient of the cell passes unchanged, too, over 200 steps."""
     H = 4

@@ -64,6 +64,7 @@ LARGE = {
     "large_5x5": geometry(21, (11, 16), 36, (5, 5), n=3, pad=2),
     "large_1x1": geometry(67, (13, 17), 45, (1, 1), n=3),
     "large_1x1_images": geometry(40, (16, 17), 29, (1, 1), n=3),
+    "large_1x1_deep": geometry(700, (5, 7), 20, (1, 1), n=2),
     "large_1x1_stride": geometry(33, (20, 21), 34, (1, 1), n=2, stride=2),
     "large_whole_kernel": geometry(65, (3, 1, 4), 150, (3, 1, 4), n=1),
     "large_pixels": geometry(130, (1, 1), 67, (1, 1), n=19),
