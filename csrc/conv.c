@@ -1431,8 +1431,8 @@ int HL(conv_grad_weight)(const hl_conv_grad_weight_plan *p, const real *gy, cons
     if (is_weight_by_channels(&j)) return weight_by_channels(&j, gy, gw);
     if (is_weight_by_rows(&j)) return weight_by_rows(&j, gy, gw);
     /* Not where gw would be read and written for few products, or most of the work were panels. */
-    int64_t S = outputs_of(&j);
-    if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= PATCH_DEPTH && j.channels < 4 * j.filters)))
+    int64_t S = outputs_of(&j), few = 256;
+    if (is_flat(&j) && j.groups == 1 && (j.images == 1 || (S >= few && j.channels < 4 * j.filters)))
         return weight_flat(&j, gy, gw);
     weight_job t = {.j = &j, .gy = gy, .gw = gw, .grid = make_grid(&j, 8 * GEMM_COLUMNS)};
     return j.filters * 4 <= LANES ? weight_direct(&t) : weight_product(&t);

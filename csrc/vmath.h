@@ -51,8 +51,9 @@ static inline __attribute__((always_inline)) vreal vexp(vreal x)
 }
 
 #if HL_F32
-/* Where a set looks lanes up in registers, 2^(n / PARTS) comes from a table of PARTS entries, 2^EXPONENT_SHIFT apart in the
- * bits of a number: what is left of an argument is so small that two or three terms do. Without one, PARTS is 1. */
+/* Where a set looks lanes up in registers, 2^(n / PARTS) comes from a table of PARTS entries: what is left of an argument is so
+ * small that two or three terms do. Elsewhere PARTS is 1. The terms are (e^r - 1) / r and (2^r - 1) / r, fitted so that e^r
+ * and 2^r err alike over the rest's range. */
 #if HL_VLEN == 64
 enum { PARTS = 32, EXPONENT_SHIFT = 18 };
 #define EXP_TERMS 0.5f, 1.0000147f
@@ -66,9 +67,9 @@ enum { PARTS = 1, EXPONENT_SHIFT = 23 };
 #define EXP_TERMS 8.24512169e-3f, 4.19046097e-2f, 1.66684821e-1f, 4.99990791e-1f, 9.99999344e-1f
 #define EXP2_TERMS 1.31727569e-3f, 9.67274327e-3f, 5.55106737e-2f, 2.40222156e-1f, 6.93146706e-1f
 #endif
-/* 2^(n / PARTS) for the n that `bits` end in: entry n % PARTS, and n shifted to the exponent. That brings n % PARTS along into
- * the fraction; the entries are less by as much. */
-static inline __attribute__((always_inline)) vreal power(vuint bits)
+/* 2^(n / PARTS) for the n that `bits` end in, as those of x + magic do: entry n % PARTS, and n shifted to the exponent. That
+ * brings n % PARTS along into the fraction; the entries are less by as much. */
+static inline __attribute__((always_inline)) vreal power_of_2(vuint bits)
 {
 #if HL_VLEN == 64
     const vuint low = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
@@ -95,7 +96,7 @@ static inline __attribute__((always_inline)) vreal vexp_below(vreal x)
     const vreal part_hi = splat(0.693145752f / PARTS), part_lo = splat(1.42860677e-6f / PARTS);
     static const real c[] = {EXP_TERMS};
     vreal shifted = x * parts + magic, n = shifted - magic, r = x - n * part_hi - n * part_lo;
-    vreal p = power((vuint)shifted);
+    vreal p = power_of_2((vuint)shifted);
     return (vreal)((vint)(p + p * (r * POLYNOMIAL(r, c))) & ~(x < bottom));
 #else
     return vexp(x);
@@ -109,7 +110,7 @@ static inline __attribute__((always_inline)) vreal vexp2(vreal x)
 #if HL_F32
     const vreal bottom = splat(-126.0f), magic = splat(12582912.0f / PARTS);
     static const real c[] = {EXP2_TERMS};
-    vreal shifted = x + magic, r = x - (shifted - magic), p = power((vuint)shifted);
+    vreal shifted = x + magic, r = x - (shifted - magic), p = power_of_2((vuint)shifted);
     return (vreal)((vint)(p + p * (r * POLYNOMIAL(r, c))) & ~(x < bottom));
 #else
     enum { BIAS = 1023, SHIFT = 52 };

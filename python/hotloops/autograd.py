@@ -374,8 +374,7 @@ def record(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, defaults included: what `op.signature` makes of them, but that is slow: only where something is
-    wrong with them."""
+    """The arguments by name, defaults included. `op.signature` makes the same of them, and the errors, but takes its time."""
     names, defaults = _layout(op)
     given = dict(zip(names, args, strict=False))
     if len(args) <= len(names) and given.keys().isdisjoint(kwargs):
