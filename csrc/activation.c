@@ -197,40 +197,95 @@ static inline __attribute__((always_inline)) vreal finished(vreal v, vreal by, i
     return logarithm ? v - by : v * by;
 }
 
-enum { ROW = 4096 };
-
 /* The next row's maximum is found between the two passes over a row: the second waits for the sum of the first, lane after
- * lane, and for a division. A result for memory passes through a row in the first cache, so that no line of y is fetched
- * before it is overwritten. */
-static inline __attribute__((always_inline)) void softmax_over(pointers p, int64_t K, int64_t n, int logarithm,
-                                                               int past_cache)
+ * lane, and for a division. */
+static inline __attribute__((always_inline)) void softmax_over(pointers p, int64_t K, int64_t n, int logarithm)
 {
-    real row[ROW];
     vreal next = row_max(p.a, K);
     for (; n > 0; n--, p.a += K, p.y += K) {
-        real *y = past_cache ? row : p.y;
-        vreal sum = row_sum(p.a, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, y);
+        vreal sum = row_sum(p.a, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, p.y);
         vreal by = logarithm ? vlog(sum) : splat((real)1) / sum;
         if (n > 1) next = row_max(p.a + K, K);
         int64_t i = 0;
-        if (past_cache) {
-            i = min64((int64_t)(-(uintptr_t)p.y % HL_VLEN / sizeof(real)), K);
-            if (i) put(p.y, i, finished(take(y, i, (real)0), by, logarithm));
-        }
 #pragma GCC unroll 4
-        for (; i + LANES <= K; i += LANES) {
-            vreal v = finished(load(y + i), by, logarithm);
-            if (past_cache) stream(p.y + i, v);
-            else store(p.y + i, v);
-        }
-        if (i < K) put(p.y + i, K - i, finished(take(y + i, K - i, (real)0), by, logarithm));
+        for (; i + LANES <= K; i += LANES) store(p.y + i, finished(load(p.y + i), by, logarithm));
+        if (i < K) put(p.y + i, K - i, finished(take(p.y + i, K - i, (real)0), by, logarithm));
     }
-    if (past_cache) stream_end();
 }
-static void softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 0, 0); }
-static void softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 0, 1); }
-static void log_softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 1, 0); }
-static void log_softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 1, 1); }
+
+/* A result that is written past the cache, whole vectors of memory at a time: what a row leaves of its last one waits for
+ * the next row. */
+typedef struct {
+    real *y;         /* the vector that comes next */
+    int64_t have;    /* elements that lie in it already */
+    vreal rest;      /* with these in front */
+    int64_t foreign; /* elements in it that are not of this result */
+} vectors_out;
+
+/* A row of K > 2 LANES elements behind LANES unused ones. `aligned`: as all before it, it begins and ends with a vector. */
+static inline __attribute__((always_inline)) void write_row(vectors_out *out, const real *row, int64_t K, vreal by,
+                                                            int logarithm, const int aligned)
+{
+    int64_t begin = aligned ? 0 : out->have, end = begin + K, i = 0;
+    real *y = out->y;
+    row -= begin;
+    if (!aligned) {
+        vreal first = blend(lanes_before(begin), out->rest, finished(load(row), by, logarithm));
+        if (out->foreign) {
+            for (int64_t k = out->foreign; k < LANES; k++) y[k] = first[k];
+            out->foreign = 0;
+        } else stream(y, first);
+        i = LANES;
+    }
+#pragma GCC unroll 4
+    for (; i + LANES <= end; i += LANES) stream(y + i, finished(load(row + i), by, logarithm));
+    if (!aligned) out->rest = finished(load(row + i), by, logarithm);
+    out->y = y + i;
+    out->have = end - i;
+}
+
+/* Elements of a row; of rows of which several wait; how many those are at most. */
+enum { ROW = 4096, WAITING = 2048, LATE = 16 };
+
+/* As softmax_over, for a result that goes to memory: it passes through a row in the first cache, so that no line of y is
+ * fetched before it is overwritten. A vector of y may have to be read from two of a row's. Just after they were stored, that
+ * would wait for them: such rows are written some rows later. */
+static inline __attribute__((always_inline)) void softmax_past_cache(pointers p, int64_t K, int64_t n, int logarithm,
+                                                                     const int aligned)
+{
+    real rows[ROW + 2 * LANES] __attribute__((aligned(HL_VLEN))), by[LATE];
+    int64_t have = (int64_t)((uintptr_t)p.y % HL_VLEN / sizeof(real)), pitch = round_up(K, LANES) + 2 * LANES, late = 0;
+    while (!aligned && 2 * (late + 1) <= LATE && 2 * (late + 1) * pitch <= WAITING + 4 * LANES) late = 2 * late + 1;
+    for (int64_t r = 0; r <= late; r++) { /* around a row, no numbers that take long to multiply */
+        real *end = rows + (r + 1) * pitch;
+        store(rows + r * pitch, splat((real)0));
+        store(end - 2 * LANES, splat((real)0));
+        store(end - LANES, splat((real)0));
+    }
+    vectors_out out = {p.y - have, have, splat((real)0), have};
+    vreal next = row_max(p.a, K);
+    for (int64_t r = 0; r < n + late; r++) {
+        if (r < n) {
+            const real *x = p.a + r * K;
+            vreal sum = row_sum(x, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, rows + (r & late) * pitch + LANES);
+            by[r & late] = (logarithm ? vlog(sum) : splat((real)1) / sum)[0];
+            if (r + 1 < n) next = row_max(x + K, K);
+        }
+        int64_t done = (r - late) & late;
+        if (r >= late) write_row(&out, rows + done * pitch + LANES, K, splat(by[done]), logarithm, aligned);
+    }
+    if (out.have) put(out.y, out.have, out.rest);
+    stream_end();
+}
+static inline __attribute__((always_inline)) void softmax_past(pointers p, int64_t K, int64_t n, int logarithm)
+{
+    if (K % LANES == 0 && (uintptr_t)p.y % HL_VLEN == 0) softmax_past_cache(p, K, n, logarithm, 1);
+    else softmax_past_cache(p, K, n, logarithm, 0);
+}
+static void softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 0); }
+static void softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_past(p, K, n, 0); }
+static void log_softmax_rows(pointers p, int64_t K, int64_t n) { softmax_over(p, K, n, 1); }
+static void log_softmax_rows_past_cache(pointers p, int64_t K, int64_t n) { softmax_past(p, K, n, 1); }
 
 static void logsumexp_rows(pointers p, int64_t K, int64_t n)
 {
@@ -276,14 +331,14 @@ typedef struct {
     int64_t M, K, I;
     pointers p;
     int reduces; /* y is [M, I] */
-    rows_fn rows;
+    rows_fn rows, past_cache; /* the second for long rows of a y that is written past the cache, else NULL */
     column_fn column, columns; /* a vector, or as many as ACROSS */
     int64_t width;             /* positions i that are walked down together */
 } slices_job;
 
 /* Rows up to this long are turned, LANES of them at a time, so that a vector holds one value of each: transposing a vector
  * costs less than a step across the lanes, and the wait for it, do in a row of a vector or two. */
-enum { SHORT = 32 };
+enum { SHORT = 40 };
 
 static pointers pointers_at(const slices_job *j, int64_t m)
 {
@@ -314,7 +369,7 @@ static int short_rows(int64_t begin, int64_t end, void *context)
 static int long_rows(int64_t begin, int64_t end, void *context)
 {
     const slices_job *j = context;
-    j->rows(pointers_at(j, begin), j->K, end - begin);
+    (j->past_cache ? j->past_cache : j->rows)(pointers_at(j, begin), j->K, end - begin);
     return HL_OK;
 }
 
@@ -337,37 +392,38 @@ static int columns(int64_t begin, int64_t end, void *context)
 static int slices(slices_job *j)
 {
     double work = 8.0 * (double)j->K;
-    if (j->I == 1 && j->K > SHORT) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
+    if (j->I == 1 && (j->K > SHORT || j->past_cache)) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
     if (j->I == 1 && j->K) return hl_parallel_for((j->M + LANES - 1) / LANES, hl_grain(work * LANES), short_rows, j);
     j->width = j->I > ACROSS * LANES / 4 ? ACROSS * LANES : LANES; /* one after the other reads every cache line, too */
     while (j->width > 4 * LANES && j->M * (j->I / j->width) < 16) j->width /= 2; /* something for every thread */
     return hl_parallel_for(j->M * ((j->I + j->width - 1) / j->width), hl_grain(work * (double)j->width), columns, j);
 }
 
-/* Rows that fit into the buffer, of a result that the last cache cannot hold: exponentials take so long that below that, one
- * thread would be 10 % slower. */
-static int past_cache(int64_t M, int64_t K, int64_t I)
+/* `fn` for rows that fit into its buffer, of a result that the last cache cannot hold: exponentials take so long that below
+ * that, one thread would be 10 % slower. */
+static rows_fn past_cache(int64_t M, int64_t K, int64_t I, rows_fn fn)
 {
-    return I == 1 && K <= ROW && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real);
+    return I == 1 && K > 2 * LANES && K <= ROW && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real) ? fn : NULL;
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)
 {
-    rows_fn rows = past_cache(p->M, p->K, p->I) ? softmax_rows_past_cache : softmax_rows;
-    return slices(&(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, rows, softmax_column, softmax_columns, LANES});
+    rows_fn past = past_cache(p->M, p->K, p->I, softmax_rows_past_cache);
+    return slices(
+        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, softmax_rows, past, softmax_column, softmax_columns, LANES});
 }
 
 int HL(log_softmax)(const hl_log_softmax_plan *p, const real *x, real *y)
 {
-    rows_fn rows = past_cache(p->M, p->K, p->I) ? log_softmax_rows_past_cache : log_softmax_rows;
-    return slices(
-        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 0, rows, log_softmax_column, log_softmax_columns, LANES});
+    rows_fn past = past_cache(p->M, p->K, p->I, log_softmax_rows_past_cache);
+    return slices(&(slices_job){
+        p->M, p->K, p->I, {x, NULL, y}, 0, log_softmax_rows, past, log_softmax_column, log_softmax_columns, LANES});
 }
 
 int HL(logsumexp)(const hl_logsumexp_plan *p, const real *x, real *y)
 {
-    return slices(
-        &(slices_job){p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_rows, logsumexp_column, logsumexp_columns, LANES});
+    return slices(&(slices_job){
+        p->M, p->K, p->I, {x, NULL, y}, 1, logsumexp_rows, NULL, logsumexp_column, logsumexp_columns, LANES});
 }
 
 int HL(softmax_backward)(const hl_softmax_backward_plan *p, const real *gy, const real *y, real *gx)
@@ -378,6 +434,7 @@ int HL(softmax_backward)(const hl_softmax_backward_plan *p, const real *gy, cons
                                 {gy, y, gx},
                                 0,
                                 softmax_backward_rows,
+                                NULL,
                                 softmax_backward_column,
                                 softmax_backward_columns,
                                 LANES});
@@ -391,6 +448,7 @@ int HL(log_softmax_backward)(const hl_log_softmax_backward_plan *p, const real *
                                 {gy, y, gx},
                                 0,
                                 log_softmax_backward_rows,
+                                NULL,
                                 log_softmax_backward_column,
                                 log_softmax_backward_columns,
                                 LANES});

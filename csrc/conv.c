@@ -171,14 +171,6 @@ static int64_t phase_start(const conv_job *j, const box *b, const planes *p, int
     return b->first[a] * x->stride - x->pad + phase * (p->apart[a] ? x->dilation : 1);
 }
 
-/* -1 in the first n lanes. */
-static inline vint lanes_before(int64_t n)
-{
-    static const ireal steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vint lane, limit = (ireal)n - (vint){0};
-    memcpy(&lane, steps, sizeof lane);
-    return lane < limit;
-}
 /* At most LANES of the elements before `end`, zeros after them; no `end`: all of them are there. */
 static inline __attribute__((always_inline)) vreal load_before(const real *from, const real *end)
 {

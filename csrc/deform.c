@@ -354,10 +354,7 @@ typedef struct {
 /* The first n lanes of v, zeros after them. */
 static inline __attribute__((always_inline)) vreal first_lanes(vreal v, int64_t n)
 {
-    static const ireal steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vint lane, limit = (ireal)n - (vint){0};
-    memcpy(&lane, steps, sizeof lane);
-    return blend(lane < limit, v, splat((real)0));
+    return blend(lanes_before(n), v, splat((real)0));
 }
 
 /* gx, with the channels innermost, += the weights times the gradient of a sample. */

@@ -57,6 +57,15 @@ static inline __attribute__((always_inline)) vreal kept(vreal v)
     return v;
 }
 
+/* -1 in the first n lanes. */
+static inline __attribute__((always_inline)) vint lanes_before(int64_t n)
+{
+    static const ireal steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vint lane, limit = (ireal)n - (vint){0};
+    memcpy(&lane, steps, sizeof lane);
+    return lane < limit;
+}
+
 /* The first n < LANES elements, the others `fill`: nothing past p[n) is touched. Sets that mask lanes do it in one
  * instruction, but for AVX2's masked stores, which on AMD are slower than these few bytes through memory. */
 static inline __attribute__((always_inline)) vreal load_part(const real *p, int64_t n, real fill)
@@ -66,11 +75,11 @@ static inline __attribute__((always_inline)) vreal load_part(const real *p, int6
 #elif defined(__AVX512F__)
     return __builtin_ia32_loadupd512_mask((const void *)p, splat(fill), (unsigned char)((1u << n) - 1));
 #elif defined(__AVX2__) && HL_F32
-    const vint first = (vint){0, 1, 2, 3, 4, 5, 6, 7} < (ireal)n;
+    const vint first = lanes_before(n);
     vint v = (vint)__builtin_ia32_maskloadps256((const void *)p, first);
     return (vreal)((first & v) | (~first & (vint)splat(fill)));
 #elif defined(__AVX2__)
-    const vint first = (vint){0, 1, 2, 3} < (ireal)n;
+    const vint first = lanes_before(n);
     vint v = (vint)__builtin_ia32_maskloadpd256((const void *)p, (__attribute__((vector_size(32))) long long)first);
     return (vreal)((first & v) | (~first & (vint)splat(fill)));
 #else
