@@ -163,8 +163,8 @@ static inline __attribute__((always_inline)) vreal pass_over(vreal x, vreal top,
 
 /* The sum of exp(x - top) over a row. The lanes that a last vector lacks count as -inf: they add 0, but for a `top` of -inf,
  * and then the row is NaN already. Sums of pieces, so that rounding does not grow with the row. */
-static inline __attribute__((always_inline)) vreal row_sum_as(const real *x, int64_t K, vreal top, enum pass pass,
-                                                              real *y, int64_t ahead)
+static inline __attribute__((always_inline)) real row_sum_as(const real *x, int64_t K, vreal top, enum pass pass,
+                                                             real *y, int64_t ahead)
 {
     vreal sum = splat((real)0);
     int64_t i = 0;
@@ -184,10 +184,10 @@ static inline __attribute__((always_inline)) vreal row_sum_as(const real *x, int
         }
         sum += s[0] + s[1];
     }
-    return splat(sum_lanes(sum));
+    return sum_lanes(sum);
 }
 /* Without a branch inside where nothing is fetched: that would cost a tenth. */
-static inline __attribute__((always_inline)) vreal row_sum(const real *x, int64_t K, vreal top, enum pass pass, real *y)
+static inline __attribute__((always_inline)) real row_sum(const real *x, int64_t K, vreal top, enum pass pass, real *y)
 {
     return hl_ahead ? row_sum_as(x, K, top, pass, y, hl_ahead) : row_sum_as(x, K, top, pass, y, 0);
 }
@@ -203,8 +203,8 @@ static inline __attribute__((always_inline)) void softmax_over(pointers p, int64
 {
     vreal next = row_max(p.a, K);
     for (; n > 0; n--, p.a += K, p.y += K) {
-        vreal sum = row_sum(p.a, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, p.y);
-        vreal by = logarithm ? vlog(sum) : splat((real)1) / sum;
+        real sum = row_sum(p.a, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, p.y);
+        vreal by = logarithm ? vlog(splat(sum)) : splat((real)1 / sum);
         if (n > 1) next = row_max(p.a + K, K);
         int64_t i = 0;
 #pragma GCC unroll 4
@@ -267,8 +267,8 @@ static inline __attribute__((always_inline)) void softmax_past_cache(pointers p,
     for (int64_t r = 0; r < n + late; r++) {
         if (r < n) {
             const real *x = p.a + r * K;
-            vreal sum = row_sum(x, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, rows + (r & late) * pitch + LANES);
-            by[r & late] = (logarithm ? vlog(sum) : splat((real)1) / sum)[0];
+            real sum = row_sum(x, K, next, logarithm ? DIFFERENCES : EXPONENTIALS, rows + (r & late) * pitch + LANES);
+            by[r & late] = logarithm ? vlog(splat(sum))[0] : (real)1 / sum;
             if (r + 1 < n) next = row_max(x + K, K);
         }
         int64_t done = (r - late) & late;
@@ -291,7 +291,7 @@ static void logsumexp_rows(pointers p, int64_t K, int64_t n)
 {
     for (; n > 0; n--, p.a += K, p.y++) {
         vreal top = row_max(p.a, K);
-        p.y[0] = (top + vlog(row_sum(p.a, K, base(top), BOUNDED, NULL)))[0];
+        p.y[0] = (top + vlog(splat(row_sum(p.a, K, base(top), BOUNDED, NULL))))[0];
     }
 }
 
@@ -392,7 +392,7 @@ static int columns(int64_t begin, int64_t end, void *context)
 static int slices(slices_job *j)
 {
     double work = 8.0 * (double)j->K;
-    if (j->I == 1 && (j->K > SHORT || j->past_cache)) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
+    if (j->I == 1 && j->K > SHORT) return hl_parallel_for(j->M, hl_grain(work), long_rows, j);
     if (j->I == 1 && j->K) return hl_parallel_for((j->M + LANES - 1) / LANES, hl_grain(work * LANES), short_rows, j);
     j->width = j->I > ACROSS * LANES / 4 ? ACROSS * LANES : LANES; /* one after the other reads every cache line, too */
     while (j->width > 4 * LANES && j->M * (j->I / j->width) < 16) j->width /= 2; /* something for every thread */
@@ -403,7 +403,7 @@ static int slices(slices_job *j)
  * that, one thread would be 10 % slower. */
 static rows_fn past_cache(int64_t M, int64_t K, int64_t I, rows_fn fn)
 {
-    return I == 1 && K > 2 * LANES && K <= ROW && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real) ? fn : NULL;
+    return I == 1 && K > SHORT && K <= ROW && M * K > 4 * CACHE_BYTES / (int64_t)sizeof(real) ? fn : NULL;
 }
 
 int HL(softmax)(const hl_softmax_plan *p, const real *x, real *y)

@@ -26,7 +26,8 @@ def test_by_hand(host_backend):
 
 @pytest.mark.parametrize("op", BOTH)
 @pytest.mark.parametrize(
-    ("rows", "length", "dtype"), [(8500, 1001, np.float32), (2100, 4095, np.float32), (130000, 33, np.float64)]
+    ("rows", "length", "dtype"),
+    [(8500, 1001, np.float32), (2100, 4095, np.float32), (17000, 512, np.float32), (100000, 43, np.float64)],
 )
 def test_a_result_larger_than_caches(op, rows, length, dtype):
     """Written another way, with the same bits as a part of it alone; wherever its rows begin."""
@@ -34,8 +35,10 @@ def test_a_result_larger_than_caches(op, rows, length, dtype):
     memory = np.full(rows * length + 2, 7, dtype)
     y = op(x, out=memory[1:-1].reshape(rows, length))
     assert memory[0] == memory[-1] == 7
+    fresh = op(x)
     for part in (slice(0, 3), slice(rows // 2, rows // 2 + 5), slice(rows - 2, rows)):
         assert_same(y[part], op(x[part]), f"rows {part.start} to {part.stop}")
+        assert_same(fresh[part], y[part], f"rows {part.start} to {part.stop}, where vectors begin")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (4, 3, 70), (2, 3, 4, 5), (300, 2), (3, 0), (0, 3), (2, 2000)])
