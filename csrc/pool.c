@@ -3,7 +3,8 @@
  * One idea carries the forward kernels: the windows of one row of outputs take the same lines of the input. Those lines
  * are first reduced to one line, whole vectors at a time, and that line then across, tap by tap. With a stride of 2 the
  * line is kept as its even and its odd elements, so that both steps load whole vectors. A window of K taps costs about
- * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. */
+ * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. Rows are reduced some at a time before
+ * any goes across: a vector that is taken from between two that were stored waits for them. */
 #include "simd.h"
 
 /* How windows lie over the axes D, H, W. */
@@ -80,17 +81,22 @@ typedef struct {
     int64_t ahead; /* in bytes, what to fetch where each line is read once; 0: nothing */
 } lines;
 
-/* The reduced line. Where outputs go across by vectors, its padding is part of it and tap k of output o stands at
- * o * stride + k * dilation; with a stride of 2 its even and its odd elements are apart. Elsewhere taps[2] has the taps of
- * every output. In a maximum with places, the ids (the number of the line's first tap) lie behind the elements. */
+/* The reduced lines of some rows. Where they are padded, tap k of output o stands at o * stride + k * dilation; with a stride
+ * of 2 even and odd elements are apart. Elsewhere taps[2] has the taps of every output. In a maximum with places, the ids (the
+ * number of the line's first tap) lie behind the elements. */
 typedef struct {
     void *block;
-    int by_vectors, split;
+    int64_t rows, pitch; /* rows that are reduced together; from anything of one to that of the next */
+    int padded, split;
     int64_t before, reach, ids; /* elements of padding; elements that outputs read; from an element to its id */
     real *part[2];
     ireal *id; /* of the outputs: the number of the largest tap */
+    int64_t *tap; /* where the taps of the first output stand, from part[0] on */
     taps *taps[3]; /* of every output along each axis */
 } row_space;
+
+/* Elements of the rows that are reduced together, and how many rows they are at most. */
+enum { TOGETHER = 384, MOST_ROWS = 16 };
 
 enum { MAXIMUM, PLACES, SUM, SQUARES, POWERS };
 
@@ -120,28 +126,47 @@ static inline __attribute__((always_inline)) void fill(int kind, const row_space
     }
 }
 
-static int take_row(int kind, row_space *s, const windows *w)
+/* Where element i of the padded line stands. */
+static inline __attribute__((always_inline)) real *element(const row_space *s, int64_t i)
 {
-    int64_t W = w->size[2], OW = w->out[2], stride = w->stride[2], span = (w->kernel[2] - 1) * w->dilation[2] + 1;
+    return s->split ? s->part[i & 1] + (i >> 1) : s->part[0] + i;
+}
+
+static inline __attribute__((always_inline)) void next_row(row_space *s)
+{
+    s->part[0] += s->pitch;
+    s->part[1] += s->pitch;
+    s->id += s->pitch;
+}
+
+static int take_rows(int kind, row_space *s, const windows *w)
+{
+    int64_t W = w->size[2], OW = w->out[2], K = w->kernel[2], stride = w->stride[2],
+            span = (K - 1) * w->dilation[2] + 1;
     /* A window may be far larger than the input: most of its taps are none. */
-    s->by_vectors = !w->shared && stride <= 2 && span <= 2 * W + LANES;
-    s->split = s->by_vectors && stride == 2;
-    s->before = s->by_vectors ? w->pad[2] : 0;
-    s->reach = s->by_vectors ? (OW - 1) * stride + span : 0;
+    s->padded = !w->shared && span <= 2 * W + LANES;
+    s->split = s->padded && stride == 2;
+    s->before = s->padded ? w->pad[2] : 0;
+    s->reach = s->padded ? (OW - 1) * stride + span : 0;
     int64_t part = round_up(max64(s->before + W, s->reach), LANES) + (PIECE + 1) * LANES, outs = round_up(OW, LANES);
+    s->rows = max64(min64(TOGETHER / (W + 1), MOST_ROWS), 2);
     s->ids = 2 * part;
-    size_t bytes = (size_t)(4 * part + outs) * sizeof(real);
-    s->block = hl_take(bytes + (size_t)(w->out[0] + w->out[1] + OW) * sizeof(taps));
+    s->pitch = 4 * part + outs;
+    size_t bytes = (size_t)(s->rows * s->pitch) * sizeof(real), offsets = (size_t)(s->padded ? K : 0) * sizeof(int64_t);
+    s->block = hl_take(bytes + offsets + (size_t)(w->out[0] + w->out[1] + OW) * sizeof(taps));
     if (!s->block) return HL_NOMEM;
     s->part[0] = s->block;
     s->part[1] = s->part[0] + part;
     s->id = (ireal *)(s->part[0] + 4 * part);
-    taps *t = (taps *)((char *)s->block + bytes);
+    s->tap = (int64_t *)((char *)s->block + bytes);
+    for (int64_t k = 0; k < K && s->padded; k++) s->tap[k] = element(s, k * w->dilation[2]) - s->part[0];
+    taps *t = (taps *)((char *)s->tap + offsets);
     for (int axis = 0; axis < 3; axis++) {
         s->taps[axis] = t;
         for (int64_t o = 0; o < w->out[axis]; o++) *t++ = taps_of(w, axis, o);
     }
-    fill(kind, s, 0, s->before);
+    row_space row = *s;
+    for (int64_t r = 0; r < s->rows; r++, next_row(&row)) fill(kind, &row, 0, s->before);
     return HL_OK;
 }
 
@@ -163,12 +188,6 @@ static inline lines lines_of(const windows *w, const row_space *s, const real *x
     l.step_h = w->dilation[1] * W;
     l.ahead = hl_ahead || M * inside <= LAST_CACHE ? hl_ahead : FAR_AHEAD;
     return l;
-}
-
-/* Where element i of the padded line stands. */
-static inline __attribute__((always_inline)) real *element(const row_space *s, int64_t i)
-{
-    return s->split ? s->part[i & 1] + (i >> 1) : s->part[0] + i;
 }
 
 static inline __attribute__((always_inline)) vreal power(vreal x, int64_t n)
@@ -230,50 +249,51 @@ static inline __attribute__((always_inline)) void keep_reduced(int kind, const r
     }
 }
 
-/* Reduces the lines to one. Of a maximum, the result holds a NaN where one may be among the elements. */
-static inline __attribute__((always_inline)) vreal reduce_ahead(int kind, int64_t norm, const windows *w,
-                                                                const lines *l, const row_space *s, const int64_t ahead)
+/* Reduces the lines of each of n rows to one. Of a maximum, the result holds a NaN where one may be among the elements. */
+static inline __attribute__((always_inline)) vreal reduce_ahead(int kind, int64_t norm, const windows *w, lines l,
+                                                                row_space s, int64_t n, const int64_t ahead)
 {
-    int64_t W = w->size[2];
-    const real *last = last_line(l);
+    int64_t W = w->size[2], left = l.end - last_line(&l), down_to_next = w->stride[1] * W;
     vreal check[2] = {splat((real)0), splat((real)0)}, v[PIECE];
     vint id[PIECE];
-    for (int64_t i = 0; i < W;) {
-        int64_t rest = W - i, room = l->end - last - i;
-        if (rest > PIECE / 2 * LANES && room >= PIECE * LANES) {
-            down(kind, norm, w, l, i, PIECE, 1, ahead, v, id, check);
-            keep_reduced(kind, s, i, PIECE, v, id);
-            i += PIECE * LANES;
-        } else if (rest > 2 * LANES && room >= PIECE / 2 * LANES) {
-            down(kind, norm, w, l, i, PIECE / 2, 1, ahead, v, id, check);
-            keep_reduced(kind, s, i, PIECE / 2, v, id);
-            i += PIECE / 2 * LANES;
-        } else {
-            if (room >= 2 * LANES) down(kind, norm, w, l, i, 2, 1, ahead, v, id, check);
-            else down(kind, norm, w, l, i, 2, 0, ahead, v, id, check);
-            keep_reduced(kind, s, i, 2, v, id);
-            i += 2 * LANES;
+    for (int64_t r = 0; r < n; r++, l.first += down_to_next, left -= down_to_next, next_row(&s)) {
+        for (int64_t i = 0; i < W;) {
+            int64_t rest = W - i, room = left - i;
+            if (rest > PIECE / 2 * LANES && room >= PIECE * LANES) {
+                down(kind, norm, w, &l, i, PIECE, 1, ahead, v, id, check);
+                keep_reduced(kind, &s, i, PIECE, v, id);
+                i += PIECE * LANES;
+            } else if (rest > 2 * LANES && room >= PIECE / 2 * LANES) {
+                down(kind, norm, w, &l, i, PIECE / 2, 1, ahead, v, id, check);
+                keep_reduced(kind, &s, i, PIECE / 2, v, id);
+                i += PIECE / 2 * LANES;
+            } else {
+                if (room >= 2 * LANES) down(kind, norm, w, &l, i, 2, 1, ahead, v, id, check);
+                else down(kind, norm, w, &l, i, 2, 0, ahead, v, id, check);
+                keep_reduced(kind, &s, i, 2, v, id);
+                i += 2 * LANES;
+            }
         }
+        fill(kind, &s, s.before + W, s.reach);
     }
-    fill(kind, s, s->before + W, s->reach);
     return check[0] + check[1];
 }
 /* In a function of its own: beside it the compiler makes less of the loop that fetches nothing. */
 static __attribute__((noinline)) vreal reduce_fetching(int kind, int64_t norm, const windows *w, const lines *l,
-                                                       const row_space *s)
+                                                       const row_space *s, int64_t n)
 {
     switch (kind) {
-    case MAXIMUM: return reduce_ahead(MAXIMUM, norm, w, l, s, hl_ahead);
-    case PLACES: return reduce_ahead(PLACES, norm, w, l, s, hl_ahead);
-    case SUM: return reduce_ahead(SUM, norm, w, l, s, hl_ahead);
-    case SQUARES: return reduce_ahead(SQUARES, norm, w, l, s, hl_ahead);
-    default: return reduce_ahead(POWERS, norm, w, l, s, hl_ahead);
+    case MAXIMUM: return reduce_ahead(MAXIMUM, norm, w, *l, *s, n, hl_ahead);
+    case PLACES: return reduce_ahead(PLACES, norm, w, *l, *s, n, hl_ahead);
+    case SUM: return reduce_ahead(SUM, norm, w, *l, *s, n, hl_ahead);
+    case SQUARES: return reduce_ahead(SQUARES, norm, w, *l, *s, n, hl_ahead);
+    default: return reduce_ahead(POWERS, norm, w, *l, *s, n, hl_ahead);
     }
 }
 static inline __attribute__((always_inline)) vreal reduce_down(int kind, int64_t norm, const windows *w, const lines *l,
-                                                               const row_space *s)
+                                                               const row_space *s, int64_t n)
 {
-    return hl_ahead ? reduce_fetching(kind, norm, w, l, s) : reduce_ahead(kind, norm, w, l, s, 0);
+    return hl_ahead ? reduce_fetching(kind, norm, w, l, s, n) : reduce_ahead(kind, norm, w, *l, *s, n, 0);
 }
 
 /* Stores the first n lanes; the others too where they stay before `limit`: they belong to outputs that come later. */
@@ -293,7 +313,7 @@ static int side_by_side(const windows *w)
 /* How many rows of outputs from p on, at most n, have all lines of their windows inside one slice of a plane; at least 1. */
 static int64_t run_of_rows(const windows *w, const row_space *s, const row_place *p, int64_t n)
 {
-    n = min64(n, w->out[1] - p->oh);
+    n = w->shared ? 1 : min64(n, w->out[1] - p->oh);
     while (n > 1 && (s->taps[1][p->oh].count < w->kernel[1] || s->taps[1][p->oh + n - 1].count < w->kernel[1])) n--;
     return n;
 }
@@ -423,100 +443,118 @@ static inline real largest(const real *x, const ireal *line, int64_t n, int64_t 
 }
 
 /* The first n lanes as bytes; more where `room` elements may be written. */
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+static __attribute__((noinline)) void put_few_bytes(uint8_t *to, const bytes *from, int64_t n)
+{
+    for (int64_t o = 0; o < n; o++) to[o] = (*from)[o];
+}
 static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id, int64_t n, int64_t room)
 {
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
     bytes narrow = __builtin_convertvector(id, bytes);
     if (n >= LANES || room >= LANES) memcpy(to, &narrow, LANES);
-    else
-        for (int64_t o = 0; o < n; o++) to[o] = narrow[o];
+    else {
+        bytes copy = narrow;
+        put_few_bytes(to, &copy, n);
+    }
 }
 
-/* Where the first taps of a window stand in the reduced line, found once for all outputs. */
+/* Where the taps of an output stand; of the first ones in registers. */
 enum { FIRST_TAPS = 3 };
-typedef struct { const real *at[FIRST_TAPS]; } first_taps;
-static inline __attribute__((always_inline)) first_taps find_taps(int64_t K, const windows *w, const row_space *s)
+typedef struct { int64_t first[FIRST_TAPS], *all; } tap_places;
+static inline __attribute__((always_inline)) tap_places find_taps(int64_t K, const row_space *s)
 {
-    first_taps t;
+    tap_places t = {.all = s->tap};
 #pragma GCC unroll 3
-    for (int64_t k = 0; k < FIRST_TAPS; k++) t.at[k] = element(s, k < K ? k * w->dilation[2] : 0);
+    for (int64_t k = 0; k < FIRST_TAPS; k++) t.first[k] = k < K ? s->tap[k] : 0;
     return t;
 }
-static inline __attribute__((always_inline)) const real *tap_at(const first_taps *t, const windows *w,
-                                                                const row_space *s, int64_t k)
+static inline __attribute__((always_inline)) int64_t tap_at(const tap_places *t, int64_t k)
 {
-    return k < FIRST_TAPS ? t->at[k] : element(s, k * w->dilation[2]);
+    return k < FIRST_TAPS ? t->first[k] : t->all[k];
 }
 
 /* The largest elements first, then of the taps that equal them the smallest number. */
-static inline __attribute__((always_inline)) void across_with_places(int64_t K, const windows *w, const row_space *s,
-                                                                     real *y, uint8_t *offsets, const real *limit)
+static inline __attribute__((always_inline)) void
+across_with_places(int64_t K, const windows *w, row_space s, int64_t n, real *y, uint8_t *offsets, const real *limit)
 {
-    const first_taps taps = find_taps(K, w, s);
-    for (int64_t i = 0; i < w->out[2]; i += LANES) {
-        vreal best = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) best = vmax(best, load(tap_at(&taps, w, s, k) + i));
-        put(y + i, best, w->out[2] - i, limit);
-        vint id = (vint){0} + NO_TAP;
-        for (int64_t k = 0; k < K; k++) {
-            const real *x = tap_at(&taps, w, s, k) + i;
-            vint tap = (vint)load(x + s->ids) + (ireal)k, smaller = (load(x) == best) & (tap < id);
-            id = (smaller & tap) | (~smaller & id);
+    const tap_places taps = find_taps(K, &s);
+    int64_t OW = w->out[2];
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
+        for (int64_t i = 0; i < OW; i += LANES) {
+            const real *x = s.part[0] + i;
+            vreal best = load(x);
+            for (int64_t k = 1; k < K; k++) best = vmax(best, load(x + tap_at(&taps, k)));
+            put(y + i, best, OW - i, limit);
+            vint id = (vint){0} + NO_TAP;
+            for (int64_t k = 0; k < K; k++) {
+                const real *at = x + tap_at(&taps, k);
+                vint tap = (vint)load(at + s.ids) + (ireal)k, smaller = (load(at) == best) & (tap < id);
+                id = (smaller & tap) | (~smaller & id);
+            }
+            store((real *)s.id + i, (vreal)id);
+            if (offsets) put_bytes(offsets + r * OW + i, id, OW - i, limit - (y + i));
         }
-        store((real *)s->id + i, (vreal)id);
-        if (offsets) put_bytes(offsets + i, id, w->out[2] - i, limit - (y + i));
-    }
 }
 
-/* A row of outputs and the numbers of their taps, as bytes too; the result is that of reduce_down. */
-static vreal max_row_with_places(const windows *w, const lines *l, const row_space *s, real *y, uint8_t *offsets,
-                                 const real *limit)
+/* n rows of outputs from their reduced lines, and the numbers of their taps, as bytes too. */
+static __attribute__((noinline)) void rows_with_places(const windows *w, const row_space *s, int64_t n, real *y,
+                                                       uint8_t *offsets, const real *limit)
 {
-    vreal check = reduce_down(PLACES, 1, w, l, s);
-    if (!s->by_vectors)
-        for (int64_t o = 0; o < w->out[2]; o++) {
-            taps t = s->taps[2][o];
-            const real *x = s->part[0] + t.at;
-            y[o] = largest(x, (const ireal *)(x + s->ids), t.count, w->dilation[2], (ireal)t.first, s->id + o);
-            if (offsets) offsets[o] = (uint8_t)s->id[o];
+    int64_t K = w->kernel[2], OW = w->out[2], stride = w->stride[2], d = w->dilation[2];
+    if (s->padded && stride <= 2) {
+        if (K == 2) across_with_places(2, w, *s, n, y, offsets, limit);
+        else if (K == 3) across_with_places(3, w, *s, n, y, offsets, limit);
+        else across_with_places(K, w, *s, n, y, offsets, limit);
+        return;
+    }
+    row_space row = *s;
+    for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
+        for (int64_t o = 0; o < OW; o++) {
+            taps t = s->padded ? (taps){0, K, o * stride} : s->taps[2][o];
+            const real *x = row.part[0] + t.at;
+            y[o] = largest(x, (const ireal *)(x + s->ids), t.count, d, (ireal)t.first, row.id + o);
+            if (offsets) offsets[r * OW + o] = (uint8_t)row.id[o];
         }
-    else if (w->kernel[2] == 2) across_with_places(2, w, s, y, offsets, limit);
-    else if (w->kernel[2] == 3) across_with_places(3, w, s, y, offsets, limit);
-    else across_with_places(w->kernel[2], w, s, y, offsets, limit);
-    return check;
 }
 
-static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, const row_space *s, real *y,
-                                                             const real *limit)
+static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, row_space s, int64_t n,
+                                                             real *y, const real *limit)
 {
-    const first_taps taps = find_taps(K, w, s);
-    for (int64_t i = 0; i < w->out[2]; i += LANES) {
-        vreal best = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) best = vmax(best, load(tap_at(&taps, w, s, k) + i));
-        put(y + i, best, w->out[2] - i, limit);
-    }
+    const tap_places taps = find_taps(K, &s);
+    int64_t OW = w->out[2], stride = w->stride[2];
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
+        if (stride > 2)
+            for (int64_t o = 0; o < OW; o++) y[o] = reduced(MAXIMUM, s.part[0] + o * stride, K, w->dilation[2]);
+        else
+            for (int64_t i = 0; i < OW; i += LANES) {
+                vreal best = load(s.part[0] + i);
+                for (int64_t k = 1; k < K; k++) best = vmax(best, load(s.part[0] + i + tap_at(&taps, k)));
+                put(y + i, best, OW - i, limit);
+            }
 }
 
-static vreal max_row(const windows *w, const lines *l, const row_space *s, real *y, const real *limit)
+static __attribute__((noinline)) void rows_of_maxima(const windows *w, const row_space *s, int64_t n, real *y,
+                                                     const real *limit)
 {
-    vreal check = reduce_down(MAXIMUM, 1, w, l, s);
-    if (!s->by_vectors)
-        for (int64_t o = 0; o < w->out[2]; o++)
-            y[o] = reduced(MAXIMUM, s->part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
-    else if (w->kernel[2] == 2) max_across(2, w, s, y, limit);
-    else if (w->kernel[2] == 3) max_across(3, w, s, y, limit);
-    else max_across(w->kernel[2], w, s, y, limit);
-    return check;
+    int64_t K = w->kernel[2], OW = w->out[2];
+    row_space row = *s;
+    if (!s->padded)
+        for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
+            for (int64_t o = 0; o < OW; o++)
+                y[o] = reduced(MAXIMUM, row.part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
+    else if (K == 2) max_across(2, w, row, n, y, limit);
+    else if (K == 3) max_across(3, w, row, n, y, limit);
+    else max_across(K, w, row, n, y, limit);
 }
 
 /* n rows of outputs of windows side by side, and the numbers of their taps as bytes; the result is that of reduce_down. */
 static inline __attribute__((always_inline)) vreal pairs_ahead(int kind, windows w, lines l, int64_t n,
-                                                               const int64_t ahead, ireal *id, real *y,
+                                                               const int64_t ahead, ireal *id, int64_t id_step, real *y,
                                                                uint8_t *offsets, const real *limit)
 {
     vreal check[2] = {splat((real)0), splat((real)0)};
     int64_t OW = w.out[2];
-    for (int64_t r = 0; r < n; r++, l.first += w.stride[1] * w.size[2], y += OW) {
+    for (int64_t r = 0; r < n; r++, l.first += w.stride[1] * w.size[2], y += OW, id += id_step) {
         int64_t whole = l.end - last_line(&l) - 2 * LANES;
         for (int64_t o = 0; o < OW; o += LANES) {
             vint tap;
@@ -530,10 +568,11 @@ static inline __attribute__((always_inline)) vreal pairs_ahead(int kind, windows
     return check[0] + check[1];
 }
 static inline __attribute__((always_inline)) vreal max_pairs(int kind, const windows *w, const lines *l, int64_t n,
-                                                             ireal *id, real *y, uint8_t *offsets, const real *limit)
+                                                             ireal *id, int64_t id_step, real *y, uint8_t *offsets,
+                                                             const real *limit)
 {
-    return l->ahead ? pairs_ahead(kind, *w, *l, n, l->ahead, id, y, offsets, limit)
-                    : pairs_ahead(kind, *w, *l, n, 0, id, y, offsets, limit);
+    return l->ahead ? pairs_ahead(kind, *w, *l, n, l->ahead, id, id_step, y, offsets, limit)
+                    : pairs_ahead(kind, *w, *l, n, 0, id, id_step, y, offsets, limit);
 }
 
 /* The planes' places of a row of taps. */
@@ -554,7 +593,7 @@ static int max_rows(int64_t begin, int64_t end, void *context)
     int fits = !with_places || volume(w->kernel) < NO_TAP, paired = side_by_side(w) && fits;
     int64_t OW = w->out[2], table[TABLE];
     row_space s;
-    if (take_row(with_places ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
+    if (take_rows(with_places ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
     if (j->indices) fill_table(w, table);
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
@@ -562,18 +601,25 @@ static int max_rows(int64_t begin, int64_t end, void *context)
         real *y = j->y + r * OW, *limit = j->y + end * OW;
         uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
         vreal check = splat((real)0);
-        n = paired && !j->indices ? run_of_rows(w, &s, &p, end - r) : 1;
-        if (paired && !with_places) check = max_pairs(MAXIMUM, w, &l, n, NULL, y, NULL, limit);
-        else if (paired) check = max_pairs(PLACES, w, &l, n, s.id, y, offsets, limit);
-        else if (!with_places) check = max_row(w, &l, &s, y, limit);
-        else if (fits) check = max_row_with_places(w, &l, &s, y, offsets, limit);
+        n = run_of_rows(w, &s, &p, paired && !j->indices ? end - r : min64(end - r, s.rows));
+        if (paired) {
+            if (with_places) check = max_pairs(PLACES, w, &l, n, s.id, j->indices ? s.pitch : 0, y, offsets, limit);
+            else check = max_pairs(MAXIMUM, w, &l, n, NULL, 0, y, NULL, limit);
+        } else if (!with_places) {
+            check = reduce_down(MAXIMUM, 1, w, &l, &s, n);
+            rows_of_maxima(w, &s, n, y, limit);
+        } else if (fits) {
+            check = reduce_down(PLACES, 1, w, &l, &s, n);
+            rows_with_places(w, &s, n, y, offsets, limit);
+        }
         int doubtful = !fits || lane_bits(check != check);
         if (!doubtful && !j->indices) continue;
         row_place at = p;
-        for (int64_t k = r; k < r + n; k++, next_rows(w, &at, 1)) {
+        row_space row = s;
+        for (int64_t k = r; k < r + n; k++, next_rows(w, &at, 1), next_row(&row)) {
             l = lines_of(w, &s, j->x, j->M, &at);
             if (doubtful && (!fits || has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, k * OW);
-            else if (j->indices) put_indices(w, &l, &s, few ? table : NULL, j->indices + k * OW);
+            else if (j->indices) put_indices(w, &l, &row, few ? table : NULL, j->indices + k * OW);
         }
     }
     hl_give(s.block);
@@ -851,15 +897,28 @@ static inline __attribute__((always_inline)) vreal scaled(vreal sum, scaling by,
     return sum / (by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor));
 }
 
-static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, const row_space *s,
+/* The same of a single one, o. */
+static inline __attribute__((always_inline)) real scaled_one(real sum, scaling by, int64_t o)
+{
+    if (by.factor != 0) return sum * by.factor;
+    return sum / (by.counts ? by.divisor * by.counts[o] : by.divisor);
+}
+
+static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, row_space s, int64_t n,
                                                              scaling by, real *y, const real *limit)
 {
-    const first_taps taps = find_taps(K, w, s);
-    for (int64_t i = 0; i < w->out[2]; i += LANES) {
-        vreal v = load(s->part[0] + i);
-        for (int64_t k = 1; k < K; k++) v += load(tap_at(&taps, w, s, k) + i);
-        put(y + i, scaled(v, by, i), w->out[2] - i, limit);
-    }
+    const tap_places taps = find_taps(K, &s);
+    int64_t OW = w->out[2], stride = w->stride[2];
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
+        if (stride > 2)
+            for (int64_t o = 0; o < OW; o++)
+                y[o] = scaled_one(reduced(SUM, s.part[0] + o * stride, K, w->dilation[2]), by, o);
+        else
+            for (int64_t i = 0; i < OW; i += LANES) {
+                vreal v = load(s.part[0] + i);
+                for (int64_t k = 1; k < K; k++) v += load(s.part[0] + i + tap_at(&taps, k));
+                put(y + i, scaled(v, by, i), OW - i, limit);
+            }
 }
 
 /* n rows of outputs of windows side by side. */
@@ -881,17 +940,21 @@ static inline __attribute__((always_inline)) void sum_pairs(int kind, const wind
     else sums_ahead(kind, *w, *l, n, 0, by, y, limit);
 }
 
-static void sum_row(const windows *w, const row_space *s, scaling by, real *y, const real *limit)
+/* n rows of outputs from their reduced lines. */
+static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_space *s, int64_t n, scaling by, real *y,
+                                                   const real *limit)
 {
-    if (!s->by_vectors)
-        for (int64_t o = 0; o < w->out[2]; o++) {
-            real total = reduced(SUM, s->part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
-            if (by.factor != 0) y[o] = total * by.factor;
-            else y[o] = total / (by.counts ? by.divisor * by.counts[o] : by.divisor);
-        }
-    else if (w->kernel[2] == 2) sum_across(2, w, s, by, y, limit);
-    else if (w->kernel[2] == 3) sum_across(3, w, s, by, y, limit);
-    else sum_across(w->kernel[2], w, s, by, y, limit);
+    int64_t K = w->kernel[2], OW = w->out[2];
+    row_space row = *s;
+    if (!s->padded)
+        for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
+            for (int64_t o = 0; o < OW; o++) {
+                taps t = s->taps[2][o];
+                y[o] = scaled_one(reduced(SUM, row.part[0] + t.at, t.count, w->dilation[2]), by, o);
+            }
+    else if (K == 2) sum_across(2, w, row, n, by, y, limit);
+    else if (K == 3) sum_across(3, w, row, n, by, y, limit);
+    else sum_across(K, w, row, n, by, y, limit);
 }
 
 static int sum_rows(int64_t begin, int64_t end, void *context)
@@ -900,7 +963,7 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
     const windows *w = &j->w;
     int64_t OW = w->out[2], outer = 0;
     row_space s;
-    if (take_row(SUM, &s, w)) return HL_NOMEM;
+    if (take_rows(SUM, &s, w)) return HL_NOMEM;
     real *counts = (real *)s.id; /* the taps of every output across; nobody asks for places */
     int alike = 1;
     for (int64_t o = 0; o < OW; o++) {
@@ -908,11 +971,11 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
         alike &= counts[o] == counts[0];
     }
     scaling by = {.counts = NULL};
-    int paired = side_by_side(w) && (j->norm == 0 || j->norm == 1 || j->norm == 2);
+    int simple = j->norm == 0 || j->norm == 1 || j->norm == 2, paired = side_by_side(w) && simple;
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
         lines l = lines_of(w, &s, j->x, j->M, &p);
-        n = paired ? run_of_rows(w, &s, &p, end - r) : 1;
+        n = run_of_rows(w, &s, &p, paired ? end - r : simple || whole_norm(j->norm) ? min64(end - r, s.rows) : 1);
         int64_t now = l.d.count * l.h.count;
         if (j->include) now = padded_count(w, 0, p.od) * padded_count(w, 1, p.oh);
         if (now != outer) { /* seldom: the rows inside are alike */
@@ -928,11 +991,11 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
             if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, by, y, limit);
             else sum_pairs(SUM, w, &l, n, by, y, limit);
         } else {
-            if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s);
-            else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s);
-            else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s);
+            if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s, n);
+            else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s, n);
+            else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s, n);
             else powers_down(j->norm, w, &l, &s);
-            sum_row(w, &s, by, y, limit);
+            rows_of_sums(w, &s, n, by, y, limit);
         }
         if (j->norm != 0) root(j->norm, y, n * OW);
     }
