@@ -304,6 +304,81 @@ def test_same_array_twice_takes_the_short_way_too(name, monkeypatch):
         assert_same_bits(hl.scaled_dot_product_attention(x, x, x), expected, "self-attention")
 
 
+def draw(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+RECORDED = {
+    "softmax": (lambda x: hl.softmax(x), [(3, 7)]),
+    "log_softmax of columns": (lambda x: hl.log_softmax(x, 0), [(3, 7)]),
+    "conv2d": (lambda x, w, b: hl.conv2d(x, w, b, 1, 1), [(2, 3, 9, 8), (4, 3, 3, 3), (4,)]),
+    "conv2d with an activation": (lambda x, w: hl.conv2d(x, w, stride=2, activation="silu"), [(2, 3, 9, 8), (4, 3, 3, 3)]),
+    "conv1d by its weight": (lambda w: hl.conv1d(np.ones((2, 3, 9), np.float32), w), [(4, 3, 3)]),
+    "conv3d by its input": (lambda x: hl.conv3d(x, np.ones((2, 2, 2, 2, 2), np.float32)), [(2, 4, 5, 6)]),
+    "linear": (lambda x, w, b: hl.linear(x, w, b, activation="gelu"), [(5, 6), (4, 6), (4,)]),
+    "matmul": (lambda a, b: hl.matmul(a, b), [(2, 5, 6), (2, 6, 4)]),
+    "max_pool2d": (lambda x: hl.max_pool2d(x, 3, 2, 1), [(2, 3, 9, 8)]),
+    "max_pool2d of large windows": (lambda x: hl.max_pool2d(x, 17), [(2, 3, 19, 18)]),
+    "max_pool1d with indices": (lambda x: hl.max_pool1d(x, 2, return_indices=True)[0], [(2, 3, 9)]),
+    "avg_pool3d": (lambda x: hl.avg_pool3d(x, 2, 1, (1, 0, 1), divisor_override=3), [(2, 4, 5, 6)]),
+    "adaptive_avg_pool2d": (lambda x: hl.adaptive_avg_pool2d(x, (2, 3)), [(2, 3, 9, 8)]),
+    "attention": (lambda q, k, v: hl.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 3, 5, 8)] * 3),
+    "attention with a mask": (
+        lambda q, k, v: hl.scaled_dot_product_attention(q, k, v, np.tri(5, 7, 2, dtype=bool)),
+        [(2, 5, 8), (2, 7, 8), (2, 7, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("op", RECORDED)
+@pytest.mark.parametrize("name", COMPILED)
+def test_recorded_calls_repeat(name, op, monkeypatch):
+    """Results and gradients of calls that were checked before, on the short way, have the bits of the long one."""
+    function, shapes = RECORDED[op]
+    rng = np.random.default_rng(0)
+    first, second = ([draw(rng, *shape) for shape in shapes] for _ in range(2))
+
+    def result_and_gradients(arrays):
+        y, pullback = hl.vjp(function, *arrays)
+        return [y, *pullback(np.cos(np.arange(y.size, dtype=np.float32)).reshape(y.shape))]
+
+    with hl.backend(name):
+        expected = result_and_gradients(second)  # the long way, where this is the first call of these shapes
+        result_and_gradients(first)
+        monkeypatch.setattr(_dispatch, "run", None)  # the long way goes through it
+        for actual, wanted in zip(result_and_gradients(second), expected, strict=True):
+            assert_same_bits(actual, wanted, op)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_gradients_that_kernels_cannot_read_take_the_long_way(name):
+    x = draw(np.random.default_rng(1), 1, 2, 6, 8)
+    with hl.backend(name):
+        for function in (lambda v: hl.max_pool2d(v, 2), lambda v: hl.softmax(v), lambda v: hl.avg_pool2d(v, 2)):
+            y, pullback = hl.vjp(function, x)
+            same = np.full(y.shape, 2, np.float32)
+            for _ in range(2):
+                for gradient in (same, np.broadcast_to(np.float32(2), y.shape), np.asfortranarray(same)):
+                    assert_same_bits(pullback(gradient)[0], pullback(same)[0], "gradient")
+
+
+@needs_c
+def test_gradients_of_some_arguments_repeat():
+    """A plan of all gradients is not taken where some are wanted, nor the other way round."""
+    rng = np.random.default_rng(2)
+    x, w, b = draw(rng, 2, 3, 7, 6), draw(rng, 4, 3, 3, 3), draw(rng, 4)
+    y, pullback = hl.vjp(lambda x, w, b: hl.conv2d(x, w, b), x, w, b)
+    g = draw(rng, *y.shape)
+    for _ in range(2):
+        gx, gw, gb = pullback(g)
+        assert_same_bits(hl.vjp(lambda x: hl.conv2d(x, w, b), x)[1](g)[0], gx, "by the input alone")
+        assert_same_bits(hl.vjp(lambda w: hl.conv2d(x, w, b), w)[1](g)[0], gw, "by the weight alone")
+        assert_same_bits(hl.vjp(lambda b: hl.conv2d(x, w, b), b)[1](g)[0], gb, "by the bias alone")
+        for needs in ((True, False, True), (False, True, False)):
+            for part, whole, wanted in zip(hl.conv2d_backward(g, x, w, needs=needs), (gx, gw, gb), needs, strict=True):
+                assert part is None if not wanted else part.tobytes() == whole.tobytes()
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_plans_refuse_layouts_that_kernels_cannot_read(name):
     base = np.random.default_rng(0).standard_normal((4, 20)).astype(np.float32)

@@ -1,7 +1,7 @@
 """Calls that repeat: the checks are paid once, not dropped.
 
 An op marked `@op(repeats=True)` depends on its arrays through their shapes and element types alone. Its first call on given
-shapes, types and options runs as written while its `Call` keeps a log. Where that log is one C or Numba kernel reading arguments
+shapes, types and options runs as written while its `Call` keeps a log. Where that log is C or Numba kernels reading arguments
 and writing fresh results or `out`, it becomes a plan: sizes and options, which argument each pointer comes from, what to
 allocate. The next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel. Whatever is
 unusual (strided or misaligned arrays, an `out` that overlaps an input, subclasses, float16, graphs, GPU arrays, `explain`) takes
@@ -106,11 +106,10 @@ def _place(array: np.ndarray) -> tuple[int, int]:
 
 def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[..., Any] | None:
     [call] = log
-    if call.once or call.space != "host" or call.dtype != call.compute or len(call.runs) != 1:
+    if call.once or call.space != "host" or call.dtype != call.compute or not call.runs:
         return None
-    name, arrays, scalars = call.runs[0]
     arguments = (*call.constants, *arguments)
-    sources: dict[tuple[int, int], int] = {}  # where a pointer comes from: argument i, or result -2 - i; -1: it is absent
+    sources: dict[tuple[int, int], int] = {}  # which argument a pointer comes from
     out = None
     for i, value in enumerate(arguments):
         if value is call.out is not None:
@@ -120,27 +119,59 @@ def _plan(log: list[Any], arguments: tuple[Any, ...], result: Any) -> Callable[.
                 return None
             sources[_place(value)] = i
     results = result if type(result) is tuple else (result,)
-    if not all(type(r) is _ndarray and r.flags.c_contiguous and r.size for r in results):
+    fresh = {_place(r): i for i, r in enumerate(results) if type(r) is _ndarray and r.flags.c_contiguous and r.size}
+    if len(fresh) != sum(r is not None for r in results) or fresh.keys() & sources.keys():
         return None
-    fresh = {_place(r): -2 - i for i, r in enumerate(results)}
-    if len(fresh) != len(results) or fresh.keys() & sources.keys():
+    steps = [_Step(name, arrays, scalars) for name, arrays, scalars in call.runs]
+    written = [place for step in steps for place in step.written]
+    read = {place for step in steps for place in step.read}
+    # an array that no kernel reads is an option: its values matter; what one kernel writes and another one reads is no result
+    if sorted(written) != sorted(fresh) or read != sources.keys():
         return None
-    written = {
-        _place(array) for array, s in zip(arrays, spec.find(name).arrays, strict=True) if array is not None and s.role != "in"
-    }
-    read = {_place(array) for array in arrays if array is not None} - written
-    if written != fresh.keys() or read != sources.keys():  # an array that no kernel reads is an option: its values matter
-        return None
-    prepared = _dispatch.prepared_call(
-        name,
-        arrays,
-        scalars,
-        made=tuple(
-            out if r is call.out else (np.empty if r.nbytes < _memory.MIN_BYTES else _memory.empty, r.shape, r.dtype)
-            for r in results
-        ),
-        sources=tuple(-1 if array is None else (sources | fresh)[_place(array)] for array in arrays),
-        arguments=arguments,
-        returns_tuple=type(result) is tuple,
-    )
-    return functools.partial(prepared, *call.constants) if prepared and call.constants else prepared
+    prepared: list[tuple[Callable[..., Any], list[int]]] = []
+    for step in steps:
+        mine = sorted(fresh[place] for place in step.written)
+        where = sources | {_place(results[r]): -2 - i for i, r in enumerate(mine)}
+        one = _dispatch.prepared_call(
+            step.name,
+            step.arrays,
+            step.scalars,
+            made=tuple(
+                out
+                if results[r] is call.out
+                else (np.empty if results[r].nbytes < _memory.MIN_BYTES else _memory.empty, results[r].shape, results[r].dtype)
+                for r in mine
+            ),
+            sources=tuple(-1 if array is None else where[_place(array)] for array in step.arrays),
+            arguments=arguments,
+            returns_tuple=type(result) is tuple,
+        )
+        if one is None:
+            return None
+        prepared.append((functools.partial(one, *call.constants) if call.constants else one, mine))
+    if len(prepared) == 1 and len(prepared[0][1]) == len(results):
+        return prepared[0][0]
+    return _one_by_one(prepared, len(results))
+
+
+class _Step:
+    """One kernel of a call, and the memory that it reads and writes."""
+
+    def __init__(self, name: str, arrays: tuple[Any, ...], scalars: dict[str, Any]):
+        self.name, self.arrays, self.scalars = name, arrays, scalars
+        there = [(a, s) for a, s in zip(arrays, spec.find(name).arrays, strict=True) if a is not None]
+        self.written = [_place(a) for a, s in there if s.role != "in"]
+        self.read = {_place(a) for a, s in there if s.role == "in"}
+
+
+def _one_by_one(steps: list[tuple[Callable[..., Any], list[int]]], count: int) -> Callable[..., Any]:
+    """Kernels that each make some of `count` results; what none makes is None."""
+
+    def plan(*values: Any) -> tuple[Any, ...]:
+        results = [None] * count
+        for kernel, places in steps:
+            for place, result in zip(places, kernel(*values), strict=True):
+                results[place] = result
+        return tuple(results)
+
+    return plan

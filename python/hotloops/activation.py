@@ -70,6 +70,7 @@ def _log_softmax_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
     return (_row_gradient("log_softmax_backward", g, y, a.axis),)
 
 
+@op(repeats=True)
 def _row_gradient(kernel: str, g: Any, y: Any, axis: int) -> Any:
     call = Call(kernel)
     gy, y = call.floats(gy=g, y=y)
@@ -218,21 +219,23 @@ def _function(op: str, activation: Any) -> int:
     return 0 if activation is None else _FUNCTIONS.index(_check.one_of(op, "activation", activation, _FUNCTIONS[1:]))
 
 
-def _activated(op: str, z: Any, activation: str) -> Any:
+@op(repeats=True)
+def _activated(name: str, z: Any, activation: str) -> Any:
     """The function of that name of each element of a result."""
-    call = Call(op)
+    call = Call(name)
     [x] = call.floats(result=z)
     y = call.empty(x.shape)
     n = math.prod(x.shape)
-    call.run("activate", x.reshape((n,)), y.reshape((n,)), function=_function(op, activation))
+    call.run("activate", x.reshape((n,)), y.reshape((n,)), function=_function(name, activation))
     return call.finish(y)
 
 
-def _activation_gradient(op: str, g: Any, z: Any, activation: str) -> Any:
+@op(repeats=True)
+def _activation_gradient(name: str, g: Any, z: Any, activation: str) -> Any:
     """The gradient of what came into the function, from that of what came out."""
-    call = Call(op)
+    call = Call(name)
     x, gy = call.floats(result=z, grad_output=g)
     gx = call.empty(x.shape)
     n = math.prod(x.shape)
-    call.run("activate_backward", x.reshape((n,)), gy.reshape((n,)), gx.reshape((n,)), function=_function(op, activation))
+    call.run("activate_backward", x.reshape((n,)), gy.reshape((n,)), gx.reshape((n,)), function=_function(name, activation))
     return call.finish(gx)

@@ -221,9 +221,9 @@ class _Attention:
         return self.call.finish(w.reshape(self.weights_shape))
 
     def backward(self, g: Any, needs: set[str]) -> tuple[Any, ...]:
-        call = Call(f"{_NAME} gradient")
+        call = self.call
         arrays, options = [call.whole(x) for x in (self.q, self.k, self.v)], {**self.scores, **self.dropout}
-        gy, _ = call.floats(gy=g, query=arrays[0])
+        [gy] = call.more_floats(gy=g)
         gy, y = gy.reshape(self.y.shape), call.whole(self.y)
         grads: list[Any] = [None, None, None]
         if needs - {"attn_mask"}:
@@ -239,20 +239,39 @@ class _Attention:
             grads.append(call.collapse(gb.reshape(self.mask_full), self.mask_reshaped).reshape(self.mask_shape))
         else:
             grads.append(None)
-        return tuple(x if x is None else self.call.finish(x) for x in grads)
+        return tuple(x if x is None else call.finish(x) for x in grads)
 
 
 def _attention_forward(a: Any) -> tuple[Any, Any]:
     if _check.flag(_NAME, "return_scores", a.return_scores):
         raise TypeError(f"{_NAME}: return_scores has no gradient: call it on plain arrays (variable.value)")
-    attention = _Attention(
-        a.query, a.key, a.value, a.attn_mask, a.dropout_p, a.is_causal, a.scale, a.enable_gqa, a.softcap, a.window, a.rng
-    )
+    arrays, options = (a.query, a.key, a.value, a.attn_mask), (a.is_causal, a.scale, a.enable_gqa, a.softcap, a.window)
+    kinds = {x.dtype if type(x) is np.ndarray else None for x in arrays[:3]}
+    if kinds in ({np.dtype(np.float32)}, {np.dtype(np.float64)}) and "attn_mask" not in a.needs and a.dropout_p == 0:
+        y, lse = _attend(*arrays, *options)
+        return y, (y, lse, *options)
+    attention = _Attention(*arrays[:4], a.dropout_p, *options, a.rng)
     return attention.forward()[0], attention
 
 
-def _attention_gradient(g: Any, attention: _Attention, a: Any) -> tuple[Any, ...]:
-    return attention.backward(g, a.needs)
+def _attention_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
+    if isinstance(saved, _Attention):
+        return saved.backward(g, a.needs)
+    return (*_attend_back(g, a.query, a.key, a.value, a.attn_mask, *saved), None)
+
+
+@op(repeats=True)
+def _attend(query: Any, key: Any, value: Any, attn_mask: Any, *options: Any) -> tuple[Any, Any]:
+    """(the result, the logarithms of the sums), without dropout."""
+    return _Attention(query, key, value, attn_mask, 0.0, *options, None).forward()
+
+
+@op(repeats=True)
+def _attend_back(g: Any, query: Any, key: Any, value: Any, attn_mask: Any, y: Any, lse: Any, *options: Any) -> tuple[Any, Any, Any]:
+    """The gradients by query, key and value, from what `_attend` returned."""
+    attention = _Attention(query, key, value, attn_mask, 0.0, *options, None)
+    attention.y, attention.lse = y.reshape((*attention.q.shape[:3], attention.v.shape[3])), lse
+    return attention.backward(g, {"query", "key", "value"})[:3]
 
 
 # ------------------------------------------------------------------------------------------------------------ many heads

@@ -343,7 +343,7 @@ def record(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 needs.add(key)
     a.needs = needs
     if forward is None:
-        result = saved = op.__wrapped__(**_call_arguments(op, a))
+        result = saved = op(**_call_arguments(op, a))
     else:
         result, saved = forward(a)
     outputs = _leaves(result)
@@ -959,7 +959,7 @@ tie(boxes.roi_align, "input", boxes._roi_align_gradient)
 tie(boxes.roi_pool, "input", boxes._roi_pool_gradient)
 # conv
 for _dims in (1, 2, 3):
-    tie(getattr(conv, f"conv{_dims}d"), ("input", "weight", "bias"), conv._conv_gradient(_dims), conv._conv_forward(_dims))
+    tie(getattr(conv, f"conv{_dims}d"), ("input", "weight", "bias"), conv._conv_gradient, conv._conv_forward(_dims))
 for _op in (conv.conv_transpose1d, conv.conv_transpose2d, conv.conv_transpose3d):
     tie(_op, ("input", "weight", "bias"), conv._conv_transpose_gradient)
 tie(conv.deform_conv2d, ("input", "offset", "weight", "bias", "mask"), conv._deform_conv_gradient)
@@ -973,14 +973,14 @@ tie(linear.matmul, ("a", "b"), linear._matmul_gradient)
 tie(linear.dropout, "input", linear._dropout_gradient, linear._dropout_forward)
 # pool
 for _dims in (1, 2, 3):
-    tie(getattr(pool, f"max_pool{_dims}d"), "input", pool._max_pool_gradient, pool._max_pool_forward(_dims))
+    tie(getattr(pool, f"max_pool{_dims}d"), "input", pool._max_pool_gradient(_dims), pool._max_pool_forward(_dims))
     tie(
         getattr(pool, f"adaptive_max_pool{_dims}d"),
         "input",
         pool._adaptive_max_pool_gradient,
         pool._adaptive_max_pool_forward(_dims),
     )
-    tie(getattr(pool, f"avg_pool{_dims}d"), "input", pool._avg_pool_gradient, pool._avg_pool_forward(_dims))
+    tie(getattr(pool, f"avg_pool{_dims}d"), "input", pool._avg_pool_gradient(_dims))
     tie(getattr(pool, f"adaptive_avg_pool{_dims}d"), "input", pool._adaptive_avg_pool_gradient(_dims))
     tie(getattr(pool, f"lp_pool{_dims}d"), "input", pool._lp_pool_gradient, pool._lp_pool_forward(_dims))
     tie(getattr(pool, f"max_unpool{_dims}d"), "input", pool._max_unpool_gradient, pool._max_unpool_forward(_dims))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -617,23 +618,18 @@ def conv_transpose3d(
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
-def _gradients(
-    op: str, n: int, gy: Any, input: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: Any, needs: Any
-) -> Any:
-    """(gradient by input, weight, bias) of a convolution, None for each that `needs` leaves out."""
-    _check_there(op, grad_output=gy, input=input, weight=weight)
-    call = Call(op)
-    g, x, w = call.floats(grad_output=gy, input=input, weight=weight)
-    plan = _plan(op, n, tuple(x.shape), tuple(w.shape), stride, padding, dilation, groups)
+def _gradients(call: Call, plan: _Plan, g: Any, x: Any, w: Any, shapes: Any, needs: Sequence[bool]) -> Any:
+    """(gradient by input, weight, bias) of a convolution, None for each that `needs` leaves out. `shapes`: of input and weight;
+    x and w may be None where no gradient needs them."""
     if tuple(g.shape) != plan.result:
-        raise ValueError(f"{op}: grad_output must have the result's shape {plan.result}, {tuple(g.shape)} came")
+        raise ValueError(f"{call.op}: grad_output must have the result's shape {plan.result}, {tuple(g.shape)} came")
     gx = gw = gb = None
     g5 = g.reshape(plan.y)
     if needs[0]:
-        gx = call.empty(x.shape)
+        gx = call.empty(shapes[0])
         call.run("conv_grad_input", g5, w.reshape(plan.w), None, gx.reshape(plan.x), exact=_dispatch.exact(), **plan.scalars)
     if needs[1]:
-        gw = call.empty(w.shape)
+        gw = call.empty(shapes[1])
         call.run("conv_grad_weight", g5, x.reshape(plan.x), gw.reshape(plan.w), exact=_dispatch.exact(), **plan.scalars)
     if needs[2]:
         gb = _grad_bias(call, g5)
@@ -690,30 +686,53 @@ def conv2d_backward(
     if not isinstance(needs, list | tuple) or len(needs) != 3:
         raise ValueError(f"conv2d_backward: needs must be three booleans, {_check.shown(needs)} came")
     wanted = [_check.flag("conv2d_backward", "needs", n) for n in needs]
-    return _gradients("conv2d_backward", 2, grad_output, input, weight, stride, padding, dilation, groups, wanted)
+    _check_there("conv2d_backward", grad_output=grad_output, input=input, weight=weight)
+    call = Call("conv2d_backward")
+    g, x, w = call.floats(grad_output=grad_output, input=input, weight=weight)
+    shapes = tuple(x.shape), tuple(w.shape)
+    plan = _plan("conv2d_backward", 2, *shapes, stride, padding, dilation, groups)
+    return _gradients(call, plan, g, x, w, shapes, wanted)
 
 
 def _conv_forward(n: int) -> Any:
     """With an activation what came into it is kept for the gradient."""
-    op = f"conv{n}d"
+    conv = (conv1d, conv2d, conv3d)[n - 1]
 
     def forward(a: Any) -> tuple[Any, Any]:
-        z = _conv(op, n, a.input, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups, None)
-        return (z, None) if a.activation is None else (_activation._activated(op, z, a.activation), z)
+        z = conv(a.input, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups)
+        return (z, None) if a.activation is None else (_activation._activated(conv.__name__, z, a.activation), z)
 
     return forward
 
 
-def _conv_gradient(n: int) -> Any:
-    op = f"conv{n}d"
+@op(repeats=True)
+def _conv_gradients(
+    name: str,
+    g: Any,
+    x: Any,
+    w: Any,
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    with_bias: bool,
+) -> Any:
+    """As `_gradients`: by the input where there is the weight, by the weight where there is the input."""
+    call = Call(name)
+    g, x, w = call.floats(grad_output=g, input=x, weight=w)
+    plan = _plan(name, len(w_shape) - 2, x_shape, w_shape, stride, padding, dilation, groups)
+    return _gradients(call, plan, g, x, w, (x_shape, w_shape), (w is not None, x is not None, with_bias))
 
-    def gradient(g: Any, z: Any, a: Any) -> tuple[Any, ...]:
-        needs = [name in a.needs for name in ("input", "weight", "bias")]
-        if a.activation is not None:
-            g = _activation._activation_gradient(op, g, z, a.activation)
-        return _gradients(op, n, g, a.input, a.weight, a.stride, a.padding, a.dilation, a.groups, needs)
 
-    return gradient
+def _conv_gradient(g: Any, z: Any, a: Any) -> tuple[Any, ...]:
+    shapes = tuple(a.input.shape), tuple(a.weight.shape)
+    name = f"conv{len(shapes[1]) - 2}d"
+    if a.activation is not None:
+        g = _activation._activation_gradient(name, g, z, a.activation)
+    x, w = a.input if "weight" in a.needs else None, a.weight if "input" in a.needs else None
+    return _conv_gradients(name, g, x, w, *shapes, a.stride, a.padding, a.dilation, a.groups, "bias" in a.needs)
 
 
 def _conv_transpose_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:

@@ -68,26 +68,35 @@ def _linear(input: Any, weight: Any, bias: Any, activation: Any, out: Any = None
 
 def _linear_forward(a: Any) -> tuple[Any, Any]:
     """With an activation what came into it is kept for the gradient."""
-    z = _linear(a.input, a.weight, a.bias, None)
+    z = linear(a.input, a.weight, a.bias)
     return (z, None) if a.activation is None else (_activation._activated("linear", z, a.activation), z)
 
 
 def _linear_gradient(g: Any, z: Any, a: Any) -> tuple[Any, ...]:
     if a.activation is not None:
         g = _activation._activation_gradient("linear", g, z, a.activation)
+    x, w = a.input if "weight" in a.needs else None, a.weight if "input" in a.needs else None
+    return _linear_gradients(g, x, w, tuple(a.input.shape), tuple(a.weight.shape), "bias" in a.needs)
+
+
+@op(repeats=True)
+def _linear_gradients(
+    g: Any, x: Any, w: Any, x_shape: tuple[int, ...], w_shape: tuple[int, ...], with_bias: bool
+) -> tuple[Any, ...]:
+    """(gradient by input, weight, bias): by the input where there is the weight, by the weight where there is the input."""
     call = Call("linear gradient")
-    x, w, gy = call.floats(input=a.input, weight=a.weight, gy=g)
-    M, K, N = math.prod(x.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])
+    gy, x, w = call.floats(gy=g, input=x, weight=w)
+    M, K, N = math.prod(x_shape[:-1]), w_shape[-1], math.prod(w_shape[:-1])
     rows = gy.reshape((M, N))
     gx = gw = gb = None
-    if "input" in a.needs:
-        gx = call.empty(x.shape)
+    if w is not None:
+        gx = call.empty(x_shape)
         call.run("linear_grad_input", rows, w.reshape((N, K)), gx.reshape((M, K)))
-    if "weight" in a.needs:
-        gw = call.empty(w.shape)
+    if x is not None:
+        gw = call.empty(w_shape)
         call.run("linear_grad_weight", rows, x.reshape((M, K)), gw.reshape((N, K)))
-    if "bias" in a.needs:
-        gb = call.empty(w.shape[:-1])
+    if with_bias:
+        gb = call.empty(w_shape[:-1])
         call.run("linear_grad_bias", rows, gb.reshape((N,)))
     return tuple(v if v is None else call.finish(v) for v in (gx, gw, gb))
 
@@ -185,16 +194,23 @@ class _Product:
 
 
 def _matmul_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
+    left, right = a.a if "b" in a.needs else None, a.b if "a" in a.needs else None
+    return _matmul_gradients(g, left, right, tuple(a.a.shape), tuple(a.b.shape))
+
+
+@op(repeats=True)
+def _matmul_gradients(g: Any, left: Any, right: Any, left_shape: tuple[int, ...], right_shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """(gradient by the left factor, by the right one), each where there is the other one."""
     call = Call("matmul gradient")
-    left, right, gy = call.floats(a=a.a, b=a.b, gy=g)
-    product = _Product(call, tuple(left.shape), tuple(right.shape))
+    gy, left, right = call.floats(gy=g, a=left, b=right)
+    product = _Product(call, left_shape, right_shape)
     gy = gy.reshape(product.out)
     ga = gb = None
-    if "a" in a.needs:
+    if right is not None:
         ga = call.empty(product.a_full)
         call.run("matmul_grad_a", gy, product.right(right), ga.reshape(product.rows))
         ga = call.finish(call.collapse(ga, product.a2).reshape(product.a))
-    if "b" in a.needs:
+    if left is not None:
         gb = call.empty(product.b_full)
         call.run("matmul_grad_b", product.left(left), gy, gb.reshape(product.columns))
         gb = call.finish(call.collapse(gb, product.b2).reshape(product.b))

@@ -229,9 +229,8 @@ def _max_pool(
     ceil_mode: Any,
     return_indices: Any,
     out: Any = None,
-    graph: bool = False,
-) -> tuple[Any, Any]:
-    """(the op's result, what its gradient needs when it is for a graph)."""
+) -> Any:
+    """The op's result."""
     name = f"max_pool{dims}d"
     return_indices = _check.flag(name, "return_indices", return_indices)
     _no_out(name, out, return_indices)
@@ -240,20 +239,11 @@ def _max_pool(
     x = numbers.input
     windows, shape = _windows(name, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
     y = numbers.result(shape)
-    small = graph and windows.taps <= 256  # an offset in the window is enough then, an eighth of an index
-    indices: Any = call.empty(windows.output_shape, np.int64) if return_indices or (graph and not small) else None
-    offsets = call.empty(windows.output_shape, np.uint8) if small else None
-    call.run(
-        "max_pool",
-        x.reshape(windows.input_shape),
-        y.reshape(windows.output_shape),
-        indices,
-        offsets,
-        **windows.scalars(),
-    )
+    indices: Any = call.empty(windows.output_shape, np.int64) if return_indices else None
+    arrays = x.reshape(windows.input_shape), y.reshape(windows.output_shape), indices, None
+    call.run("max_pool", *arrays, **windows.scalars())
     y = numbers.finish(y)
-    saved = (windows, tuple(x.shape), offsets, indices)
-    return (y, _give(call, indices.reshape(shape), input)) if return_indices else y, saved
+    return (y, _give(call, indices.reshape(shape), input)) if return_indices else y
 
 
 def _give(call: Call, array: Any, example: Any) -> Any:
@@ -261,31 +251,61 @@ def _give(call: Call, array: Any, example: Any) -> Any:
     return _check._dispatch.adapter("cuda").as_kind_of(array, example) if call.space == "cuda" else array
 
 
+@op(repeats=True)
+def _max_pool_places(
+    dims: int, input: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any, return_indices: Any
+) -> tuple[Any, ...]:
+    """(the op's result or results, what its gradient needs): an offset in the window for every output where a byte holds it,
+    else the indices."""
+    name = f"max_pool{dims}d"
+    return_indices = _check.flag(name, "return_indices", return_indices)
+    call = Call(name)
+    [x] = call.floats(input=input)
+    windows, shape = _windows(name, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
+    y = call.empty(shape)
+    small = windows.taps <= 256
+    indices = call.empty(windows.output_shape, np.int64) if return_indices or not small else None
+    offsets = call.empty(windows.output_shape, np.uint8) if small else None
+    arrays = x.reshape(windows.input_shape), y.reshape(windows.output_shape), indices, offsets
+    call.run("max_pool", *arrays, **windows.scalars())
+    results = (call.finish(y), _give(call, indices.reshape(shape), input)) if return_indices else (call.finish(y),)
+    return *results, offsets if small else indices
+
+
 def _max_pool_forward(dims: int) -> Callable[[Any], tuple[Any, Any]]:
     def forward(a: Any) -> tuple[Any, Any]:
-        return _max_pool(dims, a.input, a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode, a.return_indices, graph=True)
+        options = a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode
+        *results, places = _max_pool_places(dims, a.input, *options, a.return_indices)
+        return tuple(results) if a.return_indices else results[0], (places, options)
 
     return forward
 
 
-def _max_pool_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
-    windows, shape, offsets, indices = saved
+@op(repeats=True)
+def _max_pool_back(
+    dims: int, g: Any, places: Any, shape: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+) -> Any:
+    """The gradient by an input of this shape, from the places of `_max_pool_places`."""
     call = Call("max_pool")
-    [gy] = call.floats(grad_output=g[0] if isinstance(g, tuple) else g)
+    [gy] = call.floats(grad_output=g)
+    windows, _ = _windows("max_pool", shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
     gx = call.result(shape)
-    if offsets is None:
-        flat = (windows.planes, math.prod(windows.out))
-        call.run(
-            "adaptive_max_pool_backward",
-            gy.reshape(flat),
-            indices.reshape(flat),
-            gx.reshape(windows.planes, math.prod(windows.sizes)),
-        )
+    if places.dtype == np.uint8:
+        arrays = gy.reshape(windows.output_shape), places, gx.reshape(windows.input_shape)
+        call.run("max_pool_backward", *arrays, **windows.scalars())
     else:
-        call.run(
-            "max_pool_backward", gy.reshape(windows.output_shape), offsets, gx.reshape(windows.input_shape), **windows.scalars()
-        )
-    return (call.finish(gx),)
+        flat = (windows.planes, math.prod(windows.out))
+        full = windows.planes, math.prod(windows.sizes)
+        call.run("adaptive_max_pool_backward", gy.reshape(flat), places.reshape(flat), gx.reshape(full))
+    return call.finish(gx)
+
+
+def _max_pool_gradient(dims: int) -> Callable[..., tuple[Any, ...]]:
+    def gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
+        places, options = saved
+        return (_max_pool_back(dims, g[0] if isinstance(g, tuple) else g, places, tuple(a.input.shape), *options),)
+
+    return gradient
 
 
 @op(repeats=True)
@@ -324,7 +344,7 @@ def max_pool1d(
     >>> hl.max_pool1d(np.array([[1.0, 5.0, 2.0, 3.0]]), 2)
     array([[5., 3.]])
     """
-    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)[0]
+    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)
 
 
 @op(repeats=True)
@@ -388,7 +408,7 @@ def max_pool2d(
     array([[[ 5.,  7.],
             [13., 15.]]])
     """
-    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)[0]
+    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)
 
 
 @op(repeats=True)
@@ -427,7 +447,7 @@ def max_pool3d(
     >>> hl.max_pool3d(np.arange(8.0).reshape(1, 2, 2, 2), 2)
     array([[[[7.]]]])
     """
-    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)[0]
+    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out)
 
 
 def _adaptive_max_pool(
@@ -580,39 +600,60 @@ def _avg_pool(
     divisor_override: Any,
     dilation: Any,
     out: Any = None,
-) -> tuple[Any, Any]:
-    """(the op's result, what its gradient needs)."""
-    name = f"avg_pool{dims}d"
+) -> Any:
+    """The op's result."""
+    call = Call(f"avg_pool{dims}d", out)
+    scalars = _mean_scalars(call.op, count_include_pad, divisor_override)
+    [x] = call.floats(input=input)
+    windows, shape = _windows(call.op, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
+    y = call.result(shape)
+    arrays = x.reshape(windows.input_shape), y.reshape(windows.output_shape)
+    call.run("avg_pool", *arrays, **windows.scalars(after=True), **scalars)
+    return call.finish(y)
+
+
+def _mean_scalars(name: str, count_include_pad: Any, divisor_override: Any) -> dict[str, int]:
+    """The scalars of a kernel that say what a sum is divided by."""
     include = _check.flag(name, "count_include_pad", count_include_pad)
     divisor = 0
     if divisor_override is not None:
         divisor = _check.integer(name, "divisor_override", divisor_override)
         if not 0 < abs(divisor) < MAX_TAPS:
             raise ValueError(f"{name}: divisor_override must be a number other than 0, {_check.shown(divisor)} came")
-    call = Call(name, out)
-    [x] = call.floats(input=input)
-    windows, shape = _windows(name, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
-    scalars = windows.scalars(after=True) | {"count_include_pad": int(include), "divisor": divisor}
-    y = call.result(shape)
-    call.run("avg_pool", x.reshape(windows.input_shape), y.reshape(windows.output_shape), **scalars)
-    return call.finish(y), (windows, tuple(x.shape), scalars)
+    return {"count_include_pad": int(include), "divisor": divisor}
 
 
-def _avg_pool_forward(dims: int) -> Callable[[Any], tuple[Any, Any]]:
-    def forward(a: Any) -> tuple[Any, Any]:
-        divisor = getattr(a, "divisor_override", None)
-        return _avg_pool(dims, a.input, a.kernel_size, a.stride, a.padding, a.ceil_mode, a.count_include_pad, divisor, a.dilation)
-
-    return forward
-
-
-def _avg_pool_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
-    windows, shape, scalars = saved
-    call = Call("avg_pool")
+@op(repeats=True)
+def _avg_pool_back(
+    dims: int,
+    g: Any,
+    shape: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: Any,
+    count_include_pad: Any,
+    divisor_override: Any,
+    dilation: Any,
+) -> Any:
+    """The gradient by an input of this shape."""
+    call = Call(f"avg_pool{dims}d")
     [gy] = call.floats(grad_output=g)
+    windows, _ = _windows(call.op, shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
+    scalars = _mean_scalars(call.op, count_include_pad, divisor_override)
     gx = call.result(shape)
-    call.run("avg_pool_backward", gy.reshape(windows.output_shape), gx.reshape(windows.input_shape), **scalars)
-    return (call.finish(gx),)
+    arrays = gy.reshape(windows.output_shape), gx.reshape(windows.input_shape)
+    call.run("avg_pool_backward", *arrays, **windows.scalars(after=True), **scalars)
+    return call.finish(gx)
+
+
+def _avg_pool_gradient(dims: int) -> Callable[..., tuple[Any, ...]]:
+    def gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
+        divisor = getattr(a, "divisor_override", None)
+        options = a.kernel_size, a.stride, a.padding, a.ceil_mode, a.count_include_pad, divisor, a.dilation
+        return (_avg_pool_back(dims, g, tuple(a.input.shape), *options),)
+
+    return gradient
 
 
 @op(repeats=True)
@@ -650,7 +691,7 @@ def avg_pool1d(
     >>> hl.avg_pool1d(np.array([[1.0, 5.0, 2.0, 3.0]]), 2)
     array([[3. , 2.5]])
     """
-    return _avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, dilation, out)[0]
+    return _avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, dilation, out)
 
 
 @op(repeats=True)
@@ -696,7 +737,7 @@ def avg_pool2d(
     array([[[ 2.5,  4.5],
             [10.5, 12.5]]])
     """
-    return _avg_pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)[0]
+    return _avg_pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)
 
 
 @op(repeats=True)
@@ -735,7 +776,7 @@ def avg_pool3d(
     >>> hl.avg_pool3d(np.arange(8.0).reshape(1, 2, 2, 2), 2)
     array([[[[3.5]]]])
     """
-    return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)[0]
+    return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)
 
 
 def _adaptive_avg_pool(name: str, dims: int, input: Any, output_size: Any, out: Any) -> Any:
@@ -747,22 +788,24 @@ def _adaptive_avg_pool(name: str, dims: int, input: Any, output_size: Any, out: 
     return call.finish(y)
 
 
-def _adaptive_avg_pool_gradient(dims: int) -> Callable[..., tuple[Any, ...]]:
-    def gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
-        call = Call("adaptive_avg_pool")
-        [gy] = call.floats(grad_output=g)
-        shape = tuple(a.input.shape)
-        one = (1,) * (3 - dims)
-        planes = math.prod(shape[:-dims])
-        gx = call.result(shape)
-        call.run(
-            "adaptive_avg_pool_backward",
-            gy.reshape((planes, *one, *gy.shape[-dims:])),
-            gx.reshape((planes, *one, *shape[-dims:])),
-        )
-        return (call.finish(gx),)
+@op(repeats=True)
+def _adaptive_avg_pool_back(dims: int, g: Any, shape: Any) -> Any:
+    """The gradient by an input of this shape."""
+    call = Call("adaptive_avg_pool")
+    [gy] = call.floats(grad_output=g)
+    one = (1,) * (3 - dims)
+    planes = math.prod(shape[:-dims])
+    gx = call.result(shape)
+    call.run(
+        "adaptive_avg_pool_backward",
+        gy.reshape((planes, *one, *gy.shape[-dims:])),
+        gx.reshape((planes, *one, *shape[-dims:])),
+    )
+    return call.finish(gx)
 
-    return gradient
+
+def _adaptive_avg_pool_gradient(dims: int) -> Callable[..., tuple[Any, ...]]:
+    return lambda g, y, a: (_adaptive_avg_pool_back(dims, g, tuple(a.input.shape)),)
 
 
 @op(repeats=True)
