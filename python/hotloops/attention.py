@@ -261,15 +261,30 @@ def _attention_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
 
 
 @op(repeats=True)
-def _attend(query: Any, key: Any, value: Any, attn_mask: Any, *options: Any) -> tuple[Any, Any]:
+def _attend(
+    query: Any, key: Any, value: Any, attn_mask: Any, causal: Any, scale: Any, grouped: Any, softcap: Any, window: Any
+) -> tuple[Any, Any]:
     """(the result, the logarithms of the sums), without dropout."""
-    return _Attention(query, key, value, attn_mask, 0.0, *options, None).forward()
+    return _Attention(query, key, value, attn_mask, 0.0, causal, scale, grouped, softcap, window, None).forward()
 
 
 @op(repeats=True)
-def _attend_back(g: Any, query: Any, key: Any, value: Any, attn_mask: Any, y: Any, lse: Any, *options: Any) -> tuple[Any, Any, Any]:
+def _attend_back(
+    g: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    y: Any,
+    lse: Any,
+    causal: Any,
+    scale: Any,
+    grouped: Any,
+    softcap: Any,
+    window: Any,
+) -> tuple[Any, Any, Any]:
     """The gradients by query, key and value, from what `_attend` returned."""
-    attention = _Attention(query, key, value, attn_mask, 0.0, *options, None)
+    attention = _Attention(query, key, value, attn_mask, 0.0, causal, scale, grouped, softcap, window, None)
     attention.y, attention.lse = y.reshape((*attention.q.shape[:3], attention.v.shape[3])), lse
     return attention.backward(g, {"query", "key", "value"})[:3]
 

@@ -264,7 +264,7 @@ def _max_pool_places(
     windows, shape = _windows(name, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
     y = call.empty(shape)
     small = windows.taps <= 256
-    indices = call.empty(windows.output_shape, np.int64) if return_indices or not small else None
+    indices: Any = call.empty(windows.output_shape, np.int64) if return_indices or not small else None
     offsets = call.empty(windows.output_shape, np.uint8) if small else None
     arrays = x.reshape(windows.input_shape), y.reshape(windows.output_shape), indices, offsets
     call.run("max_pool", *arrays, **windows.scalars())
