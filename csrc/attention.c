@@ -98,13 +98,13 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     if (b_row == QUERIES && (a_step == 1 || a_row == 1)) {
         int64_t most = depth / GEMM_STEPS * GEMM_STEPS;
         if (a_step == 1) /* scores: keys as they lie */
-            gemm_multiply(GEMM_STEPS, rows, vectors, most, a, a_row, 1, b, QUERIES, NULL, NULL, 0, sum);
+            gemm_multiply(GEMM_STEPS, rows, vectors, most, a, a_row, 1, b, QUERIES, NULL, NULL, 0, sum, NULL);
         else /* sums: values as they lie */
-            gemm_multiply(GEMM_STEPS, rows, vectors, most, a, 1, a_step, b, QUERIES, NULL, NULL, 0, sum);
+            gemm_multiply(GEMM_STEPS, rows, vectors, most, a, 1, a_step, b, QUERIES, NULL, NULL, 0, sum, NULL);
         a += most * a_step, b += most * QUERIES, depth -= most;
     }
-    if (a_row == 1) gemm_multiply(1, rows, vectors, depth, a, 1, a_step, b, b_row, NULL, NULL, 0, sum);
-    else gemm_multiply(1, rows, vectors, depth, a, a_row, a_step, b, b_row, NULL, NULL, 0, sum);
+    if (a_row == 1) gemm_multiply(1, rows, vectors, depth, a, 1, a_step, b, b_row, NULL, NULL, 0, sum, NULL);
+    else gemm_multiply(1, rows, vectors, depth, a, a_row, a_step, b, b_row, NULL, NULL, 0, sum, NULL);
     real *c = o->c;
     const int64_t c_row = o->c_row;
     if (o->add)

@@ -610,7 +610,9 @@ static int64_t choose_filter_blocks(const product *t, double work)
 static int conv_product(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps;
-    product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = part_depth(j->channels, taps)};
+    /* Fewer terms than a part of other products has are not cut: C is written once. */
+    int64_t depth = K <= GEMM_DEPTH ? K : part_depth(j->channels, taps);
+    product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = depth};
     t.flat = is_flat(j);
     /* Less than three lines of a row at a time are slower written so. */
     t.past_cache = K <= t.depth && !j->activation && GEMM_COLUMNS * sizeof(real) >= 192 &&
@@ -645,6 +647,7 @@ typedef struct {
     grid grid;
     int64_t depth;
     real *packed; /* w: [group][part of K][row panels] */
+    int past_cache; /* y */
 } direct;
 
 /* sums[rows][vectors] = (bias or what they are) + the sum over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
@@ -709,19 +712,26 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
 
 /* From sums by plane position into one filter of y. Where rows of y follow each other, whole vectors are written and what
  * lies beyond a row is written again by the next; only at the end of the box is part of a vector stored. */
-static void write_rows(const conv_job *j, const box *b, const planes *p, const real *sums, real *y)
+static int write_rows(const direct *t, const box *b, const planes *p, const real *sums, real *y)
 {
-    int64_t W = b->size[2], total = b->size[0] * b->size[1] * W, dense = is_dense(j) && W == j->axes[2].outputs;
+    const conv_job *j = t->j;
+    int64_t W = b->size[2], left = b->size[0] * b->size[1] * W;
+    const int dense = is_dense(j) && W == j->axes[2].outputs, flows = dense && t->past_cache;
+    outflow out = {0};
+    if (flows && outflow_begin(&out, y, W, 1)) return HL_NOMEM;
     for (int64_t d = 0; d < b->size[0]; d++)
-        for (int64_t h = 0; h < b->size[1]; h++) {
+        for (int64_t h = 0; h < b->size[1]; h++, left -= W) {
             const real *from = sums + (d * p->pitch[1] + h) * p->pitch[2];
-            real *to = y + d * j->y_step[0] + h * j->y_step[1];
-            const real *end = to + (dense ? total - (d * b->size[1] + h) * W : W);
+            real *to = flows ? outflow_place(&out) : y + d * j->y_step[0] + h * j->y_step[1];
+            const real *end = to + (flows ? W + LANES : dense ? left : W);
             if (j->y_step[2] == 1)
                 for (int64_t w = 0; w < W; w += LANES) store_before(to + w, end, W - w, load(from + w));
             else
                 for (int64_t w = 0; w < W; w++) to[w * j->y_step[2]] = from[w];
+            if (flows) outflow_added(&out, W);
         }
+    if (flows) outflow_end(&out);
+    return HL_OK;
 }
 
 static int direct_tasks(int64_t begin, int64_t end, void *context)
@@ -739,6 +749,7 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     if (!scratch) return HL_NOMEM;
     real *sums = scratch + plane_size;
     int64_t *offsets = (int64_t *)(sums + sums_size);
+    int status = HL_OK;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
         if (i == begin || group == 0) { /* the planes of one box serve all groups */
@@ -764,13 +775,13 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
                 k += depth;
             } while (k < K);
             activate_rows(j->activation, height, vectors * LANES, sums, longest);
-            for (int64_t r = 0; r < height; r++)
-                write_rows(j, &b, &p, sums + r * longest,
-                           j->y + row_target(j, &b, 0) + (group * j->filters + f + r) * j->y_channel);
+            real *y = j->y + row_target(j, &b, 0) + (group * j->filters + f) * j->y_channel;
+            for (int64_t r = 0; r < height && status == HL_OK; r++)
+                status = write_rows(t, &b, &p, sums + r * longest, y + r * j->y_channel);
         }
     }
     hl_give(scratch);
-    return HL_OK;
+    return status;
 }
 
 /* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
@@ -780,9 +791,10 @@ static int conv_direct(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps;
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
-    /* The planes of one channel, or the sums of one tile of filters: 16 KiB in float32, half of a first-level cache. */
+    /* The sums of one tile of filters are 64 KiB in float32: boxes as high as the second cache likes repeat fewer lines of x. */
     direct t = {.j = j, .depth = part_depth(j->channels, taps)};
-    t.grid = make_grid(j, 4096 / gemm_rows(j->filters));
+    t.past_cache = j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
+    t.grid = make_grid(j, 16384 / gemm_rows(j->filters));
     if (t.grid.split < 0) { /* one image a box */
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;

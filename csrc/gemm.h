@@ -134,11 +134,28 @@ static inline __attribute__((always_inline)) void add_row(const int row, const i
     }
 }
 
+/* Half a vector: processors that multiply 512 bits in two turns need one for it. */
+typedef real vhalf __attribute__((vector_size(HL_VLEN / 2)));
+typedef real vhalf_u __attribute__((vector_size(HL_VLEN / 2), aligned(sizeof(real)), may_alias));
+static inline __attribute__((always_inline)) vhalf add_splat_half(vhalf sum, const real *a, vhalf b)
+{
+#if defined(__AVX512F__) && HL_F32
+    __asm__("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    return sum;
+#elif defined(__AVX512F__)
+    __asm__("vfmadd231pd %2%{1to4%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    return sum;
+#else
+    return sum + *a * b;
+#endif
+}
+
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several
  * pay where strides are constants: addresses are then part of the instructions; but only where registers are left over.
  * Even rows have addresses of their own: with two registers in its address `add_splat` would be two instructions inside.
  * `panel`: where B is packed on the way, or NULL. `ahead`: what is fetched at the first step, or NULL; each further step
- * fetches what lies `ahead_step` elements on. */
+ * fetches what lies `ahead_step` elements on. `half`: NULL, or the sums of the last of the vectors, of which only the first
+ * half is there. */
 #if defined(__AVX512F__)
 enum { GEMM_STEPS = 4 };
 #else
@@ -148,8 +165,9 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
                                                                 int64_t K, const real *a, const int64_t a_row,
                                                                 const int64_t a_col, const real *b, const int64_t b_row,
                                                                 real *panel, const real *ahead, int64_t ahead_step,
-                                                                vreal sum[GEMM_ROWS][GEMM_VECTORS])
+                                                                vreal sum[GEMM_ROWS][GEMM_VECTORS], vhalf *half)
 {
+    const int whole = half ? vectors - 1 : vectors;
     const real *pair[GEMM_ROWS / 2]; /* of rows */
 #pragma GCC unroll 4
     for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] = 2 * i < rows ? a + 2 * i * a_row : a;
@@ -158,13 +176,19 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
         for (int s = 0; s < steps; s++) {
             if (ahead) __builtin_prefetch(ahead + s * ahead_step, 0, 2);
             vreal bk[GEMM_VECTORS];
+            vhalf last;
+            if (half) last = *(const vhalf_u *)(b + s * b_row + whole * LANES);
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
+            for (int v = 0; v < whole; v++) {
                 bk[v] = load(b + s * b_row + v * LANES);
                 if (panel) store(panel + (s * vectors + v) * LANES, bk[v] = kept(bk[v]));
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < rows; i++) add_row(i, vectors, pair[i / 2] + i % 2 * a_row + s * a_col, bk, sum[i]);
+            for (int i = 0; i < rows; i++) {
+                const real *ak = pair[i / 2] + i % 2 * a_row + s * a_col;
+                add_row(i, whole, ak, bk, sum[i]);
+                if (half) half[i] = add_splat_half(half[i], ak, last);
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < GEMM_ROWS / 2; i++) pair[i] += steps * a_col;

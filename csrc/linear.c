@@ -140,14 +140,19 @@ void gemm_pack_b(int64_t K, int64_t N, const real *b, int64_t b_row, int64_t b_c
 
 /* ---- the register tile ---- */
 
-/* The last vector of a row of C holds fewer than LANES columns: through memory, element by element. */
+/* The last vector of a row of C holds fewer than LANES columns. */
 static void store_edge(int rows, int64_t columns, const real *tile, int64_t tile_row, const gemm_out *o)
 {
     for (int i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) {
-            real s = tile[i * tile_row + j];
-            if (o->add) s += o->add[i * o->add_row + j];
-            o->c[i * o->c_row + j] = s;
+        for (int64_t j = 0; j < columns; j += LANES) {
+            int64_t n = columns - j;
+            vreal s = load(tile + i * tile_row + j);
+            if (o->add) {
+                const real *add = o->add + i * o->add_row + j;
+                s += n < LANES ? load_part(add, n, (real)0) : load(add);
+            }
+            if (n < LANES) store_part(o->c + i * o->c_row + j, n, s);
+            else store(o->c + i * o->c_row + j, s);
         }
 }
 
@@ -157,17 +162,22 @@ typedef struct {
     int64_t row, steps, step;
 } tile_ahead;
 
-/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what `ahead` names is fetched. */
+/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what `ahead` names is fetched; `half`: of the last
+ * vector, columns are in its first half alone. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const int packs,
-                                                       const int fetches, int64_t columns, int64_t K, const real *a,
-                                                       int64_t a_row, const real *b, int64_t b_row, real *panel,
-                                                       const tile_ahead *ahead, const gemm_out *o)
+                                                       const int fetches, const int half, int64_t columns, int64_t K,
+                                                       const real *a, int64_t a_row, const real *b, int64_t b_row,
+                                                       real *panel, const tile_ahead *ahead, const gemm_out *o)
 {
+    const int full = half ? vectors - 1 : vectors;
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
+    vhalf last[GEMM_ROWS], *halves = half ? last : NULL;
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
+        for (int v = 0; v < full; v++) sum[i][v] = splat((real)0);
+        if (half) last[i] = (vhalf){0};
+    }
     /* The lines of C are on their way while the products are summed. */
     if (!o->past_cache)
 #pragma GCC unroll 8
@@ -183,21 +193,24 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int64_t k = 0, n; k < whole; k += n) {
         n = fetches ? min64(ahead->steps, whole - k) : whole;
 #define WHOLE_STEPS(row, col) \
-    gemm_multiply(GEMM_STEPS, rows, vectors, n, a, row, col, b, vectors *LANES, NULL, line, step, sum)
+    gemm_multiply(GEMM_STEPS, rows, vectors, n, a, row, col, b, vectors *LANES, NULL, line, step, sum, halves)
         if (steps == 1)
-            gemm_multiply(1, rows, vectors, n, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, step, sum);
+            gemm_multiply(1, rows, vectors, n, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, step, sum,
+                          halves);
         else a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
         a += n * a_col, b += n * b_row;
         if (packs) panel += n * vectors * LANES;
         if (fetches) line += ahead->row;
     }
-    if (steps > 1) gemm_multiply(1, rows, vectors, K - whole, a, a_row, a_col, b, b_row, NULL, NULL, 0, sum);
+    if (steps > 1) gemm_multiply(1, rows, vectors, K - whole, a, a_row, a_col, b, b_row, NULL, NULL, 0, sum, halves);
     if (o->row_bias)
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
+        for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) sum[i][v] += splat(o->row_bias[i]);
-    if (columns == vectors * LANES) {
+            for (int v = 0; v < full; v++) sum[i][v] += splat(o->row_bias[i]);
+            if (half) last[i] += o->row_bias[i];
+        }
+    if (!half && columns == vectors * LANES) {
         if (o->add)
 #pragma GCC unroll 8
             for (int i = 0; i < rows; i++)
@@ -212,22 +225,28 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     } else {
         real edge[GEMM_ROWS * GEMM_COLUMNS];
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
+        for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) store(edge + (i * vectors + v) * LANES, sum[i][v]);
+            for (int v = 0; v < full; v++) store(edge + (i * vectors + v) * LANES, sum[i][v]);
+            if (half) {
+                vhalf_u *end = (vhalf_u *)(edge + (i * vectors + full) * LANES);
+                end[0] = last[i];
+                end[1] = (vhalf){0};
+            }
+        }
         store_edge(rows, columns, edge, vectors * LANES, o);
     }
 }
 
 typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, int64_t b_row,
                         real *panel, const tile_ahead *ahead, const gemm_out *o);
-#define TILE_AS(name, r, v, packs, fetches) \
+#define TILE_AS(name, r, v, packs, fetches, half) \
     static void name##_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, \
                                  int64_t b_row, real *panel, const tile_ahead *ahead, const gemm_out *o) \
     { \
-        tile(r, v, packs, fetches, columns, K, a, a_row, b, b_row, panel, ahead, o); \
+        tile(r, v, packs, fetches, half, columns, K, a, a_row, b, b_row, panel, ahead, o); \
     }
-#define TILE(r, v) TILE_AS(tile, r, v, 0, 0)
+#define TILE(r, v) TILE_AS(tile, r, v, 0, 0, 0)
 #define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
 TILES(1)
 TILES(2)
@@ -241,23 +260,26 @@ TILE(7, 3)
 TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
-#define WHOLE_TILES(name, packs, fetches) \
-    TILE_AS(name, 8, 1, packs, fetches) \
-    TILE_AS(name, 8, 2, packs, fetches) \
-    TILE_AS(name, 8, 3, packs, fetches) \
+#define WHOLE_TILES(name, packs, fetches, half) \
+    TILE_AS(name, 8, 1, packs, fetches, half) \
+    TILE_AS(name, 8, 2, packs, fetches, half) \
+    TILE_AS(name, 8, 3, packs, fetches, half) \
     static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_8_1, name##_8_2, name##_8_3};
 #else
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
-#define WHOLE_TILES(name, packs, fetches) \
-    TILE_AS(name, 6, 1, packs, fetches) \
-    TILE_AS(name, 6, 2, packs, fetches) \
+#define WHOLE_TILES(name, packs, fetches, half) \
+    TILE_AS(name, 6, 1, packs, fetches, half) \
+    TILE_AS(name, 6, 2, packs, fetches, half) \
     static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_6_1, name##_6_2};
 #endif
-/* Tiles of GEMM_ROWS rows that do more than multiply. */
-WHOLE_TILES(packing, 1, 0)
-WHOLE_TILES(fetching, 0, 1)
-WHOLE_TILES(packing_fetching, 1, 1)
+/* Tiles of GEMM_ROWS rows that do more than multiply, or multiply less. */
+WHOLE_TILES(packing, 1, 0, 0)
+WHOLE_TILES(fetching, 0, 1, 0)
+WHOLE_TILES(packing_fetching, 1, 1, 0)
+#if HL_VLEN == 64
+WHOLE_TILES(half_fetching, 0, 1, 1)
+#endif
 
 /* What tile t of the `tiles` that fetch fetches. A line each other step leaves the ways to the caches free for the products;
  * where the tiles are too few, each step fetches one. */
@@ -312,6 +334,12 @@ void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int
             if (packs && !m) fn = ahead.first ? packing_fetching_tiles[vectors - 1] : packing_tiles[vectors - 1];
             else if (ahead.first && height == GEMM_ROWS) fn = fetching_tiles[vectors - 1];
             int lies = b_row && (!panels || (packs && !m));
+#if HL_VLEN == 64
+            if (height == GEMM_ROWS && columns - n <= step - LANES / 2 && !(packs && !m)) {
+                fn = half_fetching_tiles[vectors - 1];
+                if (!ahead.first) ahead = (tile_ahead){a, 0, depth, 0}; /* what is there */
+            }
+#endif
             fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row, lies || !b_row ? bn : panel,
                lies ? b_row : 0, panel, &ahead, &o);
         }

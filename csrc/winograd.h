@@ -443,10 +443,11 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
     for (int64_t c = 0; c < channels; c += LANES, v += v_step, u += LANES * vectors * LANES) {
         int64_t n = min64(LANES, channels - c), most = n / GEMM_STEPS * GEMM_STEPS;
-        gemm_multiply(GEMM_STEPS, rows, vectors, most, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum);
+        gemm_multiply(GEMM_STEPS, rows, vectors, most, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum,
+                      NULL);
         if (GEMM_STEPS > 1 && most < n)
             gemm_multiply(1, rows, vectors, n - most, v + most, LANES, 1, u + most * vectors * LANES, vectors * LANES,
-                          NULL, NULL, 0, sum);
+                          NULL, NULL, 0, sum, NULL);
         if (ahead) ahead += LANES * ahead_step;
     }
 #pragma GCC unroll 8
