@@ -100,9 +100,11 @@ enum { TOGETHER = 384, MOST_ROWS = 16 };
 
 enum { MAXIMUM, PLACES, SUM, SQUARES, POWERS };
 
-/* PIECE vectors of a line are reduced together: enough independent additions, within 16 registers. A tap in the padding
+/* At most PIECE vectors of a line are reduced together, no more than stay in registers. A tap in the padding
  * has a number above all others. */
-enum { PIECE = 8, NO_TAP = INT32_MAX / 2 };
+enum { PIECE = HL_REGISTERS == 32 ? 8 : 14, NO_TAP = INT32_MAX / 2 };
+/* How many: enough for additions that do not wait. Maxima, their places and what tells a NaN take registers, too. */
+static inline int piece_of(int kind) { return HL_REGISTERS == 16 && kind == PLACES ? 4 : 8; }
 
 static inline __attribute__((always_inline)) vreal identity(int kind)
 {
@@ -254,25 +256,23 @@ static inline __attribute__((always_inline)) vreal reduce_ahead(int kind, int64_
                                                                 row_space s, int64_t n, const int64_t ahead)
 {
     int64_t W = w->size[2], left = l.end - last_line(&l), down_to_next = w->stride[1] * W;
+    const int piece = piece_of(kind);
     vreal check[2] = {splat((real)0), splat((real)0)}, v[PIECE];
     vint id[PIECE];
     for (int64_t r = 0; r < n; r++, l.first += down_to_next, left -= down_to_next, next_row(&s)) {
         for (int64_t i = 0; i < W;) {
             int64_t rest = W - i, room = left - i;
-            if (rest > PIECE / 2 * LANES && room >= PIECE * LANES) {
-                down(kind, norm, w, &l, i, PIECE, 1, ahead, v, id, check);
-                keep_reduced(kind, &s, i, PIECE, v, id);
-                i += PIECE * LANES;
-            } else if (rest > 2 * LANES && room >= PIECE / 2 * LANES) {
-                down(kind, norm, w, &l, i, PIECE / 2, 1, ahead, v, id, check);
-                keep_reduced(kind, &s, i, PIECE / 2, v, id);
-                i += PIECE / 2 * LANES;
-            } else {
-                if (room >= 2 * LANES) down(kind, norm, w, &l, i, 2, 1, ahead, v, id, check);
-                else down(kind, norm, w, &l, i, 2, 0, ahead, v, id, check);
-                keep_reduced(kind, &s, i, 2, v, id);
-                i += 2 * LANES;
-            }
+#define REDUCE(vectors, whole) \
+    do { \
+        down(kind, norm, w, &l, i, vectors, whole, ahead, v, id, check); \
+        keep_reduced(kind, &s, i, vectors, v, id); \
+        i += (vectors) * LANES; \
+    } while (0)
+            if (PIECE > 8 && kind >= SUM && rest > (PIECE - 2) * LANES && room >= PIECE * LANES) REDUCE(PIECE, 1);
+            else if (rest > piece / 2 * LANES && room >= piece * LANES) REDUCE(piece, 1);
+            else if (rest > 2 * LANES && room >= piece / 2 * LANES) REDUCE(piece / 2, 1);
+            else if (room >= 2 * LANES) REDUCE(2, 1);
+            else REDUCE(2, 0);
         }
         fill(kind, &s, s.before + W, s.reach);
     }
