@@ -19,13 +19,21 @@ enum { GROUP = 32 };
  * from its second cache, where they take at most half of 1 MiB. Above, what waiting costs is small beside the products. */
 enum { APART = 16, NEAR_WEIGHTS = (512 << 10) / (int)sizeof(real) };
 
-/* Samples of a group of the way back: 16 rows halve the traffic from the second cache against 8, and two threads have a
- * group each from 32 samples on. */
+/* Samples of a group of the way back: 16 rows halve the traffic from the second cache against 8. Fewer samples go to the threads
+ * in groups that are half of a register tile at least, if there are as many; but not where samples end early: a group that is
+ * cut may leave a single row, which products sum in another order. `work`: of a sample, all steps. */
 enum { GROUP_BACK = 16 };
 
-static inline int64_t group_size(int64_t N)
+static inline double work_back(int64_t T, int64_t H, int64_t gates)
 {
-    return N >= 2 * GROUP_BACK ? GROUP_BACK : N > GROUP_BACK ? (N + 1) / 2 : N;
+    return (double)T * (double)gates * (double)H * ((double)H / 16 + 4); /* 16 multiplications, or a fourth of a gate */
+}
+static inline int64_t group_size(int64_t N, double work, const int64_t *lengths)
+{
+    if (N >= 2 * GROUP_BACK) return GROUP_BACK;
+    int64_t groups = N > GROUP_BACK ? 2 : lengths ? 1 : max64(min64(hl_num_threads(0), N / (GEMM_ROWS / 2)), 1);
+    int64_t size = (N + groups - 1) / groups;
+    return size < hl_grain(work) ? max64(N, 1) : size;
 }
 
 static inline vreal load_n(const real *p, int64_t n) { return n == LANES ? load(p) : load_part(p, n, (real)0); }
@@ -277,7 +285,7 @@ static int run_layer(layer *l)
     int64_t columns = G * round_up(H, LANES), threads = hl_num_threads(0);
     int apart = threads > 1 && N >= threads * GEMM_ROWS && columns * (D + H) <= NEAR_WEIGHTS;
     l->groups = round_up((N + GROUP - 1) / GROUP, apart ? threads : 1);
-    l->ahead = min64(T, max64(GROUP / N, 1));
+    l->ahead = l->groups > 1 ? 1 : min64(T, max64(GROUP / N, 1)); /* steps of all samples follow each other in x */
     l->blocks = (H + UNITS - 1) / UNITS;
     l->past_cache = is_past_cache(l);
     int64_t sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
@@ -530,7 +538,7 @@ int HL(lstm_sequence_backward)(const hl_lstm_sequence_backward_plan *p, const re
         job.sigmoid_edge[side] = vsigmoid_gate(edge)[0];
         job.tanh_edge[side] = vtanh_gate(edge)[0];
     }
-    int status = hl_parallel_for(p->N, group_size(p->N), lstm_group_back, &job);
+    int status = hl_parallel_for(p->N, group_size(p->N, work_back(p->T, p->H, 4), lengths), lstm_group_back, &job);
     hl_give(packed);
     return status;
 }
@@ -793,7 +801,7 @@ int HL(gru_sequence_backward)(const hl_gru_sequence_backward_plan *p, const real
                             ghidden,
                             gh0,
                             p->reset_after};
-        status = hl_parallel_for(p->N, group_size(p->N), gru_group_back, &job);
+        status = hl_parallel_for(p->N, group_size(p->N, work_back(p->T, p->H, 3), lengths), gru_group_back, &job);
     }
     hl_give(packed);
     hl_give(packed_new);
@@ -906,7 +914,7 @@ int HL(rnn_sequence_backward)(const hl_rnn_sequence_backward_plan *p, const real
     real *packed = packed_weights(w_hh, p->H, p->H, 0);
     if (!packed) return HL_NOMEM;
     rnn_back_job job = {{p->T, p->N, p->H, p->reverse, lengths}, gy, ghn, gates, packed, gpre, gh0, p->relu};
-    int status = hl_parallel_for(p->N, group_size(p->N), rnn_group_back, &job);
+    int status = hl_parallel_for(p->N, group_size(p->N, work_back(p->T, p->H, 1), lengths), rnn_group_back, &job);
     hl_give(packed);
     return status;
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
 
 import hotloops as hl
+from hotloops import _memory
 from hotloops import autograd as ag
 
 rng = np.random.default_rng(3)
@@ -231,3 +233,30 @@ def test_max_of_nothing():
 def test_no_array_of_variables():
     with pytest.raises(TypeError, match="no array"):
         np.asarray(hl.Variable(V))
+
+
+@pytest.mark.parametrize(
+    "f",
+    {
+        "lstm": lambda a, b: hl.lstm(a, None, [b, np.ones((8, 2))])[0],
+        "attention with dropout": lambda a, b: hl.scaled_dot_product_attention(a, b, b, dropout_p=0.5, rng=0),
+        "conv1d": lambda a, b: hl.conv1d(a, b[..., None]),
+        "adaptive_max_pool1d": lambda a, b: hl.adaptive_max_pool1d(a * b[:1, :1], 2),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_pullback_keeps_nothing(f, monkeypatch):
+    """What it makes is gone when its gradients are, however often it is called."""
+    made, empty = [], _memory.empty
+
+    def counted(*args):
+        array = empty(*args)
+        made.append(weakref.ref(array))
+        return array
+
+    y, pullback = hl.vjp(f[1], np.ones((3, 8, 8)), np.ones((8, 8)))
+    pullback(np.ones_like(y))  # plans are made
+    monkeypatch.setattr(_memory, "empty", counted)
+    for _ in range(3):
+        pullback(np.ones_like(y))
+    assert not [array for array in made if array() is not None]

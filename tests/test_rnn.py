@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numpy as np
 import pytest
 from compare import assert_oracle, assert_same, assert_same_bits, assert_within
@@ -232,6 +233,25 @@ def test_what_is_kept_beyond_the_caches(kind, variant, dtype):
             assert_same_bits(actual, expected, f"{threads} threads")
         for actual, *halves in zip(kept, first, second, strict=True):
             assert_same_bits(actual, np.concatenate(halves), f"{threads} threads")
+
+
+@pytest.mark.parametrize("N", [7, 8, 13, 16, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_threads(kind, N, host_backend):
+    """Samples are shared out differently; also where some of them end early."""
+    T, D, H, G = 24, 5, 70, {"lstm": 4, "gru": 3, "rnn": 1}[kind]
+    x, weights = normal(T, N, D), [normal(G * H, D, seed=1), normal(G * H, H, seed=2, scale=0.1)]
+    dy = normal(T, N, H, seed=3)
+    for lengths in (None, np.maximum(T - 2 * np.arange(N), 1)):
+        layer = functools.partial(getattr(hl, kind), lengths=lengths)
+        found = []
+        for threads in (1, 2, 3):
+            with hl.num_threads(threads):
+                y, pullback = hl.vjp(lambda x, *w, layer=layer: layer(x, None, list(w))[0], x, *weights)
+                found.append([y, *pullback(dy)])
+        for results in found[1:]:
+            for actual, expected in zip(results, found[0], strict=True):
+                assert_same_bits(actual, expected, f"{N} samples")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -209,9 +209,10 @@ class Call:
         self.compute: np.dtype[Any] = self.dtype
         self._inputs: list[Any] = []
         self._example: Any = None
-        self.runs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.runs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] | None = None  # its kernels, where a plan is made of them
         log = getattr(_plan.recording, "log", None)
         if log is not None:
+            self.runs = []
             log.append(self)
 
     # -- what comes in
@@ -401,7 +402,8 @@ class Call:
 
     def run(self, kernel: str, *arrays: Any, **scalars: Any) -> None:
         """Runs one kernel; arrays in the order of its record (None for an absent one), scalars by name."""
-        self.runs.append((kernel, arrays, scalars))
+        if self.runs is not None:
+            self.runs.append((kernel, arrays, scalars))
         _dispatch.run(kernel, arrays, scalars, self.space)
 
     def finish(self, result: Any) -> Any:
