@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+
 import numpy as np
 import pytest
 from compare import assert_oracle, assert_same, assert_same_bits, assert_within
