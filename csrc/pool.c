@@ -720,7 +720,7 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
                 int64_t d = od * w->stride[0] - w->pad[0], h = oh * w->stride[1] - w->pad[1];
                 int64_t start = (d * w->size[1] + h) * W - w->pad[2];
                 /* What is added to is cleared just before; nothing more is added to what lies before the first line. */
-                int64_t end = min64(start + last_line + 2 * W, inside);
+                int64_t end = min64(start + w->pad[2] + last_line + W, inside);
                 int64_t whole = d < 0 ? 0 : (d * w->size[1] + max64(h, 0)) * W;
                 for (; cleared < end && cleared + LANES <= inside; cleared += LANES)
                     store(gx + cleared, splat((real)0));

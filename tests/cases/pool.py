@@ -51,6 +51,8 @@ GEOMETRIES = [
     ("dilated", {"M": 2, "sizes": (9, 40), "size": (3, 2), "stride": (1, 1), "pad": (1, 1), "dilation": (2, 3)}),
     ("dilated_stride", {"M": 2, "sizes": (8, 61), "size": (2, 3), "stride": (2, 2), "dilation": (3, 2)}),
     ("large_window", {"M": 2, "sizes": (20, 18), "size": (15, 17), "stride": (2, 1), "pad": (3, 2)}),
+    ("more_padding_than_map", {"M": 2, "sizes": (22, 2), "size": (7, 6), "stride": (2, 1), "pad": (3, 3)}),
+    ("far_apart", {"M": 2, "sizes": (19, 75), "size": (3, 5), "stride": (4, 3), "pad": (1, 2), "ceil": True}),
     ("whole", {"M": 3, "sizes": (7, 7), "size": (7, 7)}),
     ("overhang", {"M": 2, "sizes": (1, 2), "size": (2, 3), "stride": (2, 3), "ceil": True}),
     ("line", {"M": 3, "sizes": 53, "size": 4, "stride": 3, "pad": 2}),
