@@ -90,20 +90,32 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
 /* to[k * step + i] = from[i * stride + k] for i < width, k < depth. */
 void gemm_transpose(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step);
 
-/* sum + *a b. With 512 bits the instruction that multiplies splats an element of memory by itself, but the compiler does not
- * use it for an element that is needed twice: it costs a second read and saves an instruction. */
-static inline __attribute__((always_inline)) vreal add_splat(vreal sum, const real *a, vreal b)
-{
+/* Half a vector: processors that multiply 512 bits in two turns need one for it. */
+typedef real vhalf __attribute__((vector_size(HL_VLEN / 2)));
+typedef real vhalf_u __attribute__((vector_size(HL_VLEN / 2), aligned(sizeof(real)), may_alias));
+
+/* sum + *a b, of vectors and of halves. With 512 bits the instruction that multiplies splats an element of memory by itself, but
+ * the compiler does not use it for an element that is needed twice: it costs a second read and saves an instruction. */
 #if defined(__AVX512F__) && HL_F32
-    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
-    return sum;
+#define SUM_SPLAT(lanes) __asm__("vfmadd231ps %2%{1to" #lanes "%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a))
 #elif defined(__AVX512F__)
-    __asm__("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
-    return sum;
+#define SUM_SPLAT(lanes) __asm__("vfmadd231pd %2%{1to" #lanes "%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a))
 #else
-    return sum + splat(*a) * b;
+#define SUM_SPLAT(lanes) sum += *a * b
 #endif
-}
+#define ADD_SPLAT(name, vector, lanes) \
+    static inline __attribute__((always_inline)) vector name(vector sum, const real *a, vector b) \
+    { \
+        SUM_SPLAT(lanes); \
+        return sum; \
+    }
+#if HL_F32
+ADD_SPLAT(add_splat, vreal, 16)
+ADD_SPLAT(add_splat_half, vhalf, 8)
+#else
+ADD_SPLAT(add_splat, vreal, 8)
+ADD_SPLAT(add_splat_half, vhalf, 4)
+#endif
 
 /* sum + a b. In a large loop the compiler copies registers for other forms of the instruction than this one. */
 static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal a, vreal b)
@@ -132,22 +144,6 @@ static inline __attribute__((always_inline)) void add_row(const int row, const i
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[v] = add_product(sum[v], ak, b[v]);
     }
-}
-
-/* Half a vector: processors that multiply 512 bits in two turns need one for it. */
-typedef real vhalf __attribute__((vector_size(HL_VLEN / 2)));
-typedef real vhalf_u __attribute__((vector_size(HL_VLEN / 2), aligned(sizeof(real)), may_alias));
-static inline __attribute__((always_inline)) vhalf add_splat_half(vhalf sum, const real *a, vhalf b)
-{
-#if defined(__AVX512F__) && HL_F32
-    __asm__("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
-    return sum;
-#elif defined(__AVX512F__)
-    __asm__("vfmadd231pd %2%{1to4%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
-    return sum;
-#else
-    return sum + *a * b;
-#endif
 }
 
 /* The sums of a register tile: sum[i][v] += A[i, k] B[k, v] for all k, `steps` of them at a time, which divide K. Several

@@ -519,3 +519,23 @@ def test_torch_samples(name):
         args = [a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in (sample.input, *sample.args)]
         with pytest.raises((ValueError, TypeError)):
             getattr(hl, name)(*args, **sample.kwargs)
+
+
+def test_a_gradient_does_not_see_what_is_written_later(host_backend):
+    """Indices and options that are arrays may be changed between the result and the gradient."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 20, 20))
+    size, step = np.array([3, 3]), np.array([2, 2])
+    flat = hl.max_pool2d(x, 2, return_indices=True)[1]
+    calls = [
+        (lambda v: hl.max_pool2d(v, size, step), x, lambda y: (size.fill(2), step.fill(2))),
+        (lambda v: hl.max_pool2d(v, 17, return_indices=True), x, lambda y: y[1].fill(2**40)),
+        (lambda v: hl.adaptive_max_pool2d(v, 3, return_indices=True), x, lambda y: y[1].fill(2**40)),
+        (lambda v: hl.max_unpool2d(v, flat, 2), x[..., ::2, ::2].copy(), lambda y: flat.fill(2**40)),
+    ]
+    for function, values, spoil in calls:
+        y, pullback = hl.vjp(function, values)
+        first = y[0] if isinstance(y, tuple) else y
+        dy = (np.ones_like(first), None) if isinstance(y, tuple) else np.ones_like(first)
+        [expected] = pullback(dy)
+        spoil(y)
+        np.testing.assert_array_equal(pullback(dy)[0], expected)

@@ -246,6 +246,12 @@ def _max_pool(
     return (y, _give(call, indices.reshape(shape), input)) if return_indices else y
 
 
+def _own(value: Any) -> Any:
+    """The value; of an array a copy, where the caller could write to it before the gradient reads it: kernels trust that places
+    lie in their windows."""
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def _give(call: Call, array: Any, example: Any) -> Any:
     """A second result, as the array kind that came."""
     return _check._dispatch.adapter("cuda").as_kind_of(array, example) if call.space == "cuda" else array
@@ -274,9 +280,11 @@ def _max_pool_places(
 
 def _max_pool_forward(dims: int) -> Callable[[Any], tuple[Any, Any]]:
     def forward(a: Any) -> tuple[Any, Any]:
-        options = a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode
+        options = tuple(map(_own, (a.kernel_size, a.stride, a.padding, a.dilation, a.ceil_mode)))
         *results, places = _max_pool_places(dims, a.input, *options, a.return_indices)
-        return tuple(results) if a.return_indices else results[0], (places, options)
+        if not a.return_indices:
+            return results[0], (places, options)
+        return tuple(results), (_own(places) if places.dtype == np.int64 else places, options)
 
     return forward
 
@@ -465,7 +473,7 @@ def _adaptive_max_pool(
     indices: Any = call.empty(output_shape, np.int64) if return_indices or graph else None
     call.run("adaptive_max_pool", x.reshape(input_shape), y.reshape(output_shape), indices)
     y = numbers.finish(y)
-    saved = (tuple(x.shape), input_shape, output_shape, indices)
+    saved = (tuple(x.shape), input_shape, output_shape, _own(indices) if return_indices and graph else indices)
     return (y, _give(call, indices.reshape(shape), input)) if return_indices else y, saved
 
 
@@ -589,9 +597,30 @@ def adaptive_max_pool3d(input: Any, output_size: Any, return_indices: bool = Fal
 # --------------------------------------------------------------------------------------------------------------- means
 
 
-def _avg_pool(
+def _avg_pool(dims: int, input: Any, *options: Any, out: Any = None) -> Any:
+    call = Call(f"avg_pool{dims}d", out)
+    [x] = call.floats(input=input)
+    windows, shape, scalars = _mean_windows(call.op, dims, x.shape, *options)
+    y = call.result(shape)
+    call.run("avg_pool", x.reshape(windows.input_shape), y.reshape(windows.output_shape), **scalars)
+    return call.finish(y)
+
+
+@op(repeats=True)
+def _avg_pool_back(dims: int, g: Any, shape: Any, *options: Any) -> Any:
+    """The gradient by an input of this shape."""
+    call = Call(f"avg_pool{dims}d")
+    [gy] = call.floats(grad_output=g)
+    windows, _, scalars = _mean_windows(call.op, dims, shape, *options)
+    gx = call.result(shape)
+    call.run("avg_pool_backward", gy.reshape(windows.output_shape), gx.reshape(windows.input_shape), **scalars)
+    return call.finish(gx)
+
+
+def _mean_windows(
+    name: str,
     dims: int,
-    input: Any,
+    shape: tuple[int, ...],
     kernel_size: Any,
     stride: Any,
     padding: Any,
@@ -599,52 +628,16 @@ def _avg_pool(
     count_include_pad: Any,
     divisor_override: Any,
     dilation: Any,
-    out: Any = None,
-) -> Any:
-    """The op's result."""
-    call = Call(f"avg_pool{dims}d", out)
-    scalars = _mean_scalars(call.op, count_include_pad, divisor_override)
-    [x] = call.floats(input=input)
-    windows, shape = _windows(call.op, x.shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
-    y = call.result(shape)
-    arrays = x.reshape(windows.input_shape), y.reshape(windows.output_shape)
-    call.run("avg_pool", *arrays, **windows.scalars(after=True), **scalars)
-    return call.finish(y)
-
-
-def _mean_scalars(name: str, count_include_pad: Any, divisor_override: Any) -> dict[str, int]:
-    """The scalars of a kernel that say what a sum is divided by."""
+) -> tuple[_Windows, tuple[int, ...], dict[str, int]]:
+    """(the windows, the shape of the result, the scalars of the kernels)."""
     include = _check.flag(name, "count_include_pad", count_include_pad)
     divisor = 0
     if divisor_override is not None:
         divisor = _check.integer(name, "divisor_override", divisor_override)
         if not 0 < abs(divisor) < MAX_TAPS:
             raise ValueError(f"{name}: divisor_override must be a number other than 0, {_check.shown(divisor)} came")
-    return {"count_include_pad": int(include), "divisor": divisor}
-
-
-@op(repeats=True)
-def _avg_pool_back(
-    dims: int,
-    g: Any,
-    shape: Any,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    ceil_mode: Any,
-    count_include_pad: Any,
-    divisor_override: Any,
-    dilation: Any,
-) -> Any:
-    """The gradient by an input of this shape."""
-    call = Call(f"avg_pool{dims}d")
-    [gy] = call.floats(grad_output=g)
-    windows, _ = _windows(call.op, shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
-    scalars = _mean_scalars(call.op, count_include_pad, divisor_override)
-    gx = call.result(shape)
-    arrays = gy.reshape(windows.output_shape), gx.reshape(windows.input_shape)
-    call.run("avg_pool_backward", *arrays, **windows.scalars(after=True), **scalars)
-    return call.finish(gx)
+    windows, result = _windows(name, shape, dims, kernel_size, stride, padding, dilation, ceil_mode)
+    return windows, result, windows.scalars(after=True) | {"count_include_pad": int(include), "divisor": divisor}
 
 
 def _avg_pool_gradient(dims: int) -> Callable[..., tuple[Any, ...]]:
@@ -691,7 +684,7 @@ def avg_pool1d(
     >>> hl.avg_pool1d(np.array([[1.0, 5.0, 2.0, 3.0]]), 2)
     array([[3. , 2.5]])
     """
-    return _avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, dilation, out)
+    return _avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, dilation, out=out)
 
 
 @op(repeats=True)
@@ -737,7 +730,7 @@ def avg_pool2d(
     array([[[ 2.5,  4.5],
             [10.5, 12.5]]])
     """
-    return _avg_pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)
+    return _avg_pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out=out)
 
 
 @op(repeats=True)
@@ -776,7 +769,7 @@ def avg_pool3d(
     >>> hl.avg_pool3d(np.arange(8.0).reshape(1, 2, 2, 2), 2)
     array([[[[3.5]]]])
     """
-    return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out)
+    return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dilation, out=out)
 
 
 def _adaptive_avg_pool(name: str, dims: int, input: Any, output_size: Any, out: Any) -> Any:
@@ -1148,7 +1141,11 @@ def _max_unpool(
 
 
 def _max_unpool_forward(dims: int) -> Callable[[Any], tuple[Any, Any]]:
-    return lambda a: _max_unpool(dims, a.input, a.indices, a.kernel_size, a.stride, a.padding, a.output_size)
+    def forward(a: Any) -> tuple[Any, Any]:
+        y, (places, *rest) = _max_unpool(dims, a.input, a.indices, a.kernel_size, a.stride, a.padding, a.output_size)
+        return y, (_own(places), *rest)
+
+    return forward
 
 
 def _max_unpool_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
