@@ -59,67 +59,113 @@ static inline void unfold_row(const axis *w, int64_t kw, int64_t lo, int64_t hi,
  * or the image. */
 static int is_moved(const job *j)
 {
-    return j->h.stride == 1 && j->w.stride == 1 && j->w.outputs == j->w.inputs && j->w.inputs >= LANES &&
+    return j->h.stride == 1 && j->w.stride == 1 && j->w.outputs == j->w.inputs && j->w.inputs > 0 &&
            j->w.inputs < INT32_MAX / 2;
 }
 
-/* Which of LANES elements from `column` on, in rows of W, lie in columns [lo, hi). */
-static inline vint in_columns(int64_t column, int64_t W, int64_t lo, int64_t hi)
+typedef struct {
+    const real *from; /* where element 0 comes from */
+    int64_t first, last; /* elements before which and from which on there is none to read */
+    int64_t W, top, bottom, lo, hi; /* zeros are before `top` and from `bottom` on, and outside columns [lo, hi) */
+    const vint *narrow; /* where a row is less than a vector: which elements are in those columns, by the first one's column */
+} moved;
+
+/* Which of LANES elements from `column` on lie in columns [lo, hi), in rows of W; `narrow`: of less than LANES. */
+static inline vint in_columns(const int narrow, int64_t column, int64_t W, int64_t lo, int64_t hi)
 {
     vint at = {0};
     for (int i = 0; i < LANES; i++) at[i] = i;
     at += (ireal)column;
     at -= (at >= (ireal)W) & (ireal)W;
+    if (narrow)
+        for (int64_t end = column + LANES - W; end > W; end -= W) at -= (at >= (ireal)W) & (ireal)W;
     return (at >= (ireal)lo) & (at < (ireal)hi);
 }
-
-/* `begin` is where the image lies in `from`. */
-static void unfold_moved(const job *j, int64_t begin, int64_t kh, int64_t kw, real *to)
+/* v from `column` on, zero outside the columns. */
+static inline __attribute__((always_inline)) vreal in_row(const moved *m, int64_t column, vreal v)
 {
-    const axis *h = &j->h, *w = &j->w;
-    int64_t W = w->inputs, size = h->outputs * W, move = input_at(h, 0, kh) * W + input_at(w, 0, kw);
-    int64_t top = first_output(h, kh, 0) * W, bottom = first_output(h, kh, h->inputs) * W;
-    int64_t lo = first_output(w, kw, 0), hi = first_output(w, kw, W);
-    int64_t low = max64(top, -move - begin), high = min64(bottom, j->inputs - move - begin); /* no read beyond x */
-    const real *from = j->from + begin;
-    real part[LANES];
-    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), size), column = head % W;
-    for (int64_t i = head - LANES; i < size; i += LANES) { /* the first of them up to the first whole vector of `to` */
-        if (i >= low && i + LANES <= high && i >= 0) {
-            vreal moved = load(from + i + move);
-            if (column < lo || column + LANES > hi) moved = (vreal)(in_columns(column, W, lo, hi) & (vint)moved);
-            if (j->past_cache) stream(to + i, moved);
-            else store(to + i, moved);
-        } else {
-            int64_t first = max64(i, 0), end = min64(i + LANES, size);
-            for (int64_t k = first; k < end; k++) {
-                int64_t c = k % W;
-                part[k - i] = k >= top && k < bottom && c >= lo && c < hi ? from[k + move] : 0;
-            }
-            if (end - first == LANES && j->past_cache) stream(to + i, load(part));
-            else
-                for (int64_t k = first; k < end; k++) to[k] = part[k - i];
-        }
-        if (i < 0) continue; /* `column` is that of the next vector */
-        column += LANES;
-        if (column >= W) column -= W;
-    }
+    if (m->narrow) return (vreal)(m->narrow[column] & (vint)v);
+    if (column >= m->lo && column + LANES <= m->hi) return v;
+    return (vreal)(in_columns(0, column, m->W, m->lo, m->hi) & (vint)v);
 }
+
+/* LANES elements from i on, wherever zeros begin. */
+static vreal moved_at(const moved *m, int64_t i)
+{
+    if (i < m->first || i + LANES > m->last) {
+        real part[LANES];
+        for (int64_t k = 0; k < LANES; k++) {
+            int64_t c = (i + k) % m->W;
+            part[k] = i + k >= m->top && i + k < m->bottom && c >= m->lo && c < m->hi ? m->from[i + k] : 0;
+        }
+        return load(part);
+    }
+    vint above = lanes_before(min64(max64(m->top - i, 0), LANES));
+    vint inside = lanes_before(min64(max64(m->bottom - i, 0), LANES));
+    return in_row(m, i % m->W, (vreal)(~above & inside & (vint)load(m->from + i)));
+}
+
+static inline __attribute__((always_inline)) void unfold_moved(const moved *m, int64_t size, real *to,
+                                                               const int past_cache)
+{
+    int64_t head = min64((int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), size), i = head, W = m->W;
+    int64_t low = max64(m->top, m->first), high = min64(m->bottom, m->last), step = W < LANES ? LANES % W : LANES;
+    if (head) store_part(to, head, moved_at(m, 0));
+    for (; i + LANES <= size; i += LANES) {
+        if (i >= low && i + LANES <= high) {
+            for (int64_t column = i % W; i + LANES <= high; i += LANES) {
+                vreal v = in_row(m, column, load(m->from + i));
+                if (past_cache) stream(to + i, v);
+                else store(to + i, v);
+                column += step;
+                if (column >= W) column -= W;
+            }
+            if (i + LANES > size) break;
+        }
+        if (past_cache) stream(to + i, moved_at(m, i));
+        else store(to + i, moved_at(m, i));
+    }
+    if (i < size) store_part(to + i, size - i, moved_at(m, i));
+}
+
+/* Elements of a plane: with fewer, more is lost on lines that are written in parts, at both ends, than a copy costs. */
+enum { SMALL_PLANE = 3072 };
 
 static int unfold_planes(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int moved = is_moved(j);
+    int64_t size = h->outputs * w->outputs;
+    int as_moved = is_moved(j), status;
     outflow cols;
-    int status = outflow_begin(&cols, j->to + begin * h->outputs * w->outputs, w->outputs, j->past_cache && !moved);
+    vint *narrow = NULL;
+    if (as_moved && w->inputs < LANES) {
+        if (!(narrow = hl_take((size_t)(w->taps * w->inputs) * sizeof(vint)))) return HL_NOMEM;
+        for (int64_t kw = 0, i = 0; kw < w->taps; kw++)
+            for (int64_t column = 0; column < w->inputs; column++, i++)
+                narrow[i] = in_columns(1, column, w->inputs, first_output(w, kw, 0), first_output(w, kw, w->inputs));
+    }
+    const int straight = as_moved && j->past_cache && (size >= SMALL_PLANE || size * (int64_t)sizeof(real) % 64 == 0);
+    status = outflow_begin(&cols, j->to + begin * size, as_moved ? size : w->outputs, j->past_cache && !straight);
     for (int64_t i = begin; i < end && status == HL_OK; i++) {
         int64_t kw = i % w->taps, kh = i / w->taps % h->taps, plane = i / w->taps / h->taps * h->inputs * w->inputs;
-        if (moved) {
-            unfold_moved(j, plane, kh, kw, j->to + i * h->outputs * w->outputs);
+        int64_t lo = first_output(w, kw, 0), hi = first_output(w, kw, w->inputs);
+        if (as_moved) {
+            int64_t begins = plane + input_at(h, 0, kh) * w->inputs + input_at(w, 0, kw);
+            moved m = {.from = j->from + begins,
+                       .first = -begins,
+                       .last = j->inputs - begins,
+                       .W = w->inputs,
+                       .top = first_output(h, kh, 0) * w->inputs,
+                       .bottom = first_output(h, kh, h->inputs) * w->inputs,
+                       .lo = lo,
+                       .hi = hi,
+                       .narrow = narrow ? narrow + kw * w->inputs : NULL};
+            straight ? unfold_moved(&m, size, j->to + i * size, 1) : unfold_moved(&m, size, outflow_place(&cols), 0);
+            if (!straight) outflow_added(&cols, size);
             continue;
         }
-        int64_t lo = first_output(w, kw, 0), hi = max64(first_output(w, kw, w->inputs), lo);
+        hi = max64(hi, lo);
         for (int64_t o = 0; o < h->outputs; o++) {
             int64_t at = input_at(h, o, kh);
             const real *from = at >= 0 && at < h->inputs ? j->from + plane + at * w->inputs : NULL;
@@ -128,7 +174,8 @@ static int unfold_planes(int64_t begin, int64_t end, void *context)
         }
     }
     outflow_end(&cols);
-    if (j->past_cache && moved) stream_end();
+    hl_give(narrow);
+    if (straight) stream_end();
     return status;
 }
 
@@ -169,23 +216,26 @@ static inline void add_row(const real *from, real *to, int64_t n, int64_t stride
 
 /* Rows [top, bottom) of an image, which are zero, whose column planes are as wide: each plane is added where it lies once it is
  * moved. */
-static void fold_moved(const job *j, int64_t plane, int64_t top, int64_t bottom)
+static inline __attribute__((always_inline)) void fold_moved(const job *j, const int narrow, int64_t plane, int64_t top,
+                                                             int64_t bottom)
 {
     const axis *h = &j->h, *w = &j->w;
-    int64_t W = w->inputs, size = h->outputs * W;
+    int64_t W = w->inputs, size = h->outputs * W, step = narrow ? LANES % W : LANES;
     const int64_t ahead = hl_ahead;
     real *image = j->to + plane * h->inputs * W;
     for (int64_t tap = 0; tap < h->taps * w->taps; tap++) {
         const real *from = j->from + (plane * h->taps * w->taps + tap) * size;
         int64_t right = input_at(w, 0, tap % w->taps), move = input_at(h, 0, tap / w->taps) * W + right;
         int64_t lo = max64(right, 0), hi = min64(W + right, W);
+        if (lo >= hi) continue;
         int64_t q = max64(top * W, move), end = min64(bottom * W, size + move), column = q % W;
         for (; q + LANES <= end; q += LANES) {
             fetch(from + q - move, ahead);
-            vreal moved = load(from + q - move);
-            if (column < lo || column + LANES > hi) moved = (vreal)(in_columns(column, W, lo, hi) & (vint)moved);
-            store(image + q, load(image + q) + moved);
-            column += LANES;
+            vreal v = load(from + q - move);
+            if (narrow ? lo > 0 || hi < W : column < lo || column + LANES > hi)
+                v = (vreal)(in_columns(narrow, column, W, lo, hi) & (vint)v);
+            store(image + q, load(image + q) + v);
+            column += step;
             if (column >= W) column -= W;
         }
         for (; q < end; q++, column++) {
@@ -199,13 +249,13 @@ static int fold_bands(int64_t begin, int64_t end, void *context)
 {
     const job *j = context;
     const axis *h = &j->h, *w = &j->w;
-    int moved = is_moved(j);
+    int as_moved = is_moved(j);
     for (int64_t i = begin; i < end; i++) {
         int64_t plane = i / j->bands, top = i % j->bands * j->band_rows, bottom = min64(top + j->band_rows, h->inputs);
         real *image = j->to + plane * h->inputs * w->inputs;
         zero(image + top * w->inputs, (bottom - top) * w->inputs);
-        if (moved) {
-            fold_moved(j, plane, top, bottom);
+        if (as_moved) {
+            w->inputs < LANES ? fold_moved(j, 1, plane, top, bottom) : fold_moved(j, 0, plane, top, bottom);
             continue;
         }
         for (int64_t kh = 0; kh < h->taps; kh++) {

@@ -159,9 +159,15 @@ PATCHES += [
     case("whole_image", **patches(geometry(3, (12, 13), 1, (12, 13), n=2))),
     case("beyond_the_cache", **patches(geometry(33, (90, 91), 1, (3, 3), n=2, pad=1))),
     case("beyond_the_cache_stride", **patches(geometry(20, (180, 150), 1, (4, 4), n=2, stride=2, pad=1))),
+    case("small_maps_beyond_the_cache", **patches(geometry(60, (19, 21), 1, (5, 5), n=4, pad=2))),
+    case("small_maps_of_whole_lines_beyond_the_cache", **patches(geometry(70, (16, 20), 1, (5, 5), n=4, pad=2))),
+    *(case(f"rows_of_{w}", **patches(geometry(3, (6, w), 1, (3, 3), n=2, pad=1))) for w in (1, 2, 3, 5, 8, 9, 13, 16, 17)),
+    case("rows_of_7_dilation", **patches(geometry(2, (9, 7), 1, (3, 5), n=3, pad=(2, 4), dilation=2))),
     case("nan", **patches(SPECIAL), x=specials),
+    case("nan_rows_of_7", **patches(geometry(3, (5, 7), 1, (3, 3), n=2, pad=1)), x=specials),
+    case("nan_rows_of_18", **patches(geometry(3, (5, 18), 1, (3, 3), n=2, pad=1)), x=specials),
 ]
-ADJOINTS = [c for c in PATCHES if c.id != "nan"]
+ADJOINTS = [c for c in PATCHES if not c.id.startswith("nan")]
 
 
 def deform(c, size, f, kernel, offset_groups, **more):
