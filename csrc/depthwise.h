@@ -36,7 +36,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
 {
     const int open = (KH + stride - 1) / stride; /* rows that a line belongs to */
     /* How much stays in registers: all that belongs to few taps, of some more, or with half the registers, all but the weights. */
-    const int few = HL_REGISTERS == 32 && __builtin_constant_p(KW) && KW <= 3, some = __builtin_constant_p(KW) && KW <= 5;
+    const int few = HL_REGISTERS == 32 && __builtin_constant_p(KW) && KW <= 3,
+              some = __builtin_constant_p(KW) && KW <= 5;
     const ptrdiff_t *next = s->next;
     const real *line = s->line, *w = s->w;
     const int64_t pitch = s->pitch, W = s->W;

@@ -67,7 +67,8 @@ typedef struct {
     const real *from; /* where element 0 comes from */
     int64_t first, last; /* elements before which and from which on there is none to read */
     int64_t W, top, bottom, lo, hi; /* zeros are before `top` and from `bottom` on, and outside columns [lo, hi) */
-    const vint *narrow; /* where a row is less than a vector: which elements are in those columns, by the first one's column */
+    const vint
+        *narrow; /* where a row is less than a vector: which elements are in those columns, by the first one's column */
 } moved;
 
 /* Which of LANES elements from `column` on lie in columns [lo, hi), in rows of W; `narrow`: of less than LANES. */
