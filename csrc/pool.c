@@ -6,6 +6,9 @@
  * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. Rows are reduced some at a time before
  * any goes across: a vector that is taken from between two that were stored waits for them. */
 #include "simd.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 /* How windows lie over the axes D, H, W. */
 typedef struct {
@@ -334,6 +337,28 @@ static inline __attribute__((always_inline)) vreal pairs(int kind, const windows
     return combined(kind, even, odd);
 }
 
+/* The same of just two lines, with the places: all four taps are compared with the largest one. */
+static inline __attribute__((always_inline)) vreal squares(const windows *w, const lines *l, int64_t i, int whole,
+                                                           const int64_t ahead, vint *tap, vreal check[2])
+{
+    vreal even[2], odd[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        const real *x = l->first + h * l->step_h + i;
+        fetch(x, ahead);
+        fetch(x + LANES, ahead);
+        vreal a = kept(load_before(x, l->end, whole)), b = kept(load_before(x + LANES, l->end, whole));
+        check[h] += a + b;
+        even[h] = evens(a, b);
+        odd[h] = odds(a, b);
+    }
+    vreal best = vmax(vmax(even[0], odd[0]), vmax(even[1], odd[1]));
+    vint right = odd[0] == best, id = (even[1] == best) + 3;
+    id = (right & 1) | (~right & id);
+    *tap = (~(even[0] == best) & id) + (ireal)((l->d.first * w->kernel[1] + l->h.first) * w->kernel[2]);
+    return best;
+}
+
 /* A window of n taps of the line, which goes on for a vector behind it. */
 static inline __attribute__((always_inline)) real reduced(int kind, const real *x, int64_t n, int64_t dilation)
 {
@@ -444,13 +469,32 @@ static inline real largest(const real *x, const ireal *line, int64_t n, int64_t 
 
 /* The first n lanes as bytes; more where `room` elements may be written. */
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
+static inline __attribute__((always_inline)) bytes narrowed(vint id)
+{
+#if defined(__SSE2__) && !defined(__AVX512F__) /* the compiler would go lane by lane, through memory */
+    __m128i low, high;
+    bytes few;
+#if defined(__AVX2__)
+    low = _mm256_castsi256_si128((__m256i)id), high = _mm256_extracti128_si256((__m256i)id, 1);
+#else
+    low = high = (__m128i)id;
+#endif
+    if (!HL_F32) low = high = (__m128i)_mm_shuffle_ps((__m128)low, (__m128)high, 0x88);
+    __m128i all = _mm_packs_epi32(low, high);
+    all = _mm_packus_epi16(all, all);
+    memcpy(&few, &all, sizeof few);
+    return few;
+#else
+    return __builtin_convertvector(id, bytes);
+#endif
+}
 static __attribute__((noinline)) void put_few_bytes(uint8_t *to, const bytes *from, int64_t n)
 {
     for (int64_t o = 0; o < n; o++) to[o] = (*from)[o];
 }
 static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id, int64_t n, int64_t room)
 {
-    bytes narrow = __builtin_convertvector(id, bytes);
+    bytes narrow = narrowed(id);
     if (n >= LANES || room >= LANES) memcpy(to, &narrow, LANES);
     else {
         bytes copy = narrow;
@@ -554,11 +598,13 @@ static inline __attribute__((always_inline)) vreal pairs_ahead(int kind, windows
 {
     vreal check[2] = {splat((real)0), splat((real)0)};
     int64_t OW = w.out[2];
+    const int two = l.d.count == 1 && l.h.count == 2;
     for (int64_t r = 0; r < n; r++, l.first += w.stride[1] * w.size[2], y += OW, id += id_step) {
         int64_t whole = l.end - last_line(&l) - 2 * LANES;
         for (int64_t o = 0; o < OW; o += LANES) {
             vint tap;
-            vreal v = pairs(kind, &w, &l, 2 * o, 2 * o <= whole, ahead, &tap, check);
+            vreal v = kind == PLACES && two ? squares(&w, &l, 2 * o, 2 * o <= whole, ahead, &tap, check)
+                                            : pairs(kind, &w, &l, 2 * o, 2 * o <= whole, ahead, &tap, check);
             put(y + o, v, OW - o, limit);
             if (kind != PLACES) continue;
             store((real *)id + o, (vreal)tap);

@@ -41,6 +41,8 @@ GEOMETRIES = [
     ("pairs_wide", {"M": 2, "sizes": (4, 140), "size": (2, 2)}),
     ("pairs_odd", {"M": 2, "sizes": (5, 71), "size": (2, 2)}),
     ("pairs_ceil", {"M": 2, "sizes": (5, 37), "size": (2, 2), "ceil": True}),
+    ("pairs_below_padding", {"M": 2, "sizes": (6, 40), "size": (3, 2), "stride": (2, 2), "pad": (1, 0)}),
+    ("pairs_of_slices", {"M": 2, "sizes": (3, 6, 38), "size": (2, 2, 2), "pad": (1, 0, 0)}),
     ("stem", {"M": 2, "sizes": (9, 75), "size": (3, 3), "stride": (2, 2), "pad": (1, 1)}),
     ("stem_ceil", {"M": 2, "sizes": (8, 40), "size": (3, 3), "stride": (2, 2), "pad": (1, 1), "ceil": True}),
     ("same", {"M": 2, "sizes": (6, 50), "size": (3, 3), "stride": (1, 1), "pad": (1, 1)}),
