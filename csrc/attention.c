@@ -63,7 +63,6 @@ typedef struct {
     int64_t rows, stride, width, at; /* x is at column `at` of the first row */
 } soon;
 
-enum { LINE = 64 / (int)sizeof(real) };
 static inline void fetch_line(soon *s)
 {
     __builtin_prefetch(s->x + s->at, 0, 2);

@@ -86,12 +86,12 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
             }
             if (next)
 #pragma GCC unroll 6
-                for (int v = 0; v < vectors * LANES * stride; v += 64 / (int)sizeof(real)) /* lines of the cache */
+                for (int v = 0; v < vectors * LANES * stride; v += LINE) /* lines of the cache */
                     __builtin_prefetch(line + next[0] + v);
         }
         if (next)
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors * LANES; v += 64 / (int)sizeof(real)) __builtin_prefetch(y + next[1] + v, 1);
+            for (int v = 0; v < vectors * LANES; v += LINE) __builtin_prefetch(y + next[1] + v, 1);
         /* Here, or the compiler moves the last sums behind the branch, and keeps in memory what does not fit in registers. */
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[(open - 1) * vectors + v] = kept(sum[(open - 1) * vectors + v]);

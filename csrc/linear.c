@@ -34,8 +34,8 @@ static inline void transpose_quad(const real *from, int64_t stride, real *to, in
 
 static void transpose_rim(int64_t width, int64_t depth, const real *from, int64_t stride, real *to, int64_t step)
 {
-    enum { LINE = 64 / (int)sizeof(real) }; /* a cache line is used whole before rows that fall into its place come */
     int64_t wide = width / QUAD * QUAD, deep = depth / QUAD * QUAD;
+    /* A cache line is used whole before rows that fall into its place come. */
     for (int64_t line = 0; line < deep; line += LINE)
         for (int64_t i = 0; i < wide; i += QUAD)
             for (int64_t k = line; k < min64(line + LINE, deep); k += QUAD)
@@ -285,7 +285,6 @@ WHOLE_TILES(half_fetching, 0, 1, 1)
  * where the tiles are too few, each step fetches one. */
 static tile_ahead fetched(const gemm_ahead *next, int64_t t, int64_t tiles, int64_t depth)
 {
-    enum { LINE = 64 / (int)sizeof(real) };
     int64_t lines = max64((next->run + LINE - 1) / LINE, 1), pace = 2 * lines * next->rows <= tiles * depth ? 2 : 1;
     int64_t steps = min64(round_up(pace * lines, GEMM_STEPS), depth), rows = depth / max64(steps, 1);
     if (t * rows >= next->rows) return (tile_ahead){0};

@@ -771,7 +771,7 @@ static int max_backward_planes(int64_t begin, int64_t end, void *context)
                 for (; cleared < end && cleared + LANES <= inside; cleared += LANES)
                     store(gx + cleared, splat((real)0));
                 for (; cleared < end; cleared++) gx[cleared] = 0;
-                whole -= (int64_t)((uintptr_t)(to + whole) % HL_VLEN / sizeof(real));
+                whole -= (int64_t)((uintptr_t)(to + whole) % 64 / sizeof(real));
                 if (buffer && whole - written >= BUFFER) {
                     copy_past_cache(to + written, buffer + written, whole - written);
                     written = whole;

@@ -285,6 +285,9 @@ static inline __attribute__((always_inline)) void fetch_to_write(real *p, int64_
     if (ahead) __builtin_prefetch((char *)p + ahead, 1);
 }
 
+/* Elements of a line of the cache. */
+enum { LINE = 64 / (int)sizeof(real) };
+
 /* Results beyond this many bytes leave the cache before they are read again: they are written past it, from a buffer of so
  * many elements: few enough that memory takes them in while the next are made. */
 enum { CACHE_BYTES = 8 << 20, BUFFER = 256 };
@@ -312,7 +315,8 @@ static inline void copy_past_cache(real *to, const real *from, int64_t n)
 }
 
 /* A result written from its beginning to its end, straight or past the cache: what comes next goes to place(), and added()
- * tells how much it was, at most `most` elements. Pieces end on whole vectors; the rest waits at the front of the buffer. */
+ * tells how much it was, at most `most` elements. Pieces end with a line of the cache; the rest waits at the front of the
+ * buffer. */
 typedef struct {
     real *to, *buffer;
     int64_t have; /* in the buffer */
@@ -320,7 +324,7 @@ typedef struct {
 
 static inline int outflow_begin(outflow *f, real *to, int64_t most, int past_cache)
 {
-    *f = (outflow){to, past_cache ? hl_take((size_t)(BUFFER + most + LANES) * sizeof(real)) : NULL, 0};
+    *f = (outflow){to, past_cache ? hl_take((size_t)(BUFFER + most + LINE + LANES) * sizeof(real)) : NULL, 0};
     return past_cache && !f->buffer ? HL_NOMEM : HL_OK;
 }
 static inline real *outflow_place(const outflow *f) { return f->buffer ? f->buffer + f->have : f->to; }
@@ -332,10 +336,10 @@ static inline void outflow_added(outflow *f, int64_t n)
     }
     f->have += n;
     if (f->have < BUFFER) return;
-    int64_t whole = f->have - (int64_t)((uintptr_t)(f->to + f->have) % HL_VLEN / sizeof(real));
+    int64_t rest = (int64_t)((uintptr_t)(f->to + f->have) % 64 / sizeof(real)), whole = f->have - rest;
     copy_past_cache(f->to, f->buffer, whole);
-    store(f->buffer, load(f->buffer + whole));
-    f->to += whole, f->have -= whole;
+    for (int64_t i = 0; i < rest; i += LANES) store(f->buffer + i, load(f->buffer + whole + i));
+    f->to += whole, f->have = rest;
 }
 static inline void outflow_end(outflow *f)
 {
