@@ -245,16 +245,6 @@ INLINE vreal measure(const vbox *a, const vbox *b, int64_t kind, vreal eps)
     return diou - ratio(v, splat((real)1) - iou + v + eps) * v;
 }
 
-/* Copies past the cache; any alignment. */
-static void stream_copy(real *to, const real *from, int64_t n)
-{
-    int64_t head = (int64_t)(-(uintptr_t)to % HL_VLEN / sizeof(real)), i = 0;
-    if (head > n) head = n;
-    for (; i < head; i++) to[i] = from[i];
-    for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
-    for (; i < n; i++) to[i] = from[i];
-}
-
 enum { COLUMNS = 2048, PASTE = 4096 }; /* columns in one go (planes in cache); values gathered for a streamed write */
 
 typedef struct {
@@ -308,14 +298,14 @@ INLINE void overlap_chunk(int64_t begin, int64_t end, const overlap_job *j, int6
             continue;
         }
         if (gathered && (target + gathered != to || gathered >= PASTE)) {
-            stream_copy(target, paste, gathered);
+            copy_past_cache(target, paste, gathered);
             gathered = 0;
         }
         if (!gathered) target = to;
         overlap_loose(&a, j, m, stop, paste + gathered, kind);
         gathered += stop - m;
     }
-    if (gathered) stream_copy(target, paste, gathered);
+    if (gathered) copy_past_cache(target, paste, gathered);
     stream_end();
 }
 
