@@ -93,7 +93,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = splat((real)0);
-    int64_t depth = o->depth;
+    const int last = o->depth >= GEMM_LAST ? GEMM_LAST : 0;
+    int64_t depth = o->depth - last;
     if (b_row == QUERIES && (a_step == 1 || a_row == 1)) {
         int64_t most = depth / GEMM_STEPS * GEMM_STEPS;
         if (a_step == 1) /* scores: keys as they lie */
@@ -104,17 +105,11 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     }
     if (a_row == 1) gemm_multiply(1, rows, vectors, depth, a, 1, a_step, b, b_row, NULL, NULL, 0, sum, NULL);
     else gemm_multiply(1, rows, vectors, depth, a, a_row, a_step, b, b_row, NULL, NULL, 0, sum, NULL);
-    real *c = o->c;
-    const int64_t c_row = o->c_row;
-    if (o->add)
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) sum[i][v] += load(c + i * c_row + v * LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) store(c + i * c_row + v * LANES, sum[i][v]);
+    a += depth * a_step, b += depth * b_row;
+#define FINISH(last, put) \
+    gemm_finish(last, rows, vectors, a, a_row, a_step, b, b_row, NULL, sum, put, o->c, o->c_row, o->c, o->c_row)
+    if (last < GEMM_LAST) o->add ? FINISH(0, GEMM_ADD) : FINISH(0, GEMM_STORE);
+    else o->add ? FINISH(GEMM_LAST, GEMM_ADD) : FINISH(GEMM_LAST, GEMM_STORE);
 }
 
 typedef void (*tile_fn)(const operands *o);

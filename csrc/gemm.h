@@ -153,9 +153,9 @@ static inline __attribute__((always_inline)) void add_row(const int row, const i
  * fetches what lies `ahead_step` elements on. `half`: NULL, or the sums of the last of the vectors, of which only the first
  * half is there. */
 #if defined(__AVX512F__)
-enum { GEMM_STEPS = 4 };
+enum { GEMM_STEPS = 4, GEMM_LAST = 2 };
 #else
-enum { GEMM_STEPS = 1 };
+enum { GEMM_STEPS = 1, GEMM_LAST = 0 };
 #endif
 static inline __attribute__((always_inline)) void gemm_multiply(const int steps, const int rows, const int vectors,
                                                                 int64_t K, const real *a, const int64_t a_row,
@@ -191,6 +191,42 @@ static inline __attribute__((always_inline)) void gemm_multiply(const int steps,
         b += steps * b_row;
         if (panel) panel += steps * vectors * LANES;
         if (ahead) ahead += steps * ahead_step;
+    }
+}
+
+/* The last `steps` (GEMM_LAST or none) of a register tile, sum by sum: c[i][v] = sum[i][v] + these products, and what is added.
+ * On Zen 4 a store of 512 bits takes two cycles, and many in a row keep the products of the next tile waiting; behind two
+ * products each, they cost nothing. */
+enum gemm_put { GEMM_STORE, GEMM_ADD, GEMM_PAST_CACHE };
+static inline __attribute__((always_inline)) void
+gemm_finish(const int steps, const int rows, const int vectors, const real *a, int64_t a_row, int64_t a_col,
+            const real *b, int64_t b_row, real *panel, vreal sum[GEMM_ROWS][GEMM_VECTORS], const enum gemm_put put,
+            const real *add, int64_t add_row, real *c, int64_t c_row)
+{
+    vreal bk[2][GEMM_VECTORS];
+#pragma GCC unroll 2
+    for (int s = 0; s < steps; s++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) {
+            bk[s][v] = kept(load(b + s * b_row + v * LANES));
+            if (panel) store(panel + (s * vectors + v) * LANES, bk[s][v]);
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) {
+            vreal total = sum[i][v];
+#pragma GCC unroll 2
+            for (int s = 0; s < steps; s++) total = add_splat(total, a + s * a_col, bk[s][v]);
+            if (put == GEMM_ADD) total += load(add + v * LANES);
+            if (put == GEMM_PAST_CACHE) stream(c + v * LANES, total);
+            else store(c + v * LANES, total);
+        }
+        a += a_row, c += c_row;
+        __asm__("" : "+r"(a), "+r"(c)); /* from row to row: all addresses at once are more than there are registers */
+        if (put != GEMM_ADD) continue;
+        add += add_row;
+        __asm__("" : "+r"(add));
     }
 }
 

@@ -170,13 +170,15 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
                                                        real *panel, const tile_ahead *ahead, const gemm_out *o)
 {
     const int full = half ? vectors - 1 : vectors;
+    const int whole = !half && columns == vectors * LANES && K >= GEMM_LAST;
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
     vhalf last[GEMM_ROWS], *halves = half ? last : NULL;
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
+        real first = o->row_bias ? o->row_bias[i] : (real)0;
 #pragma GCC unroll 3
-        for (int v = 0; v < full; v++) sum[i][v] = splat((real)0);
-        if (half) last[i] = (vhalf){0};
+        for (int v = 0; v < full; v++) sum[i][v] = splat(first);
+        if (half) last[i] = first - (vhalf){0};
     }
     /* The lines of C are on their way while the products are summed. */
     if (!o->past_cache)
@@ -187,11 +189,12 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     int64_t a_col = a_row ? 1 : rows;
     if (!a_row) a_row = 1;
     if (!b_row) b_row = vectors * LANES;
+    if (whole) K -= GEMM_LAST;
     const int steps = rows == GEMM_ROWS && !packs && b_row == vectors * LANES ? GEMM_STEPS : 1;
     const real *line = fetches ? ahead->first : NULL;
-    int64_t step = fetches ? ahead->step : 0, whole = K / steps * steps;
-    for (int64_t k = 0, n; k < whole; k += n) {
-        n = fetches ? min64(ahead->steps, whole - k) : whole;
+    int64_t step = fetches ? ahead->step : 0, most = K / steps * steps;
+    for (int64_t k = 0, n; k < most; k += n) {
+        n = fetches ? min64(ahead->steps, most - k) : most;
 #define WHOLE_STEPS(row, col) \
     gemm_multiply(GEMM_STEPS, rows, vectors, n, a, row, col, b, vectors *LANES, NULL, line, step, sum, halves)
         if (steps == 1)
@@ -202,40 +205,31 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         if (packs) panel += n * vectors * LANES;
         if (fetches) line += ahead->row;
     }
-    if (steps > 1) gemm_multiply(1, rows, vectors, K - whole, a, a_row, a_col, b, b_row, NULL, NULL, 0, sum, halves);
-    if (o->row_bias)
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 3
-            for (int v = 0; v < full; v++) sum[i][v] += splat(o->row_bias[i]);
-            if (half) last[i] += o->row_bias[i];
-        }
-    if (!half && columns == vectors * LANES) {
-        if (o->add)
-#pragma GCC unroll 8
-            for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-                for (int v = 0; v < vectors; v++) sum[i][v] += load(o->add + i * o->add_row + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++)
-                if (o->past_cache) stream(o->c + i * o->c_row + v * LANES, sum[i][v]);
-                else store(o->c + i * o->c_row + v * LANES, sum[i][v]);
-    } else {
-        real edge[GEMM_ROWS * GEMM_COLUMNS];
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 3
-            for (int v = 0; v < full; v++) store(edge + (i * vectors + v) * LANES, sum[i][v]);
-            if (half) {
-                vhalf_u *end = (vhalf_u *)(edge + (i * vectors + full) * LANES);
-                end[0] = last[i];
-                end[1] = (vhalf){0};
-            }
-        }
-        store_edge(rows, columns, edge, vectors * LANES, o);
+    if (steps > 1) {
+        gemm_multiply(1, rows, vectors, K - most, a, a_row, a_col, b, b_row, NULL, NULL, 0, sum, halves);
+        a += (K - most) * a_col, b += (K - most) * b_row;
     }
+    if (whole) {
+#define FINISH(put) \
+    gemm_finish(GEMM_LAST, rows, vectors, a, a_row, a_col, b, b_row, packs ? panel : NULL, sum, put, o->add, \
+                o->add_row, o->c, o->c_row)
+        if (o->add) FINISH(GEMM_ADD);
+        else if (o->past_cache) FINISH(GEMM_PAST_CACHE);
+        else FINISH(GEMM_STORE);
+        return;
+    }
+    real edge[GEMM_ROWS * GEMM_COLUMNS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < full; v++) store(edge + (i * vectors + v) * LANES, sum[i][v]);
+        if (half) {
+            vhalf_u *end = (vhalf_u *)(edge + (i * vectors + full) * LANES);
+            end[0] = last[i];
+            end[1] = (vhalf){0};
+        }
+    }
+    store_edge(rows, columns, edge, vectors * LANES, o);
 }
 
 typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, int64_t b_row,

@@ -441,22 +441,23 @@ static inline __attribute__((always_inline)) void point_tile(const int rows, con
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = splat((real)0);
-    for (int64_t c = 0; c < channels; c += LANES, v += v_step, u += LANES * vectors * LANES) {
-        int64_t n = min64(LANES, channels - c), most = n / GEMM_STEPS * GEMM_STEPS;
+    const int last = (channels - 1) % LANES >= GEMM_LAST - 1 ? GEMM_LAST : 0; /* of the last group of channels */
+    for (int64_t c = 0;; c += LANES, v += v_step, u += LANES * vectors * LANES) {
+        int64_t n = channels - c > LANES ? LANES : channels - c - last, most = n / GEMM_STEPS * GEMM_STEPS;
         gemm_multiply(GEMM_STEPS, rows, vectors, most, v, LANES, 1, u, vectors * LANES, NULL, ahead, ahead_step, sum,
                       NULL);
         if (GEMM_STEPS > 1 && most < n)
             gemm_multiply(1, rows, vectors, n - most, v + most, LANES, 1, u + most * vectors * LANES, vectors * LANES,
                           NULL, NULL, 0, sum, NULL);
         if (ahead) ahead += LANES * ahead_step;
+        if (channels - c > LANES) continue;
+        v += n, u += n * vectors * LANES;
+        break;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-        for (int k = 0; k < vectors; k++) {
-            real *to = m + i * m_row + k * LANES;
-            store(to, add ? sum[i][k] + load(to) : sum[i][k]);
-        }
+#define FINISH(last, put) \
+    gemm_finish(last, rows, vectors, v, LANES, 1, u, vectors *LANES, NULL, sum, put, m, m_row, m, m_row)
+    if (last < GEMM_LAST) add ? FINISH(0, GEMM_ADD) : FINISH(0, GEMM_STORE);
+    else add ? FINISH(GEMM_LAST, GEMM_ADD) : FINISH(GEMM_LAST, GEMM_STORE);
 }
 
 /* An odd number of taps leaves the odd phases one short: there a point, infinity or (the adjoint's taps being in reverse)
