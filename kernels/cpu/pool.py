@@ -317,7 +317,17 @@ def _place(tap, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W):
     return (kd * dilation_d * H + kh * dilation_h) * W + kw * dilation_w
 
 
-# Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through.
+@inline
+def _spread_pairs(g, taps, first, n, line):
+    """A line of gx of windows two columns wide that lie side by side; the taps of the line are number `first` and the next."""
+    n = min(n, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
+    for q in range(n):
+        a, b = g[q] if taps[q] == first else real(0), g[q] if taps[q] == first + 1 else real(0)
+        line[2 * q], line[2 * q + 1] = a, b
+
+
+# Parallel over planes. A plane is cleared and then added to while it sits in cache; gy and offsets stream through. Windows of
+# 2 x 2 side by side need neither.
 @cpu(over="M")
 def max_pool_backward(
     begin, end, gy, offsets, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_top, pad_left,
@@ -328,7 +338,18 @@ def max_pool_backward(
     place = np.empty(256, np.int64)
     for i in range(256):
         place[i] = _place(i, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W)
+    squares = kernel_h == 2 and kernel_w == 2 and stride_h == 2 and stride_w == 2 and dilation_h == 1 and dilation_w == 1
     for m in range(begin, end):
+        if squares and kernel_d == 1 and stride_d == 1 and pad_front + pad_top + pad_left == 0 and 2 * OH <= H and 2 * OW <= W:
+            for od in range(OD):
+                for oh in range(OH):
+                    for kh in range(2):
+                        line = gx[m, od, 2 * oh + kh]
+                        _spread_pairs(gy[m, od, oh], offsets[m, od, oh], np.uint8(2 * kh), OW, line)
+                        line[2 * OW :] = real(0)
+                gx[m, od, 2 * OH :] = real(0)
+            gx[m, OD:] = real(0)
+            continue
         plane = gx[m].reshape(D * H * W)
         plane[:] = real(0)
         for od in range(OD):
