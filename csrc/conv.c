@@ -646,8 +646,9 @@ typedef struct {
     const conv_job *j;
     grid grid;
     int64_t depth;
-    real *packed; /* w: [group][part of K][row panels] */
+    real *packed; /* w: [group][part of K][row panels] or, with lanes over filters, [group][K][width] */
     int past_cache; /* y */
+    int64_t width; /* of a line of sums where lanes are over filters: these in whole vectors; else 0 */
 } direct;
 
 /* sums[rows][vectors] = (bias or what they are) + the sum over taps, straight from the planes: the outputs are taken as if they went on behind the end of a
@@ -710,6 +711,49 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
     }
 }
 
+/* sums[GEMM_ROWS][vectors] of as many outputs, whose inputs begin at `bases`, with lanes over filters. */
+static inline __attribute__((always_inline)) void filters_tile(const int vectors, int64_t K, const int64_t *offsets,
+                                                               const real *w, const real *from, const int64_t *bases,
+                                                               const real *bias, real *sums)
+{
+    vreal sum[GEMM_ROWS][GEMM_VECTORS];
+    const real *a[GEMM_ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < GEMM_ROWS; i++) {
+        a[i] = from + bases[i];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[i][v] = load((bias ? bias : sums + i * vectors * LANES) + v * LANES);
+    }
+    for (int64_t k = 0; k < K; k++, w += vectors * LANES) {
+        vreal wk[GEMM_VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) wk[v] = load(w + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < GEMM_ROWS; i++) add_row(i, vectors, a[i] + offsets[k], wk, sum[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < GEMM_ROWS; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) store(sums + (i * vectors + v) * LANES, sum[i][v]);
+}
+static void filters_block(int64_t width, int64_t outputs, int64_t K, const int64_t *offsets, const real *w,
+                          const real *from, const int64_t *bases, const real *bias, real *sums)
+{
+#define FILTERS_TILES(vectors) \
+    for (int64_t i = 0; i < outputs; i += GEMM_ROWS) \
+    filters_tile(vectors, K, offsets, w, from, bases + i, bias, sums + i * vectors * LANES)
+    if (width == LANES) FILTERS_TILES(1);
+    else if (width == 2 * LANES) FILTERS_TILES(2);
+    else FILTERS_TILES(GEMM_VECTORS);
+}
+static void write_filters(const conv_job *j, const box *b, int64_t group, const real *sums, int64_t width)
+{
+    int64_t W = b->size[2], rows = b->size[0] * b->size[1], run = is_dense(j) && W == j->axes[2].outputs ? rows : 1;
+    for (int64_t r = 0; r < rows; r += run)
+        gemm_transpose(run * W, j->filters, sums + r * W * width, width,
+                       j->y + row_target(j, b, r) + group * j->filters * j->y_channel, j->y_channel);
+}
+
 /* From sums by plane position into one filter of y. Where rows of y follow each other, whole vectors are written and what
  * lies beyond a row is written again by the next; only at the end of the box is part of a vector stored. */
 static int write_rows(const direct *t, const box *b, const planes *p, const real *sums, real *y)
@@ -738,17 +782,18 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
 {
     const direct *t = context;
     const conv_job *j = t->j;
-    int64_t taps = taps_of(j), K = j->channels * taps;
+    int64_t taps = taps_of(j), K = j->channels * taps, width = t->width;
     box largest = box_at(j, &t->grid, 0), b = {.image = -1};
     int64_t channels_max = taps > PATCH_DEPTH ? t->depth / taps + 2 : t->depth / taps;
     planes p = make_planes(j, &largest, channels_max);
-    int64_t longest = round_up(p.volume, LANES);
+    int64_t longest = round_up(p.volume, LANES), outputs_max = width ? round_up(positions_of(&largest), GEMM_ROWS) : 0;
     size_t plane_size = planes_size(&largest, &p) + (size_t)LANES;
-    size_t sums_size = (size_t)(GEMM_ROWS * longest + LANES);
-    real *scratch = hl_take((plane_size + sums_size) * sizeof(real) + (size_t)t->depth * sizeof(int64_t));
+    size_t sums_size = (size_t)(width ? outputs_max * width : GEMM_ROWS * longest + LANES);
+    real *scratch =
+        hl_take((plane_size + sums_size) * sizeof(real) + (size_t)(t->depth + outputs_max) * sizeof(int64_t));
     if (!scratch) return HL_NOMEM;
     real *sums = scratch + plane_size;
-    int64_t *offsets = (int64_t *)(sums + sums_size);
+    int64_t *offsets = (int64_t *)(sums + sums_size), *bases = offsets + t->depth;
     int status = HL_OK;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
@@ -757,12 +802,15 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
             p = make_planes(j, &b, channels_max);
             memset(scratch, 0, plane_size * sizeof(real));
             fill_offsets(j, &p, 0, min64(t->depth, K), 0, offsets);
+            /* What is missing to a last tile is the last output again. */
+            for (int64_t s = 0, last = positions_of(&b) - 1; s < outputs_max; s++)
+                bases[s] = row_base(&b, &p, min64(s, last) / b.size[2]) + min64(s, last) % b.size[2];
         }
         int64_t W = b.size[2], rows = b.size[0] * b.size[1];
         int64_t length = row_base(&b, &p, rows - 1) + W, vectors = ceil_div(length, LANES);
         for (int64_t f = 0, height; f < j->filters; f += height) {
-            height = gemm_rows(j->filters - f);
-            real bias[GEMM_ROWS] = {0};
+            height = width ? j->filters : gemm_rows(j->filters - f);
+            real bias[DIRECT_FILTERS + LANES] = {0};
             for (int64_t r = 0; r < height && j->bias; r++) bias[r] = j->bias[group * j->filters + f + r];
             int64_t k = 0;
             do { /* once for K = 0 */
@@ -770,10 +818,20 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
                 int64_t c0 = k / taps;
                 if (f == 0 || K > t->depth) fill_planes(j, &b, &p, group, c0, ceil_div(k + depth, taps) - c0, scratch);
                 if (K > t->depth) fill_offsets(j, &p, k, k + depth, c0, offsets);
-                direct_block(height, vectors, depth, offsets, t->packed + (group * K + k) * j->filters + f * depth,
-                             scratch, k ? NULL : bias, sums, longest);
+                const real *first = k ? NULL : bias;
+                if (width)
+                    filters_block(width, rows * W, depth, offsets, t->packed + (group * K + k) * width, scratch, bases,
+                                  first, sums);
+                else
+                    direct_block(height, vectors, depth, offsets, t->packed + (group * K + k) * j->filters + f * depth,
+                                 scratch, first, sums, longest);
                 k += depth;
             } while (k < K);
+            if (width) {
+                activate_rows(j->activation, rows * W, width, sums, width);
+                write_filters(j, &b, group, sums, width);
+                continue;
+            }
             activate_rows(j->activation, height, vectors * LANES, sums, longest);
             real *y = j->y + row_target(j, &b, 0) + (group * j->filters + f) * j->y_channel;
             for (int64_t r = 0; r < height && status == HL_OK; r++)
@@ -782,6 +840,34 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     }
     hl_give(scratch);
     return status;
+}
+
+/* All of w as [group][K][width]. */
+static int begin_filters(const conv_job *j, int64_t width, hl_pack *pack)
+{
+    int64_t K = j->channels * taps_of(j);
+    *pack = begin_weights(j, HL_PACK_CONV_FILTERS, j->groups * K * width, 0);
+    if (!pack->data) return HL_NOMEM;
+    if (pack->ready) return HL_OK;
+    for (int64_t g = 0; g < j->groups && K; g++)
+        gemm_pack_panel(j->filters, width, K, j->w + g * j->w_group, j->w_filter, 1,
+                        (real *)pack->data + g * K * width);
+    hl_pack_ready(pack);
+    return HL_OK;
+}
+
+/* Lanes go over the outputs of a plane, of which those at the end of its rows are lost, or over filters, where fewer are. But
+ * there, what tiles begin and end with costs as much as so many of their steps. */
+enum { FILTERS_START = 32 };
+static int64_t filters_width(const conv_job *j, const grid *g)
+{
+    int64_t width = round_up(j->filters, LANES), K = j->channels * taps_of(j);
+    if (!in_order(j) || j->y_step[2] != 1 || width > GEMM_COLUMNS) return 0;
+    box b = box_at(j, g, 0);
+    planes p = make_planes(j, &b, 1);
+    int64_t rows = b.size[0] * b.size[1], used = rows * b.size[2];
+    int64_t all = round_up(row_base(&b, &p, rows - 1) + b.size[2], LANES);
+    return all * j->filters * K > used * width * (K + FILTERS_START) ? width : 0;
 }
 
 /* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
@@ -799,8 +885,9 @@ static int conv_direct(const conv_job *j)
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
+    t.width = filters_width(j, &t.grid);
     hl_pack weights;
-    int status = begin_panels(j, t.depth, &weights);
+    int status = t.width ? begin_filters(j, t.width, &weights) : begin_panels(j, t.depth, &weights);
     t.packed = weights.data;
     /* A multiply-add of a vector from the planes costs about four of what hl_grain counts. */
     double work = (double)outputs_of(j) * (double)j->images / (double)max64(t.grid.boxes, 1) * (double)j->filters *

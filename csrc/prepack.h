@@ -9,6 +9,7 @@ enum hl_packer {
     HL_PACK_CONV,
     HL_PACK_CONV_ROWS,
     HL_PACK_CONV_LANES,
+    HL_PACK_CONV_FILTERS,
     HL_PACK_WINOGRAD,
     HL_PACK_GATES
 };
