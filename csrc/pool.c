@@ -1164,10 +1164,15 @@ static int spread_planes(int64_t begin, int64_t end, void *context)
     const spread_job *j = context;
     const windows *w = &j->w;
     int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], H = w->size[1], W = w->size[2];
-    taps *across = hl_take((size_t)OW * sizeof(taps) + (size_t)(OW + W) * sizeof(real));
+    taps *across = hl_take((size_t)OW * sizeof(taps) + (size_t)(OW + 2 * W) * sizeof(real));
     if (!across) return HL_NOMEM;
     real *g = (real *)(across + OW), *line = g + OW;
-    for (int64_t o = 0; o < OW; o++) across[o] = taps_of(w, 2, o);
+    ireal *taken = (ireal *)(line + W); /* by any window; of what is not, nothing counts, not even a NaN */
+    memset(taken, 0, (size_t)W * sizeof(ireal));
+    for (int64_t o = 0; o < OW; o++) {
+        across[o] = taps_of(w, 2, o);
+        for (int64_t k = 0; k < across[o].count; k++) taken[across[o].at + k * w->dilation[2]] = 1;
+    }
     for (int64_t m = begin; m < end; m++) {
         real *gx = j->gx + m * inside;
         const real *x = j->x + m * inside;
@@ -1182,10 +1187,10 @@ static int spread_planes(int64_t begin, int64_t end, void *context)
                     if (j->norm == 0 || j->norm == 1)
                         for (int64_t i = 0; i < W; i++) gx[at + i] += line[i];
                     else if (j->norm == 2)
-                        for (int64_t i = 0; i < W; i++) gx[at + i] += line[i] * x[at + i];
+                        for (int64_t i = 0; i < W; i++) gx[at + i] += taken[i] ? line[i] * x[at + i] : (real)0;
                     else
                         for (int64_t i = 0; i < W; i++)
-                            if (line[i] != 0) gx[at + i] += line[i] * (real)pow((double)x[at + i], (double)j->norm - 1);
+                            if (taken[i]) gx[at + i] += line[i] * (real)pow((double)x[at + i], (double)j->norm - 1);
                 }
         }
     }

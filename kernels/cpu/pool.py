@@ -578,18 +578,18 @@ def _pass_back(gy, y, at, row_factor, column_factors, norm, n, to):
 
 
 @inline
-def _add_line(line, x, gx, at, norm, n):
-    """gx += line * x ** (norm - 1), from `at` on."""
+def _add_line(line, taken, x, gx, at, norm, n):
+    """gx += line * x ** (norm - 1), from `at` on; of what no window has taken, nothing counts, not even a NaN."""
     a = U(at)
     if norm == real(1):
         for q in range(n):
             gx[a + U(q)] += line[q]
     elif norm == real(2):
         for q in range(n):
-            gx[a + U(q)] += line[q] * x[a + U(q)]
+            gx[a + U(q)] += line[q] * x[a + U(q)] if taken[q] else real(0)
     else:
         for q in range(n):
-            if line[q] != real(0):
+            if taken[q]:
                 gx[a + U(q)] += line[q] * x[a + U(q)] ** (norm - real(1))
 
 
@@ -600,6 +600,11 @@ def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad
     OD, OH, OW = gy.shape[1:]
     x1, y1, gy1, gx1 = x.reshape(x.size), y.reshape(y.size), gy.reshape(gy.size), gx.reshape(gx.size)
     line, passed, columns = np.empty(W, gx.dtype), np.empty(OW, gx.dtype), max(min(COLUMNS // stride[2], OW), 1)
+    taken = np.zeros(W, np.bool_)
+    for o in range(OW):
+        _, count, first = pool_taps(o, W, kernel[2], stride[2], pad[2], dilation[2])
+        for k in range(count):
+            taken[first + k * dilation[2]] = True
     for i in range(begin * D * H * W, end * D * H * W):
         gx1[i] = real(0)
     for row in range(begin * OD * OH, end * OD * OH):
@@ -618,7 +623,7 @@ def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad
         for d in range(nd):
             for h in range(nh):
                 at = ((m * D + d0 + d * dilation[0]) * H + h0 + h * dilation[1]) * W
-                _add_line(line, x1, gx1, at, norm, W)
+                _add_line(line, taken, x1, gx1, at, norm, W)
 
 
 # Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.

@@ -213,13 +213,19 @@ def lp_pool_cases(kernel):
     zeros = {name: constant(0.0) for name in given}
     for norm in (2.0, 3.0, 1.0):
         yield over(kernel, f"zeros_{norm}", M=1, sizes=(4, 6), size=(2, 2), norm=norm, **zeros)
-    g = {"M": 2, "sizes": (6, 30), "size": (2, 2)}
-    x = strewn(np.nan, np.inf)(np.random.default_rng(3), (2, 1, 6, 30), np.dtype(np.float64))
-    forward, y = over("lp_pool", "", **g).values, np.empty((2, 1, 3, 15))
-    record = spec.find("lp_pool")
-    record.reference(x, y, **{s.name: forward[s.name] for s in record.scalars})
-    special = {"x": x, "y": y}
-    yield over(kernel, "special", **g, **{name: lambda rng, shape, dtype, name=name: special[name] for name in given})
+    for id, sizes, stride, norm in (
+        ("special", (6, 30), 2, 2.0),
+        ("special_gaps", (7, 31), 3, 2.0),
+        ("special_gaps_3", (7, 31), 3, 3.0),
+    ):
+        g = {"M": 2, "sizes": sizes, "size": (2, 2), "stride": (stride, stride), "norm": norm}
+        forward = over("lp_pool", "", **g).values
+        x = strewn(np.nan, np.inf)(np.random.default_rng(3), (2, 1, *sizes), np.dtype(np.float64))
+        y = np.empty((2, 1, forward["OH"], forward["OW"]))
+        record = spec.find("lp_pool")
+        record.reference(x, y, **{s.name: forward[s.name] for s in record.scalars})
+        special = {"x": x, "y": y}
+        yield over(kernel, id, **g, **{name: lambda rng, shape, dtype, v=special[name]: v for name in given})
 
 
 CASES = {
