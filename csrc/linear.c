@@ -341,13 +341,13 @@ void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int
 
 /* ---- few rows ---- */
 
-/* Up to DOT_ROWS rows against a B whose columns are contiguous: dot products, B is read once and never packed. */
-enum { DOT_ROWS = 4, DOT_COLUMNS = 4 };
+/* Up to GEMM_DOT_ROWS rows against a B whose columns are contiguous: dot products, B is read once and never packed. */
+enum { DOT_COLUMNS = 4 };
 static inline __attribute__((always_inline)) void dot_tile(const int rows, const gemm_call *g, int64_t m, int64_t n,
                                                            real (*sums)[DOT_COLUMNS])
 {
     const real *a = g->a + m * g->a_row, *b = g->b + n * g->b_col;
-    vreal sum[DOT_ROWS][DOT_COLUMNS];
+    vreal sum[GEMM_DOT_ROWS][DOT_COLUMNS];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
@@ -369,12 +369,46 @@ static inline __attribute__((always_inline)) void dot_tile(const int rows, const
         for (int j = 0; j < DOT_COLUMNS; j++) sums[i][j] = sum_lanes(sum[i][j]);
 }
 
+/* LANES columns from n on for one row: every step of the trees that sum their lanes is taken for two columns at a time. */
+static void dot_lanes(const gemm_call *g, int64_t n, real *c)
+{
+    const real *a = g->a, *b = g->b + n * g->b_col;
+    vreal sum[LANES];
+    int64_t tail = g->K % LANES;
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) sum[j] = splat((real)0);
+#pragma GCC unroll 4
+    for (int first = 0; first < LANES; first += DOT_COLUMNS, b += DOT_COLUMNS * g->b_col) {
+        int64_t k = 0;
+        for (; k < g->K - tail; k += LANES) {
+            vreal ak = load(a + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < DOT_COLUMNS; j++) sum[first + j] += ak * load(b + j * g->b_col + k);
+        }
+        if (tail)
+#pragma GCC unroll 4
+            for (int j = 0; j < DOT_COLUMNS; j++)
+                sum[first + j] += load_part(a + k, tail, (real)0) * load_part(b + j * g->b_col + k, tail, (real)0);
+    }
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) sum[i] = zip_low(sum[i], sum[i + half]) + zip_high(sum[i], sum[i + half]);
+    vreal total = sum[0];
+    if (g->accumulate) total += load(c);
+    if (g->row_bias) total += splat(g->row_bias[0]);
+    if (g->column_bias) total += load(g->column_bias + n);
+    store(c, total);
+}
+
 static void dot_range(const gemm_call *g, int64_t begin, int64_t end)
 {
+    for (; g->M == 1 && LANES % (int)DOT_COLUMNS == 0 && begin + LANES <= end; begin += LANES)
+        dot_lanes(g, begin, g->c + begin);
     for (int64_t n = begin; n < end; n += DOT_COLUMNS) {
         /* Too few columns left: repeat the ones before (of the same range or not, they are there to be read). */
         int64_t first = min64(n, g->N - DOT_COLUMNS);
-        real sums[DOT_ROWS][DOT_COLUMNS];
+        real sums[GEMM_DOT_ROWS][DOT_COLUMNS];
         switch (g->M) {
         case 1: dot_tile(1, g, 0, first, sums); break;
         case 2: dot_tile(2, g, 0, first, sums); break;
@@ -423,9 +457,8 @@ static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
 
 static int is_dot(const gemm_call *g)
 {
-    /* A dot ends in a sum over lanes: it must be long for that to be small. */
-    return !g->packed_b && g->M <= DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 && g->b_col != 1 &&
-           g->K >= 8 * LANES;
+    return !g->packed_b && g->M <= GEMM_DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 &&
+           g->b_col != 1 && g->K >= GEMM_DOT_DEPTH;
 }
 static int is_axpy(const gemm_call *g) { return !g->packed_b && g->M == 1 && g->b_col == 1; }
 

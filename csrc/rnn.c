@@ -136,7 +136,9 @@ struct layer {
     int64_t blocks, groups, ahead; /* of units, of samples; steps of one product over the input */
     int past_cache; /* what is kept for a gradient does not stay in the caches, and lies in whole lines */
     real *other; /* [N,H], the state by turns with hn */
-    hl_pack ih, hh; /* per block what pack_gates makes of its rows, the passes one after the other */
+    hl_pack ih,
+        hh; /* per block what pack_gates makes of its rows, the passes one after the other; or the weights lie */
+    int ih_lies, hh_lies;
     real *bias; /* [gates][width] per block */
     real *input; /* [ahead * rows][gates][width] per block and group */
 };
@@ -216,6 +218,25 @@ static inline __attribute__((always_inline)) void keep(const layer *l, real *p, 
     else store_n(p, n, v);
 }
 
+/* The product of call.a with the weights of some gates' units: packed, or each gate's as they lie. */
+static int gates_product(gemm_call call, range gates, range units, int64_t width, const real *packed, const real *w,
+                         int64_t H)
+{
+    call.N = (gates.end - gates.begin) * width;
+    call.c_row = call.N;
+    call.packed_b = packed;
+    if (packed) return gemm(&call);
+    call.b_row = 1, call.b_col = call.K, call.N = units.end - units.begin;
+    int status = HL_OK;
+    for (int64_t gate = gates.begin; gate < gates.end && status == HL_OK; gate++) {
+        call.b = w + (gate * H + units.begin) * call.K;
+        status = gemm(&call);
+        call.c += width;
+        if (call.column_bias) call.column_bias += width;
+    }
+    return status;
+}
+
 /* Pass `pass` of step k for one group of samples and one block of units. */
 static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
 {
@@ -226,23 +247,23 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
     int64_t row = l->count * width; /* of the input's sums; those of the group are so many, after those of the others */
     real *input = l->input + (before * N + rows.begin * row) * l->ahead;
     int64_t turn = k % l->ahead, steps = min64(l->ahead, l->w.T - (k - turn)); /* of the product over the input */
-    gemm_call call = {.a_col = 1, .M = n * steps, .N = row, .K = l->D, .a_row = l->D, .c = input, .c_row = row};
+    int status = HL_OK;
     if (turn == 0 && pass == 0) {
+        gemm_call call = {.a_col = 1, .M = n * steps, .K = l->D, .a_row = l->D, .c = input};
         call.a = l->x + ((l->w.reverse ? t - (steps - 1) : t) * N + rows.begin) * l->D;
-        call.packed_b = (real *)l->ih.data + before * l->D;
         call.column_bias = l->bias + before;
-        int status = gemm(&call);
+        const real *packed = l->ih_lies ? NULL : (real *)l->ih.data + before * l->D;
+        status = gates_product(call, (range){0, l->count}, units, width, packed, l->w_ih, H);
         if (status != HL_OK) return status;
     }
     real *next = (l->w.T - k) % 2 ? l->hn : l->other;
     const real *h = k == 0 ? l->h0 : next == l->hn ? l->other : l->hn;
     real u[GROUP * 4 * UNITS] __attribute__((aligned(64)));
-    call = (gemm_call){
-        .a_col = 1, .M = n, .N = (pass ? l->count - l->early : l->early) * width, .K = H, .a_row = H, .c = u};
-    call.c_row = call.N;
+    gemm_call call = {.a_col = 1, .M = n, .K = H, .a_row = H, .c = u};
     call.a = (pass ? l->middle : h) + rows.begin * H;
-    call.packed_b = (real *)l->hh.data + (before + (pass ? l->early * width : 0)) * H;
-    int status = gemm(&call);
+    range gates = {pass ? l->early : 0, pass ? l->count : l->early};
+    const real *packed = l->hh_lies ? NULL : (real *)l->hh.data + (before + gates.begin * width) * H;
+    status = gates_product(call, gates, units, width, packed, l->w_hh, H);
     l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, width, h, next);
     if (l->past_cache) stream_end();
     return status;
@@ -277,6 +298,11 @@ static hl_pack begin_gates(const layer *l, const real *w, int64_t K, int64_t ear
     return hl_pack_begin(w, size * sizeof(real), key, sizeof key / sizeof *key);
 }
 
+/* Packing the weights costs what some steps do: a step or two of one sample read them where they lie, prepacked ones, too, as
+ * another order of sums would give other bits. */
+enum { FEW_STEPS = 2 };
+static int lies(const layer *l, int64_t K) { return l->w.N == 1 && l->w.T <= FEW_STEPS && K >= GEMM_DOT_DEPTH; }
+
 /* Walks the whole sequence. */
 static int run_layer(layer *l)
 {
@@ -291,9 +317,11 @@ static int run_layer(layer *l)
     int64_t sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
     for (int i = 0; i < 3; i++) total += round_up(sizes[i], LANES);
     real *scratch = hl_take((size_t)total * sizeof(real)), **parts[] = {&l->input, &l->bias, &l->other};
-    l->ih = begin_gates(l, l->w_ih, D, G);
-    l->hh = begin_gates(l, l->w_hh, H, l->early);
-    int status = scratch && l->ih.data && l->hh.data ? HL_OK : HL_NOMEM;
+    l->ih_lies = lies(l, D);
+    l->hh_lies = lies(l, H);
+    l->ih = l->ih_lies ? (hl_pack){.ready = 1} : begin_gates(l, l->w_ih, D, G);
+    l->hh = l->hh_lies ? (hl_pack){.ready = 1} : begin_gates(l, l->w_hh, H, l->early);
+    int status = scratch && (l->ih.data || l->ih_lies) && (l->hh.data || l->hh_lies) ? HL_OK : HL_NOMEM;
     if (status == HL_OK) {
         for (int64_t i = 0, at = 0; i < 3; at += round_up(sizes[i++], LANES)) *parts[i] = scratch + at;
         int64_t reads = 1 + (l->ih.ready ? 0 : D) + (l->hh.ready ? 0 : H);
