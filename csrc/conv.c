@@ -746,6 +746,7 @@ static void filters_block(int64_t width, int64_t outputs, int64_t K, const int64
     else if (width == 2 * LANES) FILTERS_TILES(2);
     else FILTERS_TILES(GEMM_VECTORS);
 }
+/* From these sums into all filters of y. */
 static void write_filters(const conv_job *j, const box *b, int64_t group, const real *sums, int64_t width)
 {
     int64_t W = b->size[2], rows = b->size[0] * b->size[1], run = is_dense(j) && W == j->axes[2].outputs ? rows : 1;
@@ -870,8 +871,8 @@ static int64_t filters_width(const conv_job *j, const grid *g)
     return all * j->filters * K > used * width * (K + FILTERS_START) ? width : 0;
 }
 
-/* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps.
- * x is copied to planes once per tile of filters and read from the first cache once per tap; y is written once.
+/* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps, lanes over
+ * outputs or over filters. x is copied to planes once per box and read from the first cache once per tap; y is written once.
  * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
 static int conv_direct(const conv_job *j)
 {

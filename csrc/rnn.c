@@ -136,9 +136,8 @@ struct layer {
     int64_t blocks, groups, ahead; /* of units, of samples; steps of one product over the input */
     int past_cache; /* what is kept for a gradient does not stay in the caches, and lies in whole lines */
     real *other; /* [N,H], the state by turns with hn */
-    hl_pack ih,
-        hh; /* per block what pack_gates makes of its rows, the passes one after the other; or the weights lie */
-    int ih_lies, hh_lies;
+    hl_pack ih, hh; /* per block what pack_gates makes of its rows, the passes one after the other */
+    int ih_lies, hh_lies; /* or they are read where they lie */
     real *bias; /* [gates][width] per block */
     real *input; /* [ahead * rows][gates][width] per block and group */
 };
