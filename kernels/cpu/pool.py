@@ -296,6 +296,27 @@ def _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride
         row += rows
 
 
+@inline
+def _side_by_side(x, y, kernel, stride, pad, dilation):
+    """Windows of 2 x 2 that lie side by side, all inside."""
+    squares = kernel == (1, 2, 2) and stride == (1, 2, 2) and pad == (0, 0, 0) and dilation[1] == 1 and dilation[2] == 1
+    return squares and 2 * y.shape[2] <= x.shape[2] and 2 * y.shape[3] <= x.shape[3]
+
+
+@inline
+def _max_squares(upper, lower, n, y, offsets):
+    """A row of such windows from their two lines."""
+    n = min(n, 2**60)  # 2 * q cannot wrap around then, or no vectors would be made
+    for q in range(n):
+        a, b, c, d = upper[2 * q], upper[2 * q + 1], lower[2 * q], lower[2 * q + 1]
+        take = _larger(b, a)
+        best, tap = b if take else a, np.uint8(1) if take else np.uint8(0)
+        take = _larger(c, best)
+        best, tap = c if take else best, np.uint8(2) if take else tap
+        take = _larger(d, best)
+        y[q], offsets[q] = d if take else best, np.uint8(3) if take else tap
+
+
 # Parallel over rows of outputs, a band of them at a time. A window of K taps costs about 2 sqrt(K) comparisons, by selection
 # and not by branches, which random numbers would mispredict. Reads an input once a band (and kernel_d times); from cache then.
 @cpu(over="M*OD*OH")
@@ -305,6 +326,12 @@ def max_pool(
 ):  # fmt: skip
     kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
     pad, dilation = (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w)
+    if offsets.size > 0 and indices.size == 0 and _side_by_side(x, y, kernel, stride, pad, dilation):
+        OD, OH = y.shape[1:3]
+        for row in range(begin, end):
+            m, od, oh = row // OH // OD, row // OH % OD, row % OH
+            _max_squares(x[m, od, 2 * oh], x[m, od, 2 * oh + 1], y.shape[3], y[m, od, oh], offsets[m, od, oh])
+        return
     for counts_taps in (False, True):  # not two calls, which would be compiled apart
         if (offsets.size > 0) if counts_taps else (indices.size > 0 or offsets.size == 0):
             _max_windows(begin, end, x, y, indices, offsets, counts_taps, kernel, stride, pad, dilation)
@@ -338,9 +365,10 @@ def max_pool_backward(
     place = np.empty(256, np.int64)
     for i in range(256):
         place[i] = _place(i, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, H, W)
-    squares = kernel_h == 2 and kernel_w == 2 and stride_h == 2 and stride_w == 2 and dilation_h == 1 and dilation_w == 1
+    kernel, stride = (kernel_d, kernel_h, kernel_w), (stride_d, stride_h, stride_w)
+    squares = _side_by_side(gx, gy, kernel, stride, (pad_front, pad_top, pad_left), (dilation_d, dilation_h, dilation_w))
     for m in range(begin, end):
-        if squares and kernel_d == 1 and stride_d == 1 and pad_front + pad_top + pad_left == 0 and 2 * OH <= H and 2 * OW <= W:
+        if squares:
             for od in range(OD):
                 for oh in range(OH):
                     for kh in range(2):
