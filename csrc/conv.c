@@ -711,10 +711,12 @@ static void direct_block(int64_t rows, int64_t vectors, int64_t K, const int64_t
     }
 }
 
-/* sums[GEMM_ROWS][vectors] of as many outputs, whose inputs begin at `bases`, with lanes over filters. */
-static inline __attribute__((always_inline)) void filters_tile(const int vectors, int64_t K, const int64_t *offsets,
-                                                               const real *w, const real *from, const int64_t *bases,
-                                                               const real *bias, real *sums)
+/* sums[GEMM_ROWS][vectors] = first + the products, over n runs of `length` elements, of what lies from each of the rows' `bases`
+ * on, one broadcast each, with the vectors of a panel. */
+static inline __attribute__((always_inline)) void gathered_tile(const int vectors, const real *from,
+                                                                const int64_t *bases, const int64_t *runs, int64_t n,
+                                                                int64_t length, const real *panel, const real *first,
+                                                                int64_t first_row, real *sums, int64_t sums_row)
 {
     vreal sum[GEMM_ROWS][GEMM_VECTORS];
     const real *a[GEMM_ROWS];
@@ -722,26 +724,29 @@ static inline __attribute__((always_inline)) void filters_tile(const int vectors
     for (int i = 0; i < GEMM_ROWS; i++) {
         a[i] = from + bases[i];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[i][v] = load((bias ? bias : sums + i * vectors * LANES) + v * LANES);
+        for (int v = 0; v < vectors; v++) sum[i][v] = load(first + i * first_row + v * LANES);
     }
-    for (int64_t k = 0; k < K; k++, w += vectors * LANES) {
-        vreal wk[GEMM_VECTORS];
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t s = 0; s < length; s++, panel += vectors * LANES) {
+            vreal b[GEMM_VECTORS];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) wk[v] = load(w + v * LANES);
+            for (int v = 0; v < vectors; v++) b[v] = load(panel + v * LANES);
 #pragma GCC unroll 8
-        for (int i = 0; i < GEMM_ROWS; i++) add_row(i, vectors, a[i] + offsets[k], wk, sum[i]);
-    }
+            for (int i = 0; i < GEMM_ROWS; i++) add_row(i, vectors, a[i] + runs[r] + s, b, sum[i]);
+        }
 #pragma GCC unroll 8
     for (int i = 0; i < GEMM_ROWS; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) store(sums + (i * vectors + v) * LANES, sum[i][v]);
+        for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
 }
+
+/* sums[outputs][width] = (bias or what they are) + the sum over taps, with lanes over filters; inputs begin at `bases`. */
 static void filters_block(int64_t width, int64_t outputs, int64_t K, const int64_t *offsets, const real *w,
                           const real *from, const int64_t *bases, const real *bias, real *sums)
 {
 #define FILTERS_TILES(vectors) \
-    for (int64_t i = 0; i < outputs; i += GEMM_ROWS) \
-    filters_tile(vectors, K, offsets, w, from, bases + i, bias, sums + i * vectors * LANES)
+    for (int64_t i = 0; i < outputs; i += GEMM_ROWS, sums += GEMM_ROWS * width) \
+    gathered_tile(vectors, from, bases + i, offsets, K, 1, w, bias ? bias : sums, bias ? 0 : width, sums, width)
     if (width == LANES) FILTERS_TILES(1);
     else if (width == 2 * LANES) FILTERS_TILES(2);
     else FILTERS_TILES(GEMM_VECTORS);
@@ -1204,37 +1209,8 @@ static int pack_gy(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* sums[GEMM_ROWS][vectors] += patches^T gy over all runs of `length` positions: the patches are read where they lie in the
- * planes, one broadcast each, gy from its panel. */
-static inline __attribute__((always_inline)) void weight_tile(const int vectors, const real *from,
-                                                              const int64_t *offsets, const int64_t *runs, int64_t n,
-                                                              int64_t length, const real *gy, real *sums,
-                                                              int64_t sums_row)
-{
-    vreal sum[GEMM_ROWS][GEMM_VECTORS];
-    const real *a[GEMM_ROWS];
-#pragma GCC unroll 8
-    for (int i = 0; i < GEMM_ROWS; i++) {
-        a[i] = from + offsets[i];
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[i][v] = load(sums + i * sums_row + v * LANES);
-    }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t s = runs[r]; s < runs[r] + length; s++, gy += vectors * LANES) {
-            vreal g[GEMM_VECTORS];
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) g[v] = load(gy + v * LANES);
-#pragma GCC unroll 8
-            for (int i = 0; i < GEMM_ROWS; i++) add_row(i, vectors, a[i] + s, g, sum[i]);
-        }
-#pragma GCC unroll 8
-    for (int i = 0; i < GEMM_ROWS; i++)
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) store(sums + i * sums_row + v * LANES, sum[i][v]);
-}
-
 #if HL_VLEN == 64
-/* The same for filters that fill no more than half of a vector: processors that multiply 512 bits in two turns need one. */
+/* gathered_tile added to its sums for filters that fill no more than half of a vector: processors that multiply 512 bits in two turns need one. */
 static void weight_tile_half(const real *from, const int64_t *offsets, const int64_t *runs, int64_t n, int64_t length,
                              const real *gy, real *sums, int64_t sums_row)
 {
@@ -1257,7 +1233,8 @@ static void weight_tile_half(const real *from, const int64_t *offsets, const int
 }
 #endif
 
-/* As many rows as fill tiles, for so many filters. */
+/* sums[rows][filters] += patches^T gy over all runs of `length` positions, as many rows as fill tiles: the patches are read where
+ * they lie in the planes, gy from its panel. */
 static void weight_rows(int64_t rows, int64_t filters, const real *from, const int64_t *offsets, const int64_t *runs,
                         int64_t n, int64_t length, const real *gy, real *sums, int64_t sums_row)
 {
@@ -1270,10 +1247,11 @@ static void weight_rows(int64_t rows, int64_t filters, const real *from, const i
             continue;
         }
 #endif
-        if (vectors == 1) weight_tile(1, from, offsets + r, runs, n, length, gy, to, sums_row);
-        else if (vectors == 2) weight_tile(2, from, offsets + r, runs, n, length, gy, to, sums_row);
+#define WEIGHT_TILE(vectors) gathered_tile(vectors, from, offsets + r, runs, n, length, gy, to, sums_row, to, sums_row)
+        if (vectors == 1) WEIGHT_TILE(1);
+        else if (vectors == 2) WEIGHT_TILE(2);
 #if HL_REGISTERS == 32
-        else weight_tile(3, from, offsets + r, runs, n, length, gy, to, sums_row);
+        else WEIGHT_TILE(3);
 #endif
     }
 }
