@@ -123,10 +123,10 @@ struct layer {
     int64_t D, count, early; /* inputs; gates of a unit; early = count: one pass */
     int64_t apart; /* the gate of which the sum over the state stays apart, with its bias; or -1 */
     const real *x, *w_ih, *b_ih, *w_hh, *b_hh;
-    /* From the sums u[rows][gates of the pass][width] over the state and in[rows][gates][width] over the input of a block
-     * of units, and the state h[N,H], to the gates, y and next[N,H]. */
-    void (*apply)(const layer *, int64_t t, int pass, range rows, range units, real *u, const real *in, int64_t width,
-                  const real *h, real *next);
+    /* From the sums u[rows][gates of the pass][units] over the state and in[rows][gates][units] over the input of a block
+     * of units, rows filled up to whole vectors, and the state h[N,H], to the gates, y and next[N,H]. */
+    void (*apply)(const layer *, int64_t t, int pass, range rows, range units, real *u, const real *in, const real *h,
+                  real *next);
     const real *h0;
     real *hn, *gates, *y;
     const real *also[2]; /* what else is kept, [T,N,H], or NULL */
@@ -138,8 +138,8 @@ struct layer {
     real *other; /* [N,H], the state by turns with hn */
     hl_pack ih, hh; /* per block what pack_gates makes of its rows, the passes one after the other */
     int ih_lies, hh_lies; /* or they are read where they lie */
-    real *bias; /* [gates][width] per block */
-    real *input; /* [ahead * rows][gates][width] per block and group */
+    real *bias; /* [gates][units] per block, filled up like the sums */
+    real *input; /* [ahead * rows][gates][units] per block and group */
 };
 
 /* Units of a block: a whole number of vectors, enough columns to keep register tiles busy, and 8 blocks to share from 256
@@ -156,22 +156,27 @@ static range group_rows(const layer *l, int64_t g)
     return (range){l->w.N * g / l->groups, l->w.N * (g + 1) / l->groups};
 }
 
-/* Packs for a gemm of depth K the rows of some gates' units of w[gates * H, K]. The columns of the product are the gates'
- * units, each gate's filled up with zeros to `width`, a multiple of LANES. */
-static void pack_gates(const real *w, int64_t H, int64_t K, range gates, range units, int64_t width, real *packed)
+/* The columns of a product that gives some gates of a block: only the last block has units that fill no vector, and its
+ * gates lie side by side. */
+static int64_t columns_of(int64_t gates, range units) { return round_up(gates * (units.end - units.begin), LANES); }
+
+/* Packs for a gemm of depth K the rows of some gates' units of w[gates * H, K]. */
+static void pack_gates(const real *w, int64_t H, int64_t K, range gates, range units, real *packed)
 {
-    int64_t N = (gates.end - gates.begin) * width, depth_max = gemm_depth(K);
+    int64_t width = units.end - units.begin, count = (gates.end - gates.begin) * width, N = round_up(count, LANES);
+    int64_t depth_max = gemm_depth(K);
     for (int64_t k = 0; k < K; k += depth_max) {
         int64_t depth = min64(depth_max, K - k);
         for (int64_t n = 0, step; n < N; n += step) {
-            step = min64(gemm_columns(N - n), N - n);
+            step = gemm_columns(N - n);
             real *panel = packed + k * N + n * depth;
-            for (int64_t i = 0; i < step; i += LANES) {
-                int64_t gate = gates.begin + (n + i) / width, unit = units.begin + (n + i) % width;
-                int64_t count = min64(LANES, units.end - unit);
-                gemm_transpose(count, depth, w + (gate * H + unit) * K + k, K, panel + i, step);
-                for (int64_t d = 0; d < depth && count < LANES; d++) clear(panel + d * step + i + count, LANES - count);
+            int64_t here = min64(step, count - n);
+            for (int64_t i = 0, run; i < here; i += run) {
+                int64_t gate = gates.begin + (n + i) / width, unit = (n + i) % width;
+                run = min64(width - unit, here - i);
+                gemm_transpose(run, depth, w + (gate * H + units.begin + unit) * K + k, K, panel + i, step);
             }
+            for (int64_t d = 0; d < depth && here < step; d++) clear(panel + d * step + here, step - here);
         }
     }
 }
@@ -183,14 +188,14 @@ static int pack_blocks(int64_t begin, int64_t end, void *context)
     range all = {0, l->count}, early = {0, l->early}, late = {l->early, l->count};
     for (int64_t b = begin; b < end; b++) {
         range units = block_units(l, b);
-        int64_t width = round_up(units.end - units.begin, LANES), before = l->count * units.begin;
-        if (!l->ih.ready) pack_gates(l->w_ih, H, D, all, units, width, (real *)l->ih.data + before * D);
+        int64_t width = units.end - units.begin, before = l->count * units.begin;
+        if (!l->ih.ready) pack_gates(l->w_ih, H, D, all, units, (real *)l->ih.data + before * D);
         if (!l->hh.ready) {
             real *packed = (real *)l->hh.data + before * H;
-            pack_gates(l->w_hh, H, H, early, units, width, packed);
-            pack_gates(l->w_hh, H, H, late, units, width, packed + l->early * width * H);
+            pack_gates(l->w_hh, H, H, early, units, packed);
+            pack_gates(l->w_hh, H, H, late, units, packed + columns_of(l->early, units) * H);
         }
-        clear(l->bias + before, l->count * width);
+        clear(l->bias + before, columns_of(l->count, units));
         for (int64_t gate = 0; gate < l->count; gate++)
             for (int64_t u = units.begin; u < units.end; u++) {
                 real bias = l->b_ih ? l->b_ih[gate * H + u] : 0;
@@ -218,14 +223,13 @@ static inline __attribute__((always_inline)) void keep(const layer *l, real *p, 
 }
 
 /* The product of call.a with the weights of some gates' units: packed, or each gate's as they lie. */
-static int gates_product(gemm_call call, range gates, range units, int64_t width, const real *packed, const real *w,
-                         int64_t H)
+static int gates_product(gemm_call call, range gates, range units, const real *packed, const real *w, int64_t H)
 {
-    call.N = (gates.end - gates.begin) * width;
-    call.c_row = call.N;
+    int64_t width = units.end - units.begin;
+    call.N = call.c_row = columns_of(gates.end - gates.begin, units);
     call.packed_b = packed;
     if (packed) return gemm(&call);
-    call.b_row = 1, call.b_col = call.K, call.N = units.end - units.begin;
+    call.b_row = 1, call.b_col = call.K, call.N = width;
     int status = HL_OK;
     for (int64_t gate = gates.begin; gate < gates.end && status == HL_OK; gate++) {
         call.b = w + (gate * H + units.begin) * call.K;
@@ -241,9 +245,8 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
 {
     int64_t N = l->w.N, H = l->w.H, t = step(&l->w, k);
     range units = block_units(l, b), rows = group_rows(l, g);
-    int64_t width = round_up(units.end - units.begin, LANES), before = l->count * units.begin,
-            n = rows.end - rows.begin;
-    int64_t row = l->count * width; /* of the input's sums; those of the group are so many, after those of the others */
+    int64_t before = l->count * units.begin, n = rows.end - rows.begin;
+    int64_t row = columns_of(l->count, units); /* of the input's sums; the group's come after those of the others */
     real *input = l->input + (before * N + rows.begin * row) * l->ahead;
     int64_t turn = k % l->ahead, steps = min64(l->ahead, l->w.T - (k - turn)); /* of the product over the input */
     int status = HL_OK;
@@ -252,7 +255,7 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
         call.a = l->x + ((l->w.reverse ? t - (steps - 1) : t) * N + rows.begin) * l->D;
         call.column_bias = l->bias + before;
         const real *packed = l->ih_lies ? NULL : (real *)l->ih.data + before * l->D;
-        status = gates_product(call, (range){0, l->count}, units, width, packed, l->w_ih, H);
+        status = gates_product(call, (range){0, l->count}, units, packed, l->w_ih, H);
         if (status != HL_OK) return status;
     }
     real *next = (l->w.T - k) % 2 ? l->hn : l->other;
@@ -261,9 +264,10 @@ static int advance(const layer *l, int64_t k, int pass, int64_t b, int64_t g)
     gemm_call call = {.a_col = 1, .M = n, .K = H, .a_row = H, .c = u};
     call.a = (pass ? l->middle : h) + rows.begin * H;
     range gates = {pass ? l->early : 0, pass ? l->count : l->early};
-    const real *packed = l->hh_lies ? NULL : (real *)l->hh.data + (before + gates.begin * width) * H;
-    status = gates_product(call, gates, units, width, packed, l->w_hh, H);
-    l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, width, h, next);
+    const real *packed =
+        l->hh_lies ? NULL : (real *)l->hh.data + (before + (pass ? columns_of(l->early, units) : 0)) * H;
+    status = gates_product(call, gates, units, packed, l->w_hh, H);
+    l->apply(l, t, pass, rows, units, u, input + (l->w.reverse ? steps - 1 - turn : turn) * n * row, h, next);
     if (l->past_cache) stream_end();
     return status;
 }
@@ -293,8 +297,8 @@ static int one_group(int64_t part, int64_t group, void *context)
 static hl_pack begin_gates(const layer *l, const real *w, int64_t K, int64_t early)
 {
     const int64_t key[] = {HL_PACK_GATES, sizeof(real), LANES, l->count, early, l->w.H, K};
-    size_t size = (size_t)(l->count * round_up(l->w.H, LANES) * K);
-    return hl_pack_begin(w, size * sizeof(real), key, sizeof key / sizeof *key);
+    int64_t columns = columns_of(early, (range){0, l->w.H}) + columns_of(l->count - early, (range){0, l->w.H});
+    return hl_pack_begin(w, (size_t)(columns * K) * sizeof(real), key, sizeof key / sizeof *key);
 }
 
 /* Packing the weights costs what some steps do: a step or two of one sample read them where they lie, prepacked ones, too, as
@@ -307,7 +311,7 @@ static int run_layer(layer *l)
 {
     int64_t N = l->w.N, H = l->w.H, T = l->w.T, D = l->D, G = l->count;
     if (T == 0 || N == 0) return copy_rows(l->hn, l->h0, N * H), HL_OK;
-    int64_t columns = G * round_up(H, LANES), threads = hl_num_threads(0);
+    int64_t columns = columns_of(G, (range){0, H}), threads = hl_num_threads(0);
     int apart = threads > 1 && N >= threads * GEMM_ROWS && columns * (D + H) <= NEAR_WEIGHTS;
     l->groups = round_up((N + GROUP - 1) / GROUP, apart ? threads : 1);
     l->ahead = l->groups > 1 ? 1 : min64(T, max64(GROUP / N, 1)); /* steps of all samples follow each other in x */
@@ -370,12 +374,13 @@ typedef struct {
 
 /* Units [k, k + n) of a block whose first unit is `begin`, for all rows: first the cells, then the states, since one row
  * from end to end is a chain too long to overlap with the next one's. */
-static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, int64_t t, range rows, int64_t begin,
+static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, int64_t t, range rows, range units,
                                                              int64_t k, int64_t n, real *u, const real *in,
-                                                             int64_t width, const real *h, real *next)
+                                                             const real *h, real *next)
 {
     const layer *l = &j->l;
-    int64_t H = l->w.H, row_width = 4 * width, first = t * l->w.N, unit = begin + k;
+    int64_t H = l->w.H, width = units.end - units.begin, row_width = columns_of(4, units);
+    int64_t first = t * l->w.N, unit = units.begin + k;
     const real *p = j->peephole ? j->peephole + unit : NULL;
     vreal clip = splat(j->clip);
     u += k - rows.begin * row_width;
@@ -384,9 +389,10 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
         if (!counts(&l->w, row, t)) continue;
         real *ur = u + row * row_width;
         const real *ir = in + row * row_width;
-        vreal cell = load_n(j->cn + row * H + unit, n), i = load(ur) + load(ir),
-              f = load(ur + width) + load(ir + width);
-        vreal g = load(ur + 2 * width) + load(ir + 2 * width), o = load(ur + 3 * width) + load(ir + 3 * width);
+        vreal cell = load_n(j->cn + row * H + unit, n), i = load_n(ur, n) + load_n(ir, n);
+        vreal f = load_n(ur + width, n) + load_n(ir + width, n);
+        vreal g = load_n(ur + 2 * width, n) + load_n(ir + 2 * width, n);
+        vreal o = load_n(ur + 3 * width, n) + load_n(ir + 3 * width, n);
         if (p) {
             i += load_n(p, n) * cell;
             f += load_n(p + 2 * H, n) * cell;
@@ -402,7 +408,7 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
         cell = f * cell + i * g;
         if (p) o += load_n(p + H, n) * cell;
         if (j->clip > 0) o = limited(o, clip);
-        store(ur + 3 * width, o);
+        store_n(ur + 3 * width, n, o);
         store_n(j->cn + row * H + unit, n, cell);
         if (l->gates) {
             real *gates = l->gates + (first + row) * 4 * H + unit;
@@ -414,7 +420,7 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
     for (int64_t row = rows.begin; row < rows.end; row++) {
         if (!counts(&l->w, row, t)) continue;
         int64_t state = row * H + unit, at = (first + row) * H + unit;
-        vreal cell = load_n(j->cn + state, n), o = vsigmoid_gate(load(u + row * row_width + 3 * width));
+        vreal cell = load_n(j->cn + state, n), o = vsigmoid_gate(load_n(u + row * row_width + 3 * width, n));
         vreal after = o * vtanh_gate(cell);
         store_n(next + state, n, after);
         keep(l, l->y + at, n, after);
@@ -425,13 +431,13 @@ static inline __attribute__((always_inline)) void lstm_units(const lstm_job *j, 
 }
 
 static void lstm_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
-                       int64_t width, const real *h, real *next)
+                       const real *h, real *next)
 {
     const lstm_job *j = (const lstm_job *)l;
-    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    int64_t count = units.end - units.begin, k = 0;
     (void)pass;
-    for (; k + LANES <= count; k += LANES) lstm_units(j, t, rows, begin, k, LANES, u, in, width, h, next);
-    if (k < count) lstm_units(j, t, rows, begin, k, count - k, u, in, width, h, next);
+    for (; k + LANES <= count; k += LANES) lstm_units(j, t, rows, units, k, LANES, u, in, h, next);
+    if (k < count) lstm_units(j, t, rows, units, k, count - k, u, in, h, next);
     skip(l, t, rows, units, h, next, j->cells, j->previous);
 }
 
@@ -614,20 +620,20 @@ typedef struct {
 } gru_job;
 
 /* As lstm_units: first r and z, then n and the state, or those in a pass of their own with the reset before the product. */
-static inline __attribute__((always_inline)) void gru_r_z(const gru_job *j, int64_t t, range rows, int64_t begin,
-                                                          int64_t k, int64_t n, real *u, const real *in, int64_t width,
-                                                          const real *h)
+static inline __attribute__((always_inline)) void gru_r_z(const gru_job *j, int64_t t, range rows, range units,
+                                                          int64_t k, int64_t n, real *u, const real *in, const real *h)
 {
     const layer *l = &j->l;
-    int64_t H = l->w.H, unit = begin + k;
-    for (int64_t row = rows.begin; row < rows.end; row++, u += l->early * width, in += 3 * width) {
+    int64_t H = l->w.H, width = units.end - units.begin, unit = units.begin + k;
+    int64_t u_row = columns_of(l->early, units), in_row = columns_of(3, units);
+    for (int64_t row = rows.begin; row < rows.end; row++, u += u_row, in += in_row) {
         if (!counts(&l->w, row, t)) continue;
         int64_t state = row * H + unit;
-        vreal r = vsigmoid_gate(load(u + k) + load(in + k)),
-              z = vsigmoid_gate(load(u + width + k) + load(in + width + k));
+        vreal r = vsigmoid_gate(load_n(u + k, n) + load_n(in + k, n));
+        vreal z = vsigmoid_gate(load_n(u + width + k, n) + load_n(in + width + k, n));
         if (l->early == 3) {
-            store(u + k, r);
-            store(u + width + k, z);
+            store_n(u + k, n, r);
+            store_n(u + width + k, n, z);
         } else {
             store_n(j->reset + state, n, r * load_n(h + state, n));
             store_n(j->update + state, n, z);
@@ -637,25 +643,26 @@ static inline __attribute__((always_inline)) void gru_r_z(const gru_job *j, int6
         keep(l, l->gates + (t * l->w.N + row) * 3 * H + H + unit, n, z);
     }
 }
-static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int64_t t, range rows, int64_t begin,
+static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int64_t t, range rows, range units,
                                                           int64_t k, int64_t n, const real *u, const real *in,
-                                                          int64_t width, const real *h, real *next)
+                                                          const real *h, real *next)
 {
     const layer *l = &j->l;
-    int64_t H = l->w.H, unit = begin + k;
+    int64_t H = l->w.H, width = units.end - units.begin, unit = units.begin + k;
+    int64_t u_row = columns_of(l->early == 3 ? 3 : 1, units), in_row = columns_of(3, units);
     vreal b_n = load_or_0(l->early == 3 ? l->b_hh : NULL, 2 * H + unit, n), one = splat((real)1);
-    for (int64_t row = rows.begin; row < rows.end; row++, u += (l->early == 3 ? 3 : 1) * width, in += 3 * width) {
+    for (int64_t row = rows.begin; row < rows.end; row++, u += u_row, in += in_row) {
         if (!counts(&l->w, row, t)) continue;
         int64_t state = row * H + unit, at = (t * l->w.N + row) * H + unit;
         vreal before = load_n(h + state, n), z, new, kept;
         if (l->early == 3) {
-            z = load(u + width + k);
-            kept = load(u + 2 * width + k) + b_n;
-            new = vtanh_gate(load(in + 2 * width + k) + load(u + k) * kept);
+            z = load_n(u + width + k, n);
+            kept = load_n(u + 2 * width + k, n) + b_n;
+            new = vtanh_gate(load_n(in + 2 * width + k, n) + load_n(u + k, n) * kept);
         } else {
             z = load_n(j->update + state, n);
             kept = load_n(j->reset + state, n);
-            new = vtanh_gate(load(in + 2 * width + k) + load(u + k));
+            new = vtanh_gate(load_n(in + 2 * width + k, n) + load_n(u + k, n));
         }
         vreal after = (one - z) * new + z * before;
         store_n(next + state, n, after);
@@ -667,17 +674,17 @@ static inline __attribute__((always_inline)) void gru_new(const gru_job *j, int6
 }
 
 static void gru_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
-                      int64_t width, const real *h, real *next)
+                      const real *h, real *next)
 {
     const gru_job *j = (const gru_job *)l;
-    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    int64_t count = units.end - units.begin, k = 0;
     int late = l->early == 3 || pass;
     for (; k + LANES <= count; k += LANES) {
-        if (!pass) gru_r_z(j, t, rows, begin, k, LANES, u, in, width, h);
-        if (late) gru_new(j, t, rows, begin, k, LANES, u, in, width, h, next);
+        if (!pass) gru_r_z(j, t, rows, units, k, LANES, u, in, h);
+        if (late) gru_new(j, t, rows, units, k, LANES, u, in, h, next);
     }
-    if (k < count && !pass) gru_r_z(j, t, rows, begin, k, count - k, u, in, width, h);
-    if (k < count && late) gru_new(j, t, rows, begin, k, count - k, u, in, width, h, next);
+    if (k < count && !pass) gru_r_z(j, t, rows, units, k, count - k, u, in, h);
+    if (k < count && late) gru_new(j, t, rows, units, k, count - k, u, in, h, next);
     if (late) skip(l, t, rows, units, h, next, j->hidden, j->previous);
 }
 
@@ -843,15 +850,16 @@ typedef struct {
     int64_t relu;
 } rnn_job;
 
-static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, int64_t t, range rows, int64_t begin,
+static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, int64_t t, range rows, range units,
                                                             int64_t k, int64_t n, const real *u, const real *in,
-                                                            int64_t width, const real *h, real *next)
+                                                            const real *h, real *next)
 {
     const layer *l = &j->l;
-    for (int64_t row = rows.begin; row < rows.end; row++, u += width, in += width) {
+    int64_t row_width = columns_of(1, units), unit = units.begin + k;
+    for (int64_t row = rows.begin; row < rows.end; row++, u += row_width, in += row_width) {
         if (!counts(&l->w, row, t)) continue;
-        int64_t state = row * l->w.H + begin + k, at = (t * l->w.N + row) * l->w.H + begin + k;
-        vreal x = load(u + k) + load(in + k);
+        int64_t state = row * l->w.H + unit, at = (t * l->w.N + row) * l->w.H + unit;
+        vreal x = load_n(u + k, n) + load_n(in + k, n);
         x = j->relu ? vmax(x, splat((real)0)) : vtanh_gate(x);
         if (l->gates) keep(l, l->gates + at, n, x);
         keep(l, l->y + at, n, x);
@@ -861,13 +869,13 @@ static inline __attribute__((always_inline)) void rnn_units(const rnn_job *j, in
 }
 
 static void rnn_apply(const layer *l, int64_t t, int pass, range rows, range units, real *u, const real *in,
-                      int64_t width, const real *h, real *next)
+                      const real *h, real *next)
 {
     const rnn_job *j = (const rnn_job *)l;
-    int64_t begin = units.begin, count = units.end - begin, k = 0;
+    int64_t count = units.end - units.begin, k = 0;
     (void)pass;
-    for (; k + LANES <= count; k += LANES) rnn_units(j, t, rows, begin, k, LANES, u, in, width, h, next);
-    if (k < count) rnn_units(j, t, rows, begin, k, count - k, u, in, width, h, next);
+    for (; k + LANES <= count; k += LANES) rnn_units(j, t, rows, units, k, LANES, u, in, h, next);
+    if (k < count) rnn_units(j, t, rows, units, k, count - k, u, in, h, next);
     skip(l, t, rows, units, h, next, NULL, j->previous);
 }
 

@@ -32,6 +32,8 @@ SHAPES = [
     ("lengths_reverse", dict(T=6, N=5, D=7, H=3, reverse=1, lengths=some_lengths)),
     ("vectors_and_tail", dict(T=4, N=3, D=19, H=37, reverse=0)),
     ("one_sequence", dict(T=7, N=1, D=33, H=64, reverse=0)),
+    ("gates_side_by_side", dict(T=3, N=9, D=30, H=100, reverse=0)),
+    ("gates_side_by_side_deep", dict(T=2, N=2, D=7, H=529, reverse=0)),
     ("single_step", dict(T=1, N=1, D=150, H=131, reverse=0)),
     ("single_step_short_input", dict(T=1, N=1, D=17, H=140, reverse=0)),
     ("two_steps_reverse", dict(T=2, N=1, D=129, H=160, reverse=1)),
