@@ -68,12 +68,15 @@ static row_place row_at(const windows *w, int64_t r)
 
 static void next_rows(const windows *w, row_place *p, int64_t n)
 {
-    p->oh += n; /* never past the end of a slice */
+    p->oh += n;
     if (p->oh < w->out[1]) return;
-    p->oh = 0;
-    if (++p->od < w->out[0]) return;
-    p->od = 0;
-    p->plane++;
+    int64_t slices = 1, left = p->oh - w->out[1];
+    if (left >= w->out[1]) slices += left / w->out[1], left %= w->out[1];
+    p->oh = left;
+    p->od += slices;
+    if (p->od < w->out[0]) return;
+    p->plane += w->out[0] == 1 ? p->od : p->od / w->out[0];
+    p->od = w->out[0] == 1 ? 0 : p->od % w->out[0];
 }
 
 /* The lines of the input that the windows of a row of outputs take. */
@@ -90,13 +93,26 @@ typedef struct {
 typedef struct {
     void *block;
     int64_t rows, pitch; /* rows that are reduced together; from anything of one to that of the next */
-    int padded, split;
+    int padded, split, seamless;
     int64_t before, reach, ids; /* elements of padding; elements that outputs read; from an element to its id */
     real *part[2];
     ireal *id; /* of the outputs: the number of the largest tap */
     int64_t *tap; /* where the taps of the first output stand, from part[0] on */
     taps *taps[3]; /* of every output along each axis */
 } row_space;
+
+/* A window may be far larger than the input: most of its taps are none. */
+static int is_padded(const windows *w)
+{
+    return !w->shared && (w->kernel[2] - 1) * w->dilation[2] + 1 <= 2 * w->size[2] + LANES;
+}
+
+/* Do the rows of a slice's windows, side by side, cover it, so that the next slice's go on at the same distance? */
+static int is_seamless(const windows *w)
+{
+    return !w->shared && w->size[0] == w->out[0] && w->kernel[0] == 1 && w->size[1] == w->out[1] * w->stride[1] &&
+           (w->kernel[1] - 1) * w->dilation[1] < w->stride[1] && !(w->pad[0] | w->pad[1]);
+}
 
 /* Elements of the rows that are reduced together, and how many rows they are at most. */
 enum { TOGETHER = 384, MOST_ROWS = 16 };
@@ -148,9 +164,9 @@ static int take_rows(int kind, row_space *s, const windows *w)
 {
     int64_t W = w->size[2], OW = w->out[2], K = w->kernel[2], stride = w->stride[2],
             span = (K - 1) * w->dilation[2] + 1;
-    /* A window may be far larger than the input: most of its taps are none. */
-    s->padded = !w->shared && span <= 2 * W + LANES;
+    s->padded = is_padded(w);
     s->split = s->padded && stride == 2;
+    s->seamless = is_seamless(w);
     s->before = s->padded ? w->pad[2] : 0;
     s->reach = s->padded ? (OW - 1) * stride + span : 0;
     int64_t part = round_up(max64(s->before + W, s->reach), LANES) + (PIECE + 1) * LANES, outs = round_up(OW, LANES);
@@ -313,9 +329,10 @@ static int side_by_side(const windows *w)
            2 * w->out[2] <= w->size[2];
 }
 
-/* How many rows of outputs from p on, at most n, have all lines of their windows inside one slice of a plane; at least 1. */
+/* How many rows of outputs from p on, at most n, have their lines at one distance, all inside of the slice; at least 1. */
 static int64_t run_of_rows(const windows *w, const row_space *s, const row_place *p, int64_t n)
 {
+    if (s->seamless) return n;
     n = w->shared ? 1 : min64(n, w->out[1] - p->oh);
     while (n > 1 && (s->taps[1][p->oh].count < w->kernel[1] || s->taps[1][p->oh + n - 1].count < w->kernel[1])) n--;
     return n;
@@ -377,6 +394,64 @@ static inline __attribute__((always_inline)) real reduced(int kind, const real *
     }
     return total;
 }
+
+/* What the sums of a row are scaled by: times `factor` where that is not 0, over `divisor`, or where outputs differ over
+ * divisor * counts. */
+typedef struct {
+    real factor, divisor;
+    const real *counts;
+} scaling;
+
+/* Sums of the outputs from i on, scaled. */
+static inline __attribute__((always_inline)) vreal scaled(vreal sum, scaling by, int64_t i)
+{
+    if (by.factor != 0) return sum * splat(by.factor);
+    return sum / (by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor));
+}
+
+/* The same of a single one, o. */
+static inline __attribute__((always_inline)) real scaled_one(real sum, scaling by, int64_t o)
+{
+    if (by.factor != 0) return sum * by.factor;
+    return sum / (by.counts ? by.divisor * by.counts[o] : by.divisor);
+}
+
+/* The first n lanes as bytes; more where `room` elements may be written. */
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+static inline __attribute__((always_inline)) bytes narrowed(vint id)
+{
+#if defined(__SSE2__) && !defined(__AVX512F__) /* the compiler would go lane by lane, through memory */
+    __m128i low, high;
+    bytes few;
+#if defined(__AVX2__)
+    low = _mm256_castsi256_si128((__m256i)id), high = _mm256_extracti128_si256((__m256i)id, 1);
+#else
+    low = high = (__m128i)id;
+#endif
+    if (!HL_F32) low = high = (__m128i)_mm_shuffle_ps((__m128)low, (__m128)high, 0x88);
+    __m128i all = _mm_packs_epi32(low, high);
+    all = _mm_packus_epi16(all, all);
+    memcpy(&few, &all, sizeof few);
+    return few;
+#else
+    return __builtin_convertvector(id, bytes);
+#endif
+}
+static __attribute__((noinline)) void put_few_bytes(uint8_t *to, const bytes *from, int64_t n)
+{
+    for (int64_t o = 0; o < n; o++) to[o] = (*from)[o];
+}
+static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id, int64_t n, int64_t room)
+{
+    bytes narrow = narrowed(id);
+    if (n >= LANES || room >= LANES) memcpy(to, &narrow, LANES);
+    else {
+        bytes copy = narrow;
+        put_few_bytes(to, &copy, n);
+    }
+}
+
+#include "short_rows.h"
 
 /* ---- maxima ---- */
 
@@ -465,41 +540,6 @@ static inline real largest(const real *x, const ireal *line, int64_t n, int64_t 
     }
     *id = at;
     return best;
-}
-
-/* The first n lanes as bytes; more where `room` elements may be written. */
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-static inline __attribute__((always_inline)) bytes narrowed(vint id)
-{
-#if defined(__SSE2__) && !defined(__AVX512F__) /* the compiler would go lane by lane, through memory */
-    __m128i low, high;
-    bytes few;
-#if defined(__AVX2__)
-    low = _mm256_castsi256_si128((__m256i)id), high = _mm256_extracti128_si256((__m256i)id, 1);
-#else
-    low = high = (__m128i)id;
-#endif
-    if (!HL_F32) low = high = (__m128i)_mm_shuffle_ps((__m128)low, (__m128)high, 0x88);
-    __m128i all = _mm_packs_epi32(low, high);
-    all = _mm_packus_epi16(all, all);
-    memcpy(&few, &all, sizeof few);
-    return few;
-#else
-    return __builtin_convertvector(id, bytes);
-#endif
-}
-static __attribute__((noinline)) void put_few_bytes(uint8_t *to, const bytes *from, int64_t n)
-{
-    for (int64_t o = 0; o < n; o++) to[o] = (*from)[o];
-}
-static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id, int64_t n, int64_t room)
-{
-    bytes narrow = narrowed(id);
-    if (n >= LANES || room >= LANES) memcpy(to, &narrow, LANES);
-    else {
-        bytes copy = narrow;
-        put_few_bytes(to, &copy, n);
-    }
 }
 
 /* Where the taps of an output stand; of the first ones in registers. */
@@ -631,15 +671,88 @@ static void put_indices(const windows *w, const lines *l, const row_space *s, co
     }
 }
 
+static int with_places(const max_job *j) { return j->indices || j->offsets; }
+
+/* What is left of n rows from r on, which is at p: the indices, and rows with a NaN. */
+static __attribute__((noinline)) void finish_maxima(const max_job *j, row_space s, row_place p, int64_t r, int64_t n,
+                                                    int doubtful, const int64_t *table)
+{
+    const windows *w = &j->w;
+    int64_t OW = w->out[2];
+    int plain = with_places(j) && volume(w->kernel) >= NO_TAP;
+    for (int64_t end = r + n; r < end; r++, next_rows(w, &p, 1), next_row(&s)) {
+        lines l = lines_of(w, &s, j->x, j->M, &p);
+        if (plain || (doubtful && has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, r * OW);
+        else if (j->indices) put_indices(w, &l, &s, volume(w->kernel) <= TABLE ? table : NULL, j->indices + r * OW);
+    }
+}
+
+/* Rows of windows side by side. */
+static int max_rows_of_pairs(int64_t begin, int64_t end, void *context)
+{
+    const max_job *j = context;
+    const windows *w = &j->w;
+    int64_t OW = w->out[2], table[TABLE];
+    row_space s;
+    if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
+    if (j->indices) fill_table(w, table);
+    row_place p = row_at(w, begin);
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
+        lines l = lines_of(w, &s, j->x, j->M, &p);
+        real *y = j->y + r * OW, *limit = j->y + end * OW;
+        uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
+        vreal check;
+        n = run_of_rows(w, &s, &p, j->indices ? min64(end - r, s.rows) : end - r);
+        if (with_places(j)) check = max_pairs(PLACES, w, &l, n, s.id, j->indices ? s.pitch : 0, y, offsets, limit);
+        else check = max_pairs(MAXIMUM, w, &l, n, NULL, 0, y, NULL, limit);
+        int doubtful = lane_bits(check != check) != 0;
+        if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
+    }
+    hl_give(s.block);
+    return HL_OK;
+}
+
+static int max_short_rows(int64_t begin, int64_t end, void *context)
+{
+    const max_job *j = context;
+    const windows *w = &j->w;
+    int64_t OW = w->out[2], table[TABLE];
+    row_space s;
+    short_space space;
+    if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
+    if (take_short(&space, w, &s)) return hl_give(s.block), HL_NOMEM;
+    if (j->indices) fill_table(w, table);
+    row_place p = row_at(w, begin);
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
+        n = j->indices ? min64(end - r, s.rows) : end - r;
+        short_job rows = {w,
+                          &space,
+                          .x = j->x,
+                          .M = j->M,
+                          .p = p,
+                          .n = n,
+                          .y = j->y + r * OW,
+                          .limit = j->y + end * OW,
+                          .offsets = j->offsets ? j->offsets + r * OW : NULL,
+                          .ids = s.id,
+                          .ids_step = j->indices ? s.pitch : 0};
+        vreal check = pool_short(with_places(j) ? PLACES : MAXIMUM, &rows);
+        int doubtful = lane_bits(check != check) != 0;
+        if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
+    }
+    give_short(&space);
+    hl_give(s.block);
+    return HL_OK;
+}
+
 static int max_rows(int64_t begin, int64_t end, void *context)
 {
     const max_job *j = context;
     const windows *w = &j->w;
-    int with_places = j->indices || j->offsets, few = volume(w->kernel) <= TABLE;
-    int fits = !with_places || volume(w->kernel) < NO_TAP, paired = side_by_side(w) && fits;
+    int fits = !with_places(j) || volume(w->kernel) < NO_TAP;
     int64_t OW = w->out[2], table[TABLE];
     row_space s;
-    if (take_rows(with_places ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
+    if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
     if (j->indices) fill_table(w, table);
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
@@ -647,11 +760,8 @@ static int max_rows(int64_t begin, int64_t end, void *context)
         real *y = j->y + r * OW, *limit = j->y + end * OW;
         uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
         vreal check = splat((real)0);
-        n = run_of_rows(w, &s, &p, paired && !j->indices ? end - r : min64(end - r, s.rows));
-        if (paired) {
-            if (with_places) check = max_pairs(PLACES, w, &l, n, s.id, j->indices ? s.pitch : 0, y, offsets, limit);
-            else check = max_pairs(MAXIMUM, w, &l, n, NULL, 0, y, NULL, limit);
-        } else if (!with_places) {
+        n = run_of_rows(w, &s, &p, min64(end - r, s.rows));
+        if (!with_places(j)) {
             check = reduce_down(MAXIMUM, 1, w, &l, &s, n);
             rows_of_maxima(w, &s, n, y, limit);
         } else if (fits) {
@@ -659,14 +769,7 @@ static int max_rows(int64_t begin, int64_t end, void *context)
             rows_with_places(w, &s, n, y, offsets, limit);
         }
         int doubtful = !fits || lane_bits(check != check);
-        if (!doubtful && !j->indices) continue;
-        row_place at = p;
-        row_space row = s;
-        for (int64_t k = r; k < r + n; k++, next_rows(w, &at, 1), next_row(&row)) {
-            l = lines_of(w, &s, j->x, j->M, &at);
-            if (doubtful && (!fits || has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, k * OW);
-            else if (j->indices) put_indices(w, &l, &row, few ? table : NULL, j->indices + k * OW);
-        }
+        if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
     }
     hl_give(s.block);
     return HL_OK;
@@ -681,7 +784,12 @@ static int run_max(max_job *j)
     if (!volume(w->out)) return HL_OK;
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
-    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), max_rows, j);
+    hl_chunk rows = max_rows;
+    if (!with_places(j) || volume(w->kernel) < NO_TAP) {
+        if (side_by_side(w) && (with_places(j) || is_seamless(w) || !are_short(w))) rows = max_rows_of_pairs;
+        else if (are_short(w)) rows = max_short_rows;
+    }
+    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), rows, j);
 }
 
 int HL(max_pool)(const hl_max_pool_plan *p, const real *x, real *y, int64_t *indices, uint8_t *offsets)
@@ -929,27 +1037,6 @@ static void root(real norm, real *y, int64_t n)
         for (int64_t i = 0; i < n; i++) y[i] = (real)pow((double)y[i], 1 / (double)norm);
 }
 
-/* What the sums of a row are scaled by: times `factor` where that is not 0, over `divisor`, or where outputs differ over
- * divisor * counts. */
-typedef struct {
-    real factor, divisor;
-    const real *counts;
-} scaling;
-
-/* Sums of the outputs from i on, scaled. */
-static inline __attribute__((always_inline)) vreal scaled(vreal sum, scaling by, int64_t i)
-{
-    if (by.factor != 0) return sum * splat(by.factor);
-    return sum / (by.counts ? splat(by.divisor) * load(by.counts + i) : splat(by.divisor));
-}
-
-/* The same of a single one, o. */
-static inline __attribute__((always_inline)) real scaled_one(real sum, scaling by, int64_t o)
-{
-    if (by.factor != 0) return sum * by.factor;
-    return sum / (by.counts ? by.divisor * by.counts[o] : by.divisor);
-}
-
 static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, row_space s, int64_t n,
                                                              scaling by, real *y, const real *limit)
 {
@@ -1003,46 +1090,116 @@ static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_s
     else sum_across(K, w, row, n, by, y, limit);
 }
 
+/* What the sums of all rows have in common: the taps of every output across, and whether they are equal. */
+typedef struct {
+    row_space s;
+    real *counts;
+    int alike;
+    int64_t outer; /* taps along the other axes that `by` is for */
+    scaling by;
+} sum_space;
+
+static int take_sums(sum_space *t, const sum_job *j)
+{
+    const windows *w = &j->w;
+    if (take_rows(SUM, &t->s, w)) return HL_NOMEM;
+    t->counts = (real *)t->s.id; /* nobody asks for places */
+    t->alike = 1;
+    t->outer = 0;
+    for (int64_t o = 0; o < w->out[2]; o++) {
+        t->counts[o] = (real)(j->include ? padded_count(w, 2, o) : t->s.taps[2][o].count);
+        t->alike &= t->counts[o] == t->counts[0];
+    }
+    return HL_OK;
+}
+
+/* The taps of a row of windows along the other axes, as far as they count. */
+static int64_t outer_taps(const sum_job *j, const row_space *s, const row_place *p)
+{
+    if (j->include) return padded_count(&j->w, 0, p->od) * padded_count(&j->w, 1, p->oh);
+    return s->taps[0][p->od].count * s->taps[1][p->oh].count;
+}
+
+static inline __attribute__((always_inline)) void scale_row(sum_space *t, const sum_job *j, const row_place *p)
+{
+    int64_t outer = outer_taps(j, &t->s, p);
+    if (outer == t->outer) return; /* most often: the rows inside are alike */
+    t->outer = outer;
+    t->by = (scaling){.divisor = (real)outer * (t->alike ? t->counts[0] : (real)1)};
+    if (j->norm != 0) t->by.divisor /= (real)volume(j->w.kernel);
+    if (j->divisor) t->by.divisor = (real)j->divisor;
+    else if (!t->alike) t->by.counts = t->counts;
+    if (!t->by.counts) t->by.factor = exact_factor(t->by.divisor);
+}
+
+/* Rows of windows side by side. */
+static int sum_rows_of_pairs(int64_t begin, int64_t end, void *context)
+{
+    const sum_job *j = context;
+    const windows *w = &j->w;
+    int64_t OW = w->out[2];
+    sum_space t;
+    if (take_sums(&t, j)) return HL_NOMEM;
+    row_place p = row_at(w, begin);
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
+        lines l = lines_of(w, &t.s, j->x, j->M, &p);
+        real *y = j->y + r * OW, *limit = j->y + end * OW;
+        n = run_of_rows(w, &t.s, &p, end - r);
+        scale_row(&t, j, &p);
+        if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, t.by, y, limit);
+        else sum_pairs(SUM, w, &l, n, t.by, y, limit);
+        if (j->norm != 0) root(j->norm, y, n * OW);
+    }
+    hl_give(t.s.block);
+    return HL_OK;
+}
+
+static int sum_short_rows(int64_t begin, int64_t end, void *context)
+{
+    const sum_job *j = context;
+    const windows *w = &j->w;
+    int64_t OW = w->out[2];
+    sum_space t;
+    short_space space;
+    if (take_sums(&t, j)) return HL_NOMEM;
+    if (take_short(&space, w, &t.s)) return hl_give(t.s.block), HL_NOMEM;
+    int even = 1; /* all rows are scaled alike */
+    row_place p = row_at(w, 0), first = p;
+    for (int64_t o = 0; o < w->out[0] * w->out[1]; o++, next_rows(w, &p, 1))
+        even &= outer_taps(j, &t.s, &p) == outer_taps(j, &t.s, &first);
+    p = row_at(w, begin);
+    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
+        n = even ? end - r : run_of_rows(w, &t.s, &p, end - r);
+        scale_row(&t, j, &p);
+        short_job rows = {
+            w, &space, .x = j->x, .M = j->M, .p = p, .n = n, .by = t.by, .y = j->y + r * OW, .limit = j->y + end * OW};
+        pool_short(j->norm == 2 ? SQUARES : SUM, &rows);
+        if (j->norm != 0) root(j->norm, j->y + r * OW, n * OW);
+    }
+    give_short(&space);
+    hl_give(t.s.block);
+    return HL_OK;
+}
+
 static int sum_rows(int64_t begin, int64_t end, void *context)
 {
     const sum_job *j = context;
     const windows *w = &j->w;
-    int64_t OW = w->out[2], outer = 0;
-    row_space s;
-    if (take_rows(SUM, &s, w)) return HL_NOMEM;
-    real *counts = (real *)s.id; /* the taps of every output across; nobody asks for places */
-    int alike = 1;
-    for (int64_t o = 0; o < OW; o++) {
-        counts[o] = (real)(j->include ? padded_count(w, 2, o) : s.taps[2][o].count);
-        alike &= counts[o] == counts[0];
-    }
-    scaling by = {.counts = NULL};
-    int simple = j->norm == 0 || j->norm == 1 || j->norm == 2, paired = side_by_side(w) && simple;
+    int64_t OW = w->out[2];
+    sum_space t;
+    if (take_sums(&t, j)) return HL_NOMEM;
+    const row_space s = t.s;
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
         lines l = lines_of(w, &s, j->x, j->M, &p);
-        n = run_of_rows(w, &s, &p, paired ? end - r : simple || whole_norm(j->norm) ? min64(end - r, s.rows) : 1);
-        int64_t now = l.d.count * l.h.count;
-        if (j->include) now = padded_count(w, 0, p.od) * padded_count(w, 1, p.oh);
-        if (now != outer) { /* seldom: the rows inside are alike */
-            outer = now;
-            by = (scaling){.divisor = (real)outer * (alike ? counts[0] : (real)1)};
-            if (j->norm != 0) by.divisor /= (real)volume(w->kernel);
-            if (j->divisor) by.divisor = (real)j->divisor;
-            else if (!alike) by.counts = counts;
-            if (!by.counts) by.factor = exact_factor(by.divisor);
-        }
-        real *y = j->y + r * OW, *limit = j->y + end * OW;
-        if (paired) {
-            if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, by, y, limit);
-            else sum_pairs(SUM, w, &l, n, by, y, limit);
-        } else {
-            if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s, n);
-            else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s, n);
-            else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s, n);
-            else powers_down(j->norm, w, &l, &s);
-            rows_of_sums(w, &s, n, by, y, limit);
-        }
+        real *y = j->y + r * OW;
+        n = j->norm == 0 || whole_norm(j->norm) ? run_of_rows(w, &s, &p, min64(end - r, s.rows)) : 1;
+        scale_row(&t, j, &p);
+        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s, n);
+        else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s, n);
+        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s, n);
+        else powers_down(j->norm, w, &l, &s);
+        rows_of_sums(w, &s, n, t.by, y, j->y + end * OW);
         if (j->norm != 0) root(j->norm, y, n * OW);
     }
     hl_give(s.block);
@@ -1082,7 +1239,12 @@ static int run_sum(sum_job *j)
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
     if (j->norm != 0 && j->norm != 2) work *= 20;
-    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), sum_rows, j);
+    hl_chunk rows = sum_rows;
+    if (j->norm == 0 || j->norm == 1 || j->norm == 2) {
+        if (side_by_side(w) && (is_seamless(w) || !are_short(w))) rows = sum_rows_of_pairs;
+        else if (are_short(w)) rows = sum_short_rows;
+    }
+    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), rows, j);
 }
 
 int HL(avg_pool)(const hl_avg_pool_plan *p, const real *x, real *y)

@@ -62,7 +62,12 @@ GEOMETRIES = [
     ("volume", {"M": 2, "sizes": (4, 5, 19), "size": (2, 3, 3), "stride": (1, 2, 2), "pad": (1, 1, 1)}),
     ("volume_dilated", {"M": 1, "sizes": (5, 4, 6), "size": (2, 2, 2), "stride": (1, 1, 1), "dilation": (2, 1, 3)}),
     ("tiny_windows", {"M": 40, "sizes": (3, 2), "size": (2, 2), "stride": (1, 1)}),
+    *[(f"short_{W}", {"M": 5, "sizes": (4, W), "size": (3, 3), "stride": (1, 1), "pad": (1, 1)}) for W in (3, 4, 7, 8, 15, 16, 31)],
+    ("short", {"M": 17, "sizes": (7, 13), "size": (3, 3), "stride": (2, 2), "pad": (1, 1)}),
+    ("short_pairs", {"M": 6, "sizes": (7, 13), "size": (2, 2)}),
+    ("short_wide_window", {"M": 4, "sizes": (9, 13), "size": (9, 13), "stride": (1, 1), "pad": (4, 6)}),
     ("many", {"M": 190, "sizes": (28, 36), "size": (2, 2)}),
+    ("many_short", {"M": 700, "sizes": (14, 14), "size": (3, 3), "stride": (2, 2), "pad": (1, 1)}),
     ("many_overlapping", {"M": 90, "sizes": (22, 33), "size": (3, 3), "stride": (2, 2), "pad": (1, 1)}),
 ]
 UNPADDED = [(id, g) for id, g in GEOMETRIES if "pad" not in g]
@@ -93,7 +98,7 @@ SPECIAL = [
     ("equal", constant(1.5)),
     ("lowest", strewn(-np.finfo(np.float32).max)),
 ]
-SPECIAL_GEOMETRIES = [g for g in GEOMETRIES if g[0] in ("pairs_odd", "stem", "dilated", "volume", "line")]
+SPECIAL_GEOMETRIES = [g for g in GEOMETRIES if g[0] in ("pairs_odd", "stem", "short", "dilated", "volume", "line")]
 
 
 def max_pool_cases():
