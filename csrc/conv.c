@@ -40,6 +40,17 @@ static int is_pointwise(const conv_job *j)
 }
 static int is_flat(const conv_job *j) { return is_pointwise(j) && j->axes[0].outputs == 1 && j->axes[1].outputs == 1; }
 
+/* Windows side by side: each input is read once at most, and patches are rows of x turned. */
+static int is_tiled(const conv_job *j)
+{
+    for (int a = 0; a < 3; a++) {
+        const axis *x = &j->axes[a];
+        if (x->taps != x->stride || x->pad || (x->taps > 1 && x->dilation != 1)) return 0;
+        if (x->inputs < x->outputs * x->stride) return 0;
+    }
+    return j->axes[2].taps > 1;
+}
+
 /* ---- boxes of outputs ---- */
 
 /* Some whole images, or a range of one dimension of one image with all of the dimensions inside it. */
@@ -77,33 +88,66 @@ static int64_t enough_tasks(void)
     return threads > 1 ? 4 * threads : 1;
 }
 
+/* Where `tasks` boxes of groups do not go round the threads evenly, the filters are cut too: each block packs the patches again,
+ * which costs as much as the products of so many filters. Blocks are of at least four tiles and two million products. */
+typedef struct {
+    int64_t blocks;
+    double waiting; /* the time that it takes over that of threads which are never idle */
+} cut;
+static cut cut_filters(const conv_job *j, int64_t tasks)
+{
+    const int64_t threads = hl_num_threads(0);
+    const int64_t packing = is_flat(j) ? 16 : 16 + 16 * j->axes[1].stride * j->axes[2].stride;
+    double work =
+        (double)(outputs_of(j) * j->images * j->groups) * (double)j->filters * (double)(j->channels * taps_of(j) + 4);
+    cut best = {1, 0};
+    for (int64_t n = 1; n <= 4 * threads; n++) {
+        if (n > 1 && (j->filters / n < 4 * GEMM_ROWS || work / (double)(tasks * n) < 2e6)) break;
+        double time = (double)(ceil_div(tasks * n, threads) * (j->filters / n + packing));
+        time *= (double)threads / (double)(max64(tasks, 1) * (j->filters + packing));
+        if (best.waiting > 0 && time >= best.waiting) continue;
+        best = (cut){n, time};
+    }
+    return best;
+}
+
+/* What a grid with `per` outputs in a range does: whole vectors of outputs, and rows of the input, of which boxes side by side
+ * both read some. To copy a vector costs as much as a tenth of its products by common numbers of filters. */
+static double work_of(const conv_job *j, const grid *g, int64_t extent, int64_t inside, int64_t per)
+{
+    int64_t ranges = ceil_div(extent, per), last = extent - (ranges - 1) * per;
+    double vectors = (double)((ranges - 1) * ceil_div(per * inside, LANES) + ceil_div(last * inside, LANES));
+    const axis *x = g->split < 0 ? NULL : &j->axes[g->split];
+    double rim = x ? (double)(ranges * (x->taps - 1) * x->dilation) / (double)(extent * x->stride) : 0;
+    return vectors * (1 + 0.1 * rim);
+}
+
 /* Of the grids with boxes of at most 16 full panels, and small enough for all threads where that leaves four, the one that
- * does least: whole vectors of outputs, and rows of the input, of which boxes side by side both read `reach`. 8 panels
- * where x is read with no planes between: the next box is fetched during the products of one, and the second cache holds
- * both. */
+ * does least; or one with a few boxes more that go round the threads. 8 panels where x is read with no planes between: the
+ * next box is fetched during the products of one, and the second cache holds both. */
 static grid make_product_grid(const conv_job *j)
 {
     int64_t total = j->images * outputs_of(j), most = (is_flat(j) ? 8 : 16) * GEMM_COLUMNS;
     most = min64(most, max64(total / enough_tasks(), 4 * GEMM_COLUMNS));
-    grid best = make_grid(j, most);
+    grid g = make_grid(j, most);
+    int64_t outside = g.boxes / max64(g.ranges, 1), extent = g.split < 0 ? j->images : j->axes[g.split].outputs;
+    int64_t inside = total / max64(outside * extent, 1);
     double least = 0;
-    int64_t inside = total / max64(best.boxes / best.ranges, 1),
-            extent = best.split < 0 ? j->images : j->axes[best.split].outputs;
-    inside /= extent;
-    const axis *x = best.split < 0 ? NULL : &j->axes[best.split];
-    for (int64_t per = best.per; per > 0 && per * inside * 4 >= most; per--) {
-        int64_t ranges = ceil_div(extent, per), last = extent - (ranges - 1) * per;
-        double vectors = (double)((ranges - 1) * ceil_div(per * inside, LANES) + ceil_div(last * inside, LANES));
-        /* To copy a vector costs as much as a tenth of its products by common numbers of filters. */
-        double rim = x ? (double)(ranges * (x->taps - 1) * x->dilation) / (double)(extent * x->stride) : 0;
-        double cost = vectors * (1 + 0.1 * rim);
-        if (least > 0 && cost >= least) continue;
-        least = cost;
-        best.boxes = best.boxes / best.ranges * ranges;
-        best.per = per;
-        best.ranges = ranges;
+    for (int64_t per = g.per, from = per; per > 0 && per * inside * 4 >= most; per--) {
+        double work = work_of(j, &g, extent, inside, per);
+        if (per < from && work >= least) continue;
+        least = work;
+        g.per = per;
     }
-    return best;
+    g.ranges = g.per ? ceil_div(extent, g.per) : 0;
+    int64_t threads = hl_num_threads(0), even = g.ranges;
+    double waiting = cut_filters(j, outside * g.ranges * j->groups).waiting;
+    while (even < extent && outside * even * j->groups % threads) even++;
+    int64_t per = even ? ceil_div(extent, even) : 0;
+    if (per && work_of(j, &g, extent, inside, per) < least * waiting) g.per = per;
+    g.ranges = g.per ? ceil_div(extent, g.per) : 0;
+    g.boxes = outside * g.ranges;
+    return g;
 }
 
 static box box_at(const conv_job *j, const grid *g, int64_t i)
@@ -359,6 +403,7 @@ typedef struct {
     grid grid;
     int64_t filter_blocks, depth, tasks;
     int flat;     /* one tap on each input: x is its own plane */
+    int tiled;    /* the same of windows side by side */
     int past_cache; /* y does not stay in the caches, and is written once */
     real *packed; /* w: [group][part of K][row panels], or NULL: it is read where it lies */
 } product;
@@ -475,6 +520,50 @@ static void pack_patches(int64_t depth, const int64_t *offsets, const copy *copi
     }
 }
 
+/* The positions of a panel that lie in one row of outputs: where their windows begin in channel 0, and their column. */
+typedef struct { int64_t from, to, count; } stretch;
+static int64_t list_runs(const conv_job *j, const box *b, int64_t group, int64_t s, int64_t width, stretch *runs)
+{
+    const axis *D = &j->axes[0], *H = &j->axes[1], *W = &j->axes[2];
+    int64_t n = 0;
+    for (int64_t done = 0; done < width; done += runs[n++].count) {
+        int64_t row = (s + done) / b->size[2], column = (s + done) % b->size[2], slice = row / b->size[1];
+        int64_t image = b->image + slice / b->size[0], d = b->first[0] + slice % b->size[0];
+        int64_t h = b->first[1] + row % b->size[1], w = b->first[2] + column;
+        int64_t at = (image * j->groups + group) * j->channels * D->inputs + d * D->stride;
+        at = (at * H->inputs + h * H->stride) * W->inputs + w * W->stride;
+        runs[n] = (stretch){at, done, min64(b->size[2] - column, width - done)};
+    }
+    return n;
+}
+/* The rows [k, k + depth) of a panel of windows side by side: what the windows of a run read of a row of x, turned. */
+static void pack_tiles(const conv_job *j, int64_t k, int64_t depth, const stretch *runs, int64_t n, int64_t step,
+                       real *panel)
+{
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    const real *end = j->x + j->images * j->groups * j->channels * inputs_of(j);
+    int64_t taps = W->taps;
+    for (int64_t last = k + depth, count; k < last; k += count, panel += count * step) {
+        int64_t kw = k % taps, kh = k / taps % H->taps, slice = k / taps / H->taps; /* of all channels */
+        int64_t kd = slice % j->axes[0].taps, c = slice / j->axes[0].taps;
+        const real *x = j->x + ((c * j->axes[0].inputs + kd) * H->inputs + kh) * W->inputs + kw;
+        count = min64(taps - kw, last - k);
+        for (int64_t r = 0; r < n; r++) {
+            const real *from = x + runs[r].from;
+            real *to = panel + runs[r].to;
+            if (count == 2 && W->stride == 2)
+                for (int64_t i = 0; i < runs[r].count; i += LANES, from += 2 * LANES, to += LANES) {
+                    vreal first = load_before(from, end), second = load_before(from + LANES, end);
+                    /* What is written behind a run is written again by the next one; nothing behind the row is. */
+                    const real *row_end = panel + step;
+                    store_before(to, row_end, runs[r].count - i, evens(first, second));
+                    store_before(to + step, row_end + step, runs[r].count - i, odds(first, second));
+                }
+            else gemm_transpose(runs[r].count, count, from, W->stride, to, step);
+        }
+    }
+}
+
 static int64_t filter_cut(const product *t, int64_t i)
 {
     int64_t F = t->j->filters;
@@ -509,10 +598,11 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     const real *x_end = j->x + j->images * j->groups * j->channels * S;
     box largest = box_at(j, &t->grid, 0);
     int64_t channels_max = taps > PATCH_DEPTH ? t->depth / taps + 2 : t->depth / taps;
-    planes p = t->flat ? (planes){.image = j->groups * j->channels * S} : make_planes(j, &largest, channels_max);
+    int has_planes = !t->flat && !t->tiled;
+    planes p = has_planes ? make_planes(j, &largest, channels_max) : (planes){.image = j->groups * j->channels * S};
     int dense = is_dense(j) && (t->grid.split >= 0 || t->grid.per == 1); /* in one image */
     int64_t positions = positions_of(&largest), filters_max = j->filters / t->filter_blocks + 2 * GEMM_ROWS;
-    size_t plane_size = t->flat ? 0 : planes_size(&largest, &p);
+    size_t plane_size = has_planes ? planes_size(&largest, &p) : 0;
     size_t panel_size = (size_t)(t->depth * GEMM_COLUMNS + LANES);
     size_t result_size = dense ? 0 : (size_t)round_up(filters_max * positions, LANES);
     real *scratch =
@@ -522,6 +612,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     int64_t *offsets = (int64_t *)(result + result_size);
     for (int64_t k = 0; k < t->depth && t->flat; k++) offsets[k] = k * S;
     copy copies[GEMM_COLUMNS + GEMM_VECTORS];
+    stretch runs[GEMM_COLUMNS];
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / t->filter_blocks % j->groups, f0 = filter_cut(t, i % t->filter_blocks);
         int64_t filters = filter_cut(t, i % t->filter_blocks + 1) - f0;
@@ -533,7 +624,7 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
         source here = source_of(t, i);
         /* What this thread is most likely to take next: chunks go round the threads. */
         int64_t next = i + 1 < end ? i + 1 : i + 1 + (hl_num_threads(0) - 1) * (end - begin);
-        if (!t->flat) {
+        if (has_planes) {
             p = make_planes(j, &b, channels_max);
             memset(scratch, 0, planes_size(&b, &p) * sizeof(real));
         }
@@ -547,17 +638,22 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
             source soon = {0};
             if (k + depth < K) soon = (source){here.first + (k + depth) / taps * S, here.count};
             else if (next < t->tasks) soon = source_of(t, next);
-            if (!t->flat) {
+            if (has_planes) {
                 fill_planes(j, &b, &p, group, c0, channels, scratch);
                 fill_offsets(j, &p, k, k + depth, c0, offsets);
             }
             for (int64_t s = 0, step; s < positions; s += step) {
                 step = gemm_columns(positions - s);
                 int64_t width = min64(step, positions - s);
-                int64_t n = list_copies(&b, &p, s, width, copies);
                 /* The rows of a panel that lie in x, in one image, are packed by its first tile. */
                 int whole = t->flat && width == step && s % b.size[2] + width <= b.size[2];
-                if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
+                if (t->tiled) {
+                    int64_t n = list_runs(j, &b, group, s, width, runs);
+                    pack_tiles(j, k, depth, runs, n, step, panel);
+                } else {
+                    int64_t n = list_copies(&b, &p, s, width, copies);
+                    if (!whole) pack_patches(depth, offsets, copies, n, from, stop, step, panel);
+                }
                 int aligned = ((uintptr_t)(y + s) | (uintptr_t)y_row * sizeof(real)) % HL_VLEN == 0;
                 gemm_out out = {.c = y + s, .c_row = y_row, .past_cache = t->past_cache && dense && aligned};
                 int64_t strip = gemm_next_strip(s);
@@ -585,23 +681,6 @@ static int product_tasks(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
-/* Where the boxes do not go round the threads evenly, the filters are cut too: each block packs the patches again, which costs
- * as much as the products of so many filters. Blocks are of at least four tiles and two million products. */
-static int64_t choose_filter_blocks(const product *t, double work)
-{
-    const conv_job *j = t->j;
-    const int64_t threads = hl_num_threads(0), packing = t->flat ? 16 : 16 + 16 * j->axes[1].stride * j->axes[2].stride;
-    int64_t best = 1, least = 0;
-    for (int64_t n = 1; n <= 4 * threads; n++) {
-        if (n > 1 && (j->filters / n < 4 * GEMM_ROWS || work / (double)(t->tasks * n) < 2e6)) break;
-        int64_t time = ceil_div(t->tasks * n, threads) * (j->filters / n + packing);
-        if (least && time >= least) continue;
-        least = time;
-        best = n;
-    }
-    return best;
-}
-
 /* Parallel over (box of outputs, group, block of filters); y = w[filters, K] patches[K, positions].
  * A part of K at a time: the planes of its channels, then panels of patches out of them, each multiplied with all filters
  * while it is in cache. The whole column matrix never exists.
@@ -614,6 +693,7 @@ static int conv_product(const conv_job *j)
     int64_t depth = K <= GEMM_DEPTH ? K : part_depth(j->channels, taps);
     product t = {.j = j, .filter_blocks = 1, .grid = make_product_grid(j), .depth = depth};
     t.flat = is_flat(j);
+    t.tiled = !t.flat && is_tiled(j);
     /* Less than three lines of a row at a time are slower written so. */
     t.past_cache = K <= t.depth && !j->activation && GEMM_COLUMNS * sizeof(real) >= 192 &&
                    j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
@@ -627,9 +707,8 @@ static int conv_product(const conv_job *j)
         t.packed = weights.data;
         double work =
             (double)outputs_of(j) * (double)j->images * (double)j->groups * (double)j->filters * (double)(K + 4);
-        t.tasks = t.grid.boxes * j->groups;
-        t.filter_blocks = choose_filter_blocks(&t, work);
-        t.tasks *= t.filter_blocks;
+        t.filter_blocks = cut_filters(j, t.grid.boxes * j->groups).blocks;
+        t.tasks = t.grid.boxes * j->groups * t.filter_blocks;
         /* 16 products cost what hl_grain counts as one operation. */
         status = parallel_even(t.tasks, work / (double)t.tasks / 16, product_tasks, &t);
     }

@@ -526,10 +526,11 @@ static void row_range(const gemm_call *g, int64_t n0, int64_t n1)
             int64_t count = min64(LANES, n1 - n - i);
             real *c = g->c + n + i;
             vreal sum = total[i / LANES];
-            if (g->accumulate) sum += load_part(c, count, (real)0);
-            if (g->column_bias) sum += load_part(g->column_bias + n + i, count, (real)0);
+            const real *add = g->accumulate ? c : g->column_bias ? g->column_bias + n + i : NULL;
+            if (add) sum += count < LANES ? load_part(add, count, (real)0) : load(add);
             if (g->row_bias) sum += splat(g->row_bias[0]);
-            store_part(c, count, sum);
+            if (count < LANES) store_part(c, count, sum);
+            else store(c, sum);
         }
     }
 }

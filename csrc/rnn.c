@@ -145,6 +145,11 @@ struct layer {
 /* Units of a block: a whole number of vectors, enough columns to keep register tiles busy, and 8 blocks to share from 256
  * units on. */
 enum { UNITS = 32 };
+/* Of few samples up to four times as many, as far as all threads have some: there it shows what a block costs by itself. */
+static int64_t most_units(int64_t N, int64_t H, int64_t threads)
+{
+    return max64(UNITS, min64(min64(4 * UNITS, 8 * UNITS / N), H / threads));
+}
 
 static range block_units(const layer *l, int64_t b)
 {
@@ -315,7 +320,8 @@ static int run_layer(layer *l)
     int apart = threads > 1 && N >= threads * GEMM_ROWS && columns * (D + H) <= NEAR_WEIGHTS;
     l->groups = round_up((N + GROUP - 1) / GROUP, apart ? threads : 1);
     l->ahead = l->groups > 1 ? 1 : min64(T, max64(GROUP / N, 1)); /* steps of all samples follow each other in x */
-    l->blocks = (H + UNITS - 1) / UNITS;
+    int64_t units = most_units(N, H, threads);
+    l->blocks = (H + units - 1) / units;
     l->past_cache = is_past_cache(l);
     int64_t sizes[] = {N * columns * l->ahead, columns, N * H}, total = 0;
     for (int i = 0; i < 3; i++) total += round_up(sizes[i], LANES);
