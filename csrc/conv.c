@@ -1033,6 +1033,7 @@ static int run(conv_job *j, int exact)
 #else
     (void)exact;
 #endif
+    if (is_by_planes(j)) return conv_by_planes(j);
     if (is_by_rows(j)) return conv_by_rows(j);
     if (is_by_channels(j)) return conv_by_channels(j);
     if (j->filters <= DIRECT_FILTERS && !is_flat(j)) return conv_direct(j);

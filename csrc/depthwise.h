@@ -307,12 +307,31 @@ static int is_by_rows(const conv_job *j)
            is_dense(j) && W->outputs > 8 && (H->taps == 3 ? W->outputs * 2 >= lanes : W->outputs * 4 >= lanes * 3);
 }
 
+/* The weights of all filters, one after the other, as they lie or in a pack. */
+static int begin_rows_of_weights(const conv_job *j, const real **all, hl_pack *pack)
+{
+    int64_t taps = taps_of(j), filters = j->groups * j->filters;
+    *pack = (hl_pack){0};
+    if (in_order(j) && j->w_filter == taps && j->w_group == j->filters * taps) return HL_OK;
+    *pack = begin_weights(j, HL_PACK_CONV_ROWS, filters * taps, 0);
+    if (!pack->data) return HL_NOMEM;
+    *all = pack->data;
+    real *to = pack->data;
+    for (int64_t f = 0; f < filters && !pack->ready; f++) {
+        const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
+        for (int64_t kh = 0; kh < j->axes[1].taps; kh++, w += j->w_tap[1])
+            for (int64_t kw = 0; kw < j->axes[2].taps; kw++) *to++ = w[kw * j->w_tap[2]];
+    }
+    if (!pack->ready) hl_pack_ready(pack);
+    return HL_OK;
+}
+
 /* Parallel over (box of one image, group). Lines are read where they lie, once to a strip of vectors; y is written once.
  * Source: Zhang et al., High Performance Depthwise and Pointwise Convolutions (2020), section 3. */
 static int conv_by_rows(const conv_job *j)
 {
     hl_note(j->groups > 1 ? "depthwise" : "direct");
-    int64_t taps = taps_of(j), filters = j->groups * j->filters, positions = outputs_of(j);
+    int64_t taps = taps_of(j), positions = outputs_of(j);
     /* Rows that are not copied are best read on and on, where there are channels enough for all threads. */
     if (j->images * j->groups < 2 * enough_tasks()) positions = max64(4096, 16 * j->axes[2].outputs);
     /* Strips of narrow vectors, one line of the cache wide, wait for the third cache, too. */
@@ -325,23 +344,145 @@ static int conv_by_rows(const conv_job *j)
         t.grid.per = 1;
         t.grid.ranges = t.grid.boxes = j->images;
     }
-    hl_pack weights = {0};
-    if (!in_order(j) || j->w_filter != taps || j->w_group != j->filters * taps) {
-        weights = begin_weights(j, HL_PACK_CONV_ROWS, filters * taps, 0);
-        if (!weights.data) return HL_NOMEM;
-        real *to = weights.data;
-        for (int64_t f = 0; f < filters && !weights.ready; f++) {
-            const real *w = j->w + f / j->filters * j->w_group + f % j->filters * j->w_filter;
-            for (int64_t kh = 0; kh < j->axes[1].taps; kh++, w += j->w_tap[1])
-                for (int64_t kw = 0; kw < j->axes[2].taps; kw++) *to++ = w[kw * j->w_tap[2]];
-        }
-        if (!weights.ready) hl_pack_ready(&weights);
-        t.w = weights.data;
-    }
+    hl_pack weights;
+    if (begin_rows_of_weights(j, &t.w, &weights) != HL_OK) return HL_NOMEM;
     /* A multiply-add of a vector costs about four of what hl_grain counts. */
     double work = (double)(j->images * outputs_of(j)) / (double)max64(t.grid.boxes, 1) * (double)j->filters *
                   (double)(taps + 4) * 4 / LANES;
     int status = parallel_even(t.grid.boxes * j->groups, work, row_tasks, &t);
+    hl_pack_end(&weights);
+    return status;
+}
+
+/* ---- small maps ---- */
+
+/* Rows of at most 8 outputs are one short vector each, and a plane is a few dozen instructions: it is walked line by line,
+ * each of which is loaded once for all rows that it belongs to. */
+enum { SHORT = 8 };
+typedef real vshort __attribute__((vector_size(SHORT * sizeof(real))));
+typedef real vshort_u __attribute__((vector_size(SHORT * sizeof(real)), aligned(sizeof(real)), may_alias));
+typedef ireal vshort_int __attribute__((vector_size(SHORT * sizeof(real))));
+
+typedef struct {
+    const conv_job *j;
+    const real *w; /* of all filters, one after the other */
+    int64_t offsets[7]; /* of the taps of a row */
+    vshort_int inside[7]; /* which outputs of a row read an input by this tap, and not the padding */
+    const real
+        *zeros; /* what lines outside the image are, where not all weights are finite; else NULL: they add nothing */
+} by_planes;
+
+/* From the lines of one plane to one filter's outputs; nothing is written from `end` on. As in rows_strip sum[0] is of the last
+ * of the rows that a line belongs to. */
+static inline __attribute__((always_inline)) void short_plane(const int K, const int stride, const by_planes *t,
+                                                              const real *x, const real *w, real bias, real *y,
+                                                              const real *end)
+{
+    const axis *H = &t->j->axes[1];
+    const int open = (K + stride - 1) / stride;
+    const int64_t lines = H->inputs, rows = H->outputs, W = t->j->axes[2].outputs, pitch = t->j->axes[2].inputs;
+    const vshort first = bias - (vshort){0};
+    vshort sum[7], weights[9];
+    vshort_int inside[7];
+    int64_t offsets[7], l = -H->pad;
+#pragma GCC unroll 7
+    for (int k = 0; k < K; k++) sum[k] = first, inside[k] = t->inside[k], offsets[k] = t->offsets[k];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9 && K == 3; k++) weights[k] = w[k] - (vshort){0};
+    const real *line = x + l * pitch, *zeros = t->zeros;
+    y += (1 - open) * W;
+    for (int64_t row = 1 - open; row < rows; row++, y += W) {
+#pragma GCC unroll 2
+        for (int phase = 0; phase < stride; phase++, l++, line += pitch) {
+            if ((l < 0 || l >= lines) && !zeros) continue;
+            const real *from = l < 0 || l >= lines ? zeros : line;
+#pragma GCC unroll 7
+            for (int kw = 0; kw < K; kw++) {
+                vshort in = *(const vshort_u *)(from + offsets[kw]);
+                if (stride == 2)
+                    in = SHUFFLE(in, *(const vshort_u *)(from + offsets[kw] + SHORT), 0, 2, 4, 6, 8, 10, 12, 14);
+                in = (vshort)(inside[kw] & (vshort_int)in);
+#pragma GCC unroll 7
+                for (int kh = phase; kh < K; kh += stride)
+                    sum[kh / stride] += in * (K == 3 ? weights[kh * K + kw] : w[kh * K + kw] - (vshort){0});
+            }
+        }
+        if (row >= 0) {
+            if (end - y >= SHORT) *(vshort_u *)y = sum[open - 1];
+            else
+                for (int64_t i = 0; i < W; i++) y[i] = sum[open - 1][i];
+        }
+#pragma GCC unroll 7
+        for (int k = open - 1; k > 0; k--) sum[k] = sum[k - 1];
+        sum[0] = first;
+    }
+}
+
+typedef void plane_kernel(const by_planes *t, const real *x, const real *w, real bias, real *y, const real *end);
+#define PLANE(K, stride) \
+    static void plane_##K##_##stride(const by_planes *t, const real *x, const real *w, real bias, real *y, \
+                                     const real *end) \
+    { \
+        short_plane(K, stride, t, x, w, bias, y, end); \
+    }
+PLANE(3, 1)
+PLANE(3, 2)
+PLANE(5, 1) PLANE(5, 2) PLANE(7, 1) PLANE(7, 2) static plane_kernel *const plane_kernels[3][2] = {
+    {plane_3_1, plane_3_2}, {plane_5_1, plane_5_2}, {plane_7_1, plane_7_2}};
+
+static int plane_tasks(int64_t begin, int64_t end, void *context)
+{
+    const by_planes *t = context;
+    const conv_job *j = t->j;
+    int64_t in = inputs_of(j), out = outputs_of(j), K = j->axes[1].taps, taps = K * K, all = j->images * j->groups;
+    int64_t stride = j->axes[2].stride;
+    plane_kernel *kernel = plane_kernels[K / 2 - 1][stride - 1];
+    int64_t before = max64(-t->offsets[0], 0), after = max64(t->offsets[K - 1], 0) + SHORT * stride;
+    real *copy = hl_take((size_t)(before + in + after) * sizeof(real));
+    if (!copy) return HL_NOMEM;
+    memset(copy, 0, (size_t)(before + in + after) * sizeof(real));
+    real *limit = j->y + end * j->filters * out;
+    for (int64_t i = begin; i < end; i++) {
+        const real *x = j->x + i * in;
+        if (i * in < before || (all - i) * in < in + after) x = memcpy(copy + before, x, (size_t)in * sizeof(real));
+        for (int64_t f = 0; f < j->filters; f++) {
+            int64_t filter = i % j->groups * j->filters + f;
+            const real *w = t->w + filter * taps;
+            real bias = j->bias ? j->bias[filter] : 0, *y = j->y + (i * j->filters + f) * out;
+            kernel(t, x, w, bias, y, limit);
+        }
+    }
+    activate_rows(j->activation, 1, (end - begin) * j->filters * out, j->y + begin * j->filters * out, 0);
+    hl_give(copy);
+    return HL_OK;
+}
+
+static int is_by_planes(const conv_job *j)
+{
+    const axis *H = &j->axes[1], *W = &j->axes[2];
+    return HL_VLEN >= SHORT * (int)sizeof(real) && is_readable(j) && W->outputs <= SHORT && W->outputs * 2 > SHORT &&
+           H->taps == W->taps && (H->taps == 3 || H->taps == 5 || H->taps == 7) && H->pad >= 0 && H->pad <= WIDEST &&
+           j->filters <= DIRECT_FILTERS && is_dense(j) && j->y_channel == outputs_of(j);
+}
+
+/* Parallel over channels of images. x and y are read and written once. */
+static int conv_by_planes(const conv_job *j)
+{
+    const axis *W = &j->axes[2];
+    hl_note(j->groups > 1 ? "depthwise" : "direct");
+    by_planes t = {.j = j, .w = j->w};
+    for (int64_t k = 0; k < W->taps; k++) {
+        t.offsets[k] = k * W->dilation - W->pad;
+        for (int64_t o = 0; o < W->outputs; o++)
+            t.inside[k][o] = -(o * W->stride + t.offsets[k] >= 0 && o * W->stride + t.offsets[k] < W->inputs);
+    }
+    const real nothing[3 * WIDEST + 3 * SHORT] = {0};
+    hl_pack weights;
+    int status = begin_rows_of_weights(j, &t.w, &weights);
+    if (status == HL_OK && has_nonfinite(t.w, j->groups * j->filters * taps_of(j))) t.zeros = nothing + WIDEST;
+    if (status == HL_OK)
+        status = parallel_even(j->images * j->groups, (double)(j->filters * (taps_of(j) + 4) * outputs_of(j)) / 4,
+                               plane_tasks, &t);
     hl_pack_end(&weights);
     return status;
 }
