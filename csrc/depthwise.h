@@ -427,8 +427,16 @@ typedef void plane_kernel(const by_planes *t, const real *x, const real *w, real
     }
 PLANE(3, 1)
 PLANE(3, 2)
-PLANE(5, 1) PLANE(5, 2) PLANE(7, 1) PLANE(7, 2) static plane_kernel *const plane_kernels[3][2] = {
-    {plane_3_1, plane_3_2}, {plane_5_1, plane_5_2}, {plane_7_1, plane_7_2}};
+PLANE(5, 1)
+PLANE(5, 2)
+PLANE(7, 1)
+PLANE(7, 2)
+/* [taps: 3, 5, 7][stride - 1] */
+static plane_kernel *const plane_kernels[3][2] = {
+    {plane_3_1, plane_3_2},
+    {plane_5_1, plane_5_2},
+    {plane_7_1, plane_7_2},
+};
 
 static int plane_tasks(int64_t begin, int64_t end, void *context)
 {
