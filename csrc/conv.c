@@ -883,13 +883,17 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i % j->groups;
         if (i == begin || group == 0) { /* the planes of one box serve all groups */
+            box before = b;
             b = box_at(j, &t->grid, i / j->groups);
-            p = make_planes(j, &b, channels_max);
             memset(scratch, 0, plane_size * sizeof(real));
-            fill_offsets(j, &p, 0, min64(t->depth, K), 0, offsets);
-            /* What is missing to a last tile is the last output again. */
-            for (int64_t s = 0, last = positions_of(&b) - 1; s < outputs_max; s++)
-                bases[s] = row_base(&b, &p, min64(s, last) / b.size[2]) + min64(s, last) % b.size[2];
+            if (i == begin || memcmp(b.size, before.size, sizeof b.size)) { /* boxes of a size have planes alike */
+                p = make_planes(j, &b, channels_max);
+                fill_offsets(j, &p, 0, min64(t->depth, K), 0, offsets);
+                int64_t s = 0;
+                for (int64_t r = 0; r < b.size[0] * b.size[1] && outputs_max; r++)
+                    for (int64_t base = row_base(&b, &p, r), c = 0; c < b.size[2]; c++) bases[s++] = base + c;
+                for (; s < outputs_max; s++) bases[s] = bases[s - 1]; /* what is missing to a last tile */
+            }
         }
         int64_t W = b.size[2], rows = b.size[0] * b.size[1];
         int64_t length = row_base(&b, &p, rows - 1) + W, vectors = ceil_div(length, LANES);
