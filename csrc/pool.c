@@ -1218,6 +1218,13 @@ static real sum_of(const real *x, int64_t n)
     return sum_lanes(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
 }
 
+/* A mean of one window, which is the plane. */
+static int is_whole_mean(const windows *w, real norm)
+{
+    return norm == 0 && volume(w->out) == 1 && !memcmp(w->kernel, w->size, sizeof w->size) &&
+           !(w->pad[0] | w->pad[1] | w->pad[2]);
+}
+
 static int mean_planes(int64_t begin, int64_t end, void *context)
 {
     const sum_job *j = context;
@@ -1233,9 +1240,7 @@ static int run_sum(sum_job *j)
 {
     const windows *w = &j->w;
     if (!volume(w->out)) return HL_OK;
-    if (j->norm == 0 && volume(w->out) == 1 && !memcmp(w->kernel, w->size, sizeof w->size) &&
-        !(w->pad[0] | w->pad[1] | w->pad[2]))
-        return hl_parallel_for(j->M, hl_grain((double)volume(w->size)), mean_planes, j);
+    if (is_whole_mean(w, j->norm)) return hl_parallel_for(j->M, hl_grain((double)volume(w->size)), mean_planes, j);
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
     if (j->norm != 0 && j->norm != 2) work *= 20;
@@ -1360,11 +1365,25 @@ static int spread_planes(int64_t begin, int64_t end, void *context)
     return HL_OK;
 }
 
+/* What the only window of a plane passes on: the same to all elements. */
+static int spread_whole_planes(int64_t begin, int64_t end, void *context)
+{
+    const spread_job *j = context;
+    int64_t n = volume(j->w.size);
+    const real *limit = j->gx + end * n;
+    for (int64_t m = begin; m < end; m++) {
+        vreal g = splat(j->gy[m] / (real)(j->divisor ? j->divisor : n));
+        for (int64_t i = 0; i < n; i += LANES) put(j->gx + m * n + i, g, n - i, limit);
+    }
+    return HL_OK;
+}
+
 /* Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take.
  * gx is written kernel_h / stride_h times, in cache but for the first; gy is read once. Source: the chain rule. */
 static int run_spread(spread_job *j, int64_t M)
 {
     const windows *w = &j->w;
+    if (is_whole_mean(w, j->norm)) return hl_parallel_for(M, hl_grain((double)volume(w->size)), spread_whole_planes, j);
     double lines = (double)w->out[0] * (double)w->out[1] *
                    (double)(min64(w->kernel[0], w->size[0]) * min64(w->kernel[1], w->size[1]));
     return hl_parallel_for(M, hl_grain((double)volume(w->size) + lines * (double)w->size[2]), spread_planes, j);
