@@ -4,7 +4,8 @@
  * are first reduced to one line, whole vectors at a time, and that line then across, tap by tap. With a stride of 2 the
  * line is kept as its even and its odd elements, so that both steps load whole vectors. A window of K taps costs about
  * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. Rows are reduced some at a time before
- * any goes across: a vector that is taken from between two that were stored waits for them. */
+ * any goes across: a vector that is taken from between two that were stored waits for them. Rows of small maps stay in
+ * registers (short_rows.h). */
 #include "simd.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
