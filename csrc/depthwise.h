@@ -368,8 +368,7 @@ typedef struct {
     const real *w; /* of all filters, one after the other */
     int64_t offsets[7]; /* of the taps of a row */
     vshort_int inside[7]; /* which outputs of a row read an input by this tap, and not the padding */
-    const real
-        *zeros; /* what lines outside the image are, where not all weights are finite; else NULL: they add nothing */
+    const real *zeros; /* what lines outside are, where weights are not finite; else NULL: they add nothing */
 } by_planes;
 
 /* From the lines of one plane to one filter's outputs; nothing is written from `end` on. As in rows_strip sum[0] is of the last
@@ -470,7 +469,8 @@ static int is_by_planes(const conv_job *j)
     const axis *H = &j->axes[1], *W = &j->axes[2];
     return HL_VLEN >= SHORT * (int)sizeof(real) && is_readable(j) && W->outputs <= SHORT && W->outputs * 2 > SHORT &&
            H->taps == W->taps && (H->taps == 3 || H->taps == 5 || H->taps == 7) && H->pad >= 0 && H->pad <= WIDEST &&
-           j->filters <= DIRECT_FILTERS && is_dense(j) && j->y_channel == outputs_of(j);
+           j->filters <= DIRECT_FILTERS && is_dense(j) && j->y_channel == outputs_of(j) &&
+           inputs_of(j) <= SECOND; /* a thread takes whole planes: some ten microseconds each */
 }
 
 /* Parallel over channels of images. x and y are read and written once. */

@@ -456,14 +456,19 @@ static inline __attribute__((always_inline)) void put_bytes(uint8_t *to, vint id
 
 /* ---- maxima ---- */
 
-typedef struct {
+typedef struct max_job max_job;
+struct max_job {
     windows w;
     int64_t M;
     const real *x;
     real *y;
     int64_t *indices;
     uint8_t *offsets;
-} max_job;
+    /* What makes n rows of outputs from r on, which is at p, in a chunk that ends at `end`; the result holds a NaN where one may
+     * be among the elements. */
+    vreal (*some)(const max_job *, const row_space *, const row_place *p, int64_t r, int64_t n, int64_t end);
+    short_space space;
+};
 
 enum { TABLE = 256 };
 
@@ -673,6 +678,8 @@ static void put_indices(const windows *w, const lines *l, const row_space *s, co
 }
 
 static int with_places(const max_job *j) { return j->indices || j->offsets; }
+/* The numbers of the taps fit in an ireal. */
+static int fits(const max_job *j) { return !with_places(j) || volume(j->w.kernel) < NO_TAP; }
 
 /* What is left of n rows from r on, which is at p: the indices, and rows with a NaN. */
 static __attribute__((noinline)) void finish_maxima(const max_job *j, row_space s, row_place p, int64_t r, int64_t n,
@@ -680,96 +687,69 @@ static __attribute__((noinline)) void finish_maxima(const max_job *j, row_space 
 {
     const windows *w = &j->w;
     int64_t OW = w->out[2];
-    int plain = with_places(j) && volume(w->kernel) >= NO_TAP;
     for (int64_t end = r + n; r < end; r++, next_rows(w, &p, 1), next_row(&s)) {
         lines l = lines_of(w, &s, j->x, j->M, &p);
-        if (plain || (doubtful && has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, r * OW);
+        if (!fits(j) || (doubtful && has_nan(&l, w->size[2]))) max_row_plain(j, &l, &s, r * OW);
         else if (j->indices) put_indices(w, &l, &s, volume(w->kernel) <= TABLE ? table : NULL, j->indices + r * OW);
     }
 }
 
-/* Rows of windows side by side. */
-static int max_rows_of_pairs(int64_t begin, int64_t end, void *context)
+/* Each way is a function of its own: in one with the others the compiler makes less of it. First windows side by side. */
+static __attribute__((noinline)) vreal max_of_pairs(const max_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                    int64_t n, int64_t end)
 {
-    const max_job *j = context;
     const windows *w = &j->w;
-    int64_t OW = w->out[2], table[TABLE];
-    row_space s;
-    if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
-    if (j->indices) fill_table(w, table);
-    row_place p = row_at(w, begin);
-    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        lines l = lines_of(w, &s, j->x, j->M, &p);
-        real *y = j->y + r * OW, *limit = j->y + end * OW;
-        uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
-        vreal check;
-        n = run_of_rows(w, &s, &p, j->indices ? min64(end - r, s.rows) : end - r);
-        if (with_places(j)) check = max_pairs(PLACES, w, &l, n, s.id, j->indices ? s.pitch : 0, y, offsets, limit);
-        else check = max_pairs(MAXIMUM, w, &l, n, NULL, 0, y, NULL, limit);
-        int doubtful = lane_bits(check != check) != 0;
-        if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
-    }
-    hl_give(s.block);
-    return HL_OK;
+    int64_t OW = w->out[2];
+    lines l = lines_of(w, s, j->x, j->M, p);
+    real *y = j->y + r * OW, *limit = j->y + end * OW;
+    if (!with_places(j)) return max_pairs(MAXIMUM, w, &l, n, NULL, 0, y, NULL, limit);
+    uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
+    return max_pairs(PLACES, w, &l, n, s->id, j->indices ? s->pitch : 0, y, offsets, limit);
 }
 
-static int max_short_rows(int64_t begin, int64_t end, void *context)
+static __attribute__((noinline)) vreal max_of_short(const max_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                    int64_t n, int64_t end)
 {
-    const max_job *j = context;
+    int64_t OW = j->w.out[2];
+    short_job rows = {&j->w, &j->space, .x = j->x, .M = j->M, .p = *p, .n = n};
+    rows.y = j->y + r * OW, rows.limit = j->y + end * OW;
+    rows.offsets = j->offsets ? j->offsets + r * OW : NULL;
+    rows.ids = s->id, rows.ids_step = j->indices ? s->pitch : 0;
+    return pool_short(with_places(j) ? PLACES : MAXIMUM, &rows);
+}
+
+static __attribute__((noinline)) vreal max_of_lines(const max_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                    int64_t n, int64_t end)
+{
     const windows *w = &j->w;
-    int64_t OW = w->out[2], table[TABLE];
-    row_space s;
-    short_space space;
-    if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
-    if (take_short(&space, w, &s)) return hl_give(s.block), HL_NOMEM;
-    if (j->indices) fill_table(w, table);
-    row_place p = row_at(w, begin);
-    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        n = j->indices ? min64(end - r, s.rows) : end - r;
-        short_job rows = {w,
-                          &space,
-                          .x = j->x,
-                          .M = j->M,
-                          .p = p,
-                          .n = n,
-                          .y = j->y + r * OW,
-                          .limit = j->y + end * OW,
-                          .offsets = j->offsets ? j->offsets + r * OW : NULL,
-                          .ids = s.id,
-                          .ids_step = j->indices ? s.pitch : 0};
-        vreal check = pool_short(with_places(j) ? PLACES : MAXIMUM, &rows);
-        int doubtful = lane_bits(check != check) != 0;
-        if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
+    int64_t OW = w->out[2];
+    vreal check = splat((real)0);
+    lines l = lines_of(w, s, j->x, j->M, p);
+    real *y = j->y + r * OW, *limit = j->y + end * OW;
+    if (!with_places(j)) {
+        check = reduce_down(MAXIMUM, 1, w, &l, s, n);
+        rows_of_maxima(w, s, n, y, limit);
+    } else if (fits(j)) {
+        check = reduce_down(PLACES, 1, w, &l, s, n);
+        rows_with_places(w, s, n, y, j->offsets ? j->offsets + r * OW : NULL, limit);
     }
-    give_short(&space);
-    hl_give(s.block);
-    return HL_OK;
+    return check;
 }
 
 static int max_rows(int64_t begin, int64_t end, void *context)
 {
     const max_job *j = context;
     const windows *w = &j->w;
-    int fits = !with_places(j) || volume(w->kernel) < NO_TAP;
-    int64_t OW = w->out[2], table[TABLE];
+    int64_t table[TABLE];
     row_space s;
     if (take_rows(with_places(j) ? PLACES : MAXIMUM, &s, w)) return HL_NOMEM;
     if (j->indices) fill_table(w, table);
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        lines l = lines_of(w, &s, j->x, j->M, &p);
-        real *y = j->y + r * OW, *limit = j->y + end * OW;
-        uint8_t *offsets = j->offsets ? j->offsets + r * OW : NULL;
-        vreal check = splat((real)0);
-        n = run_of_rows(w, &s, &p, min64(end - r, s.rows));
-        if (!with_places(j)) {
-            check = reduce_down(MAXIMUM, 1, w, &l, &s, n);
-            rows_of_maxima(w, &s, n, y, limit);
-        } else if (fits) {
-            check = reduce_down(PLACES, 1, w, &l, &s, n);
-            rows_with_places(w, &s, n, y, offsets, limit);
-        }
-        int doubtful = !fits || lane_bits(check != check);
+        n = j->indices || j->some == max_of_lines ? min64(end - r, s.rows) : end - r;
+        if (j->some != max_of_short) n = run_of_rows(w, &s, &p, n);
+        vreal check = j->some(j, &s, &p, r, n, end);
+        int doubtful = !fits(j) || lane_bits(check != check);
         if (doubtful || j->indices) finish_maxima(j, s, p, r, n, doubtful, table);
     }
     hl_give(s.block);
@@ -785,17 +765,17 @@ static int run_max(max_job *j)
     if (!volume(w->out)) return HL_OK;
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
-    hl_chunk rows = max_rows;
-    if (!with_places(j) || volume(w->kernel) < NO_TAP) {
-        if (side_by_side(w) && (with_places(j) || is_seamless(w) || !are_short(w))) rows = max_rows_of_pairs;
-        else if (are_short(w)) rows = max_short_rows;
-    }
-    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), rows, j);
+    int paired = side_by_side(w) && (with_places(j) || is_seamless(w) || !are_short(w));
+    j->some = !fits(j) ? max_of_lines : paired ? max_of_pairs : are_short(w) ? max_of_short : max_of_lines;
+    if (j->some == max_of_short && take_short(&j->space, w)) return HL_NOMEM;
+    int status = hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), max_rows, j);
+    give_short(&j->space);
+    return status;
 }
 
 int HL(max_pool)(const hl_max_pool_plan *p, const real *x, real *y, int64_t *indices, uint8_t *offsets)
 {
-    max_job j = {{KERNEL(p), BEFORE(p)}, p->M, x, y, indices, offsets};
+    max_job j = {.w = {KERNEL(p), BEFORE(p)}, .M = p->M, .x = x, .y = y, .indices = indices, .offsets = offsets};
     return run_max(&j);
 }
 
@@ -803,7 +783,7 @@ int HL(adaptive_max_pool)(const hl_adaptive_max_pool_plan *p, const real *x, rea
 {
     int64_t size[3] = {p->D, p->H, p->W}, out[3] = {p->OD, p->OH, p->OW};
     if (!volume(out)) return HL_OK;
-    max_job j = {share_out(size, out), p->M, x, y, indices, NULL};
+    max_job j = {.w = share_out(size, out), .M = p->M, .x = x, .y = y, .indices = indices};
     return run_max(&j);
 }
 
@@ -989,7 +969,8 @@ int HL(max_unpool_backward)(const hl_max_unpool_backward_plan *p, const real *gy
 
 /* ---- means and norms ---- */
 
-typedef struct {
+typedef struct sum_job sum_job;
+struct sum_job {
     windows w;
     int64_t M;
     int include;     /* the padding counts in a mean */
@@ -997,7 +978,10 @@ typedef struct {
     real norm;       /* 0: a mean */
     const real *x;
     real *y;
-} sum_job;
+    /* What makes n rows of scaled sums, as of maxima. */
+    void (*some)(const sum_job *, const row_space *, const row_place *p, int64_t r, int64_t n, int64_t end, scaling by);
+    short_space space;
+};
 
 /* The taps of window o inside of the padded axis. */
 static int64_t padded_count(const windows *w, int axis, int64_t o)
@@ -1095,10 +1079,17 @@ static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_s
 typedef struct {
     row_space s;
     real *counts;
-    int alike;
+    int alike, even; /* even: all rows have as many taps along the other axes */
     int64_t outer; /* taps along the other axes that `by` is for */
     scaling by;
 } sum_space;
+
+/* The taps of a row of windows along the other axes, as far as they count. */
+static int64_t outer_taps(const sum_job *j, const row_space *s, const row_place *p)
+{
+    if (j->include) return padded_count(&j->w, 0, p->od) * padded_count(&j->w, 1, p->oh);
+    return s->taps[0][p->od].count * s->taps[1][p->oh].count;
+}
 
 static int take_sums(sum_space *t, const sum_job *j)
 {
@@ -1111,14 +1102,12 @@ static int take_sums(sum_space *t, const sum_job *j)
         t->counts[o] = (real)(j->include ? padded_count(w, 2, o) : t->s.taps[2][o].count);
         t->alike &= t->counts[o] == t->counts[0];
     }
+    row_place p = {0, 0, 0};
+    int64_t first = outer_taps(j, &t->s, &p);
+    t->even = first > 0; /* taps are a product over the axes: each by itself is enough */
+    for (; p.od < w->out[0]; p.od++) t->even &= outer_taps(j, &t->s, &p) == first;
+    for (p.od = 0; p.oh < w->out[1]; p.oh++) t->even &= outer_taps(j, &t->s, &p) == first;
     return HL_OK;
-}
-
-/* The taps of a row of windows along the other axes, as far as they count. */
-static int64_t outer_taps(const sum_job *j, const row_space *s, const row_place *p)
-{
-    if (j->include) return padded_count(&j->w, 0, p->od) * padded_count(&j->w, 1, p->oh);
-    return s->taps[0][p->od].count * s->taps[1][p->oh].count;
 }
 
 static inline __attribute__((always_inline)) void scale_row(sum_space *t, const sum_job *j, const row_place *p)
@@ -1133,53 +1122,36 @@ static inline __attribute__((always_inline)) void scale_row(sum_space *t, const 
     if (!t->by.counts) t->by.factor = exact_factor(t->by.divisor);
 }
 
-/* Rows of windows side by side. */
-static int sum_rows_of_pairs(int64_t begin, int64_t end, void *context)
+static __attribute__((noinline)) void sum_of_pairs(const sum_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                   int64_t n, int64_t end, scaling by)
 {
-    const sum_job *j = context;
     const windows *w = &j->w;
     int64_t OW = w->out[2];
-    sum_space t;
-    if (take_sums(&t, j)) return HL_NOMEM;
-    row_place p = row_at(w, begin);
-    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        lines l = lines_of(w, &t.s, j->x, j->M, &p);
-        real *y = j->y + r * OW, *limit = j->y + end * OW;
-        n = run_of_rows(w, &t.s, &p, end - r);
-        scale_row(&t, j, &p);
-        if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, t.by, y, limit);
-        else sum_pairs(SUM, w, &l, n, t.by, y, limit);
-        if (j->norm != 0) root(j->norm, y, n * OW);
-    }
-    hl_give(t.s.block);
-    return HL_OK;
+    lines l = lines_of(w, s, j->x, j->M, p);
+    if (j->norm == 2) sum_pairs(SQUARES, w, &l, n, by, j->y + r * OW, j->y + end * OW);
+    else sum_pairs(SUM, w, &l, n, by, j->y + r * OW, j->y + end * OW);
 }
 
-static int sum_short_rows(int64_t begin, int64_t end, void *context)
+static __attribute__((noinline)) void sum_of_short(const sum_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                   int64_t n, int64_t end, scaling by)
 {
-    const sum_job *j = context;
+    (void)s;
+    short_job rows = {&j->w, &j->space, .x = j->x, .M = j->M, .p = *p, .n = n, .by = by};
+    rows.y = j->y + r * j->w.out[2], rows.limit = j->y + end * j->w.out[2];
+    pool_short(j->norm == 2 ? SQUARES : SUM, &rows);
+}
+
+static __attribute__((noinline)) void sum_of_lines(const sum_job *j, const row_space *s, const row_place *p, int64_t r,
+                                                   int64_t n, int64_t end, scaling by)
+{
     const windows *w = &j->w;
     int64_t OW = w->out[2];
-    sum_space t;
-    short_space space;
-    if (take_sums(&t, j)) return HL_NOMEM;
-    if (take_short(&space, w, &t.s)) return hl_give(t.s.block), HL_NOMEM;
-    int even = 1; /* all rows are scaled alike */
-    row_place p = row_at(w, 0), first = p;
-    for (int64_t o = 0; o < w->out[0] * w->out[1]; o++, next_rows(w, &p, 1))
-        even &= outer_taps(j, &t.s, &p) == outer_taps(j, &t.s, &first);
-    p = row_at(w, begin);
-    for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        n = even ? end - r : run_of_rows(w, &t.s, &p, end - r);
-        scale_row(&t, j, &p);
-        short_job rows = {
-            w, &space, .x = j->x, .M = j->M, .p = p, .n = n, .by = t.by, .y = j->y + r * OW, .limit = j->y + end * OW};
-        pool_short(j->norm == 2 ? SQUARES : SUM, &rows);
-        if (j->norm != 0) root(j->norm, j->y + r * OW, n * OW);
-    }
-    give_short(&space);
-    hl_give(t.s.block);
-    return HL_OK;
+    lines l = lines_of(w, s, j->x, j->M, p);
+    if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, s, n);
+    else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, s, n);
+    else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, s, n);
+    else powers_down(j->norm, w, &l, s);
+    rows_of_sums(w, s, n, by, j->y + r * OW, j->y + end * OW);
 }
 
 static int sum_rows(int64_t begin, int64_t end, void *context)
@@ -1189,21 +1161,16 @@ static int sum_rows(int64_t begin, int64_t end, void *context)
     int64_t OW = w->out[2];
     sum_space t;
     if (take_sums(&t, j)) return HL_NOMEM;
-    const row_space s = t.s;
     row_place p = row_at(w, begin);
     for (int64_t r = begin, n; r < end; r += n, next_rows(w, &p, n)) {
-        lines l = lines_of(w, &s, j->x, j->M, &p);
-        real *y = j->y + r * OW;
-        n = j->norm == 0 || whole_norm(j->norm) ? run_of_rows(w, &s, &p, min64(end - r, s.rows)) : 1;
+        n = end - r;
+        if (j->some == sum_of_lines) n = j->norm == 0 || whole_norm(j->norm) ? min64(n, t.s.rows) : 1;
+        if (j->some != sum_of_short || !t.even) n = run_of_rows(w, &t.s, &p, n);
         scale_row(&t, j, &p);
-        if (j->norm == 0 || j->norm == 1) reduce_down(SUM, 1, w, &l, &s, n);
-        else if (j->norm == 2) reduce_down(SQUARES, 1, w, &l, &s, n);
-        else if (whole_norm(j->norm)) reduce_down(POWERS, (int64_t)j->norm, w, &l, &s, n);
-        else powers_down(j->norm, w, &l, &s);
-        rows_of_sums(w, &s, n, t.by, y, j->y + end * OW);
-        if (j->norm != 0) root(j->norm, y, n * OW);
+        j->some(j, &t.s, &p, r, n, end, t.by);
+        if (j->norm != 0) root(j->norm, j->y + r * OW, n * OW);
     }
-    hl_give(s.block);
+    hl_give(t.s.block);
     return HL_OK;
 }
 
@@ -1245,12 +1212,13 @@ static int run_sum(sum_job *j)
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
     if (j->norm != 0 && j->norm != 2) work *= 20;
-    hl_chunk rows = sum_rows;
-    if (j->norm == 0 || j->norm == 1 || j->norm == 2) {
-        if (side_by_side(w) && (is_seamless(w) || !are_short(w))) rows = sum_rows_of_pairs;
-        else if (are_short(w)) rows = sum_short_rows;
-    }
-    return hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), rows, j);
+    int simple = j->norm == 0 || j->norm == 1 || j->norm == 2;
+    int paired = side_by_side(w) && (is_seamless(w) || !are_short(w));
+    j->some = !simple ? sum_of_lines : paired ? sum_of_pairs : are_short(w) ? sum_of_short : sum_of_lines;
+    if (j->some == sum_of_short && take_short(&j->space, w)) return HL_NOMEM;
+    int status = hl_parallel_for(j->M * w->out[0] * w->out[1], hl_grain(work / 2 + (double)w->out[2]), sum_rows, j);
+    give_short(&j->space);
+    return status;
 }
 
 int HL(avg_pool)(const hl_avg_pool_plan *p, const real *x, real *y)

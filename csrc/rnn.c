@@ -145,10 +145,12 @@ struct layer {
 /* Units of a block: a whole number of vectors, enough columns to keep register tiles busy, and 8 blocks to share from 256
  * units on. */
 enum { UNITS = 32 };
-/* Of few samples up to four times as many, as far as all threads have some: there it shows what a block costs by itself. */
+/* Of few samples up to four times as many, as far as all threads have some and the second cache holds the weights of a block from
+ * one step to the next: there it shows what a block costs by itself. */
 static int64_t most_units(int64_t N, int64_t H, int64_t threads)
 {
-    return max64(UNITS, min64(min64(4 * UNITS, 8 * UNITS / N), H / threads));
+    int64_t most = min64(4 * UNITS, 8 * UNITS / N), near = NEAR_WEIGHTS / (4 * max64(H, 1));
+    return max64(UNITS, min64(min64(most, near), H / threads));
 }
 
 static range block_units(const layer *l, int64_t b)

@@ -16,9 +16,13 @@ static inline vreal pick(int vectors, const vreal *v, vint at) { return vectors 
 
 static int64_t vectors_of(int64_t W) { return W / LANES + 1; } /* one lane is left over */
 
+/* Rows of outputs of a plane: where their lines are is listed once per call, and the list stays in the second cache. */
+enum { LISTED = 4096 };
+
 static int are_short(const windows *w)
 {
-    return CAN_PICK && is_padded(w) && w->size[2] < 2 * LANES && w->out[2] <= 2 * LANES;
+    return CAN_PICK && is_padded(w) && w->size[2] < 2 * LANES && w->out[2] <= 2 * LANES &&
+           w->out[0] * w->out[1] <= LISTED;
 }
 
 /* Where the lines of a row of outputs are: the first and the last, from the plane's beginning. */
@@ -33,7 +37,7 @@ typedef struct {
     short_line *lines;
 } short_space;
 
-static int take_short(short_space *space, const windows *w, const row_space *s)
+static int take_short(short_space *space, const windows *w)
 {
     int64_t H = w->size[1], W = w->size[2], outs = round_up(w->out[2], LANES), none = vectors_of(W) * LANES - 1;
     int64_t rows = w->out[0] * w->out[1], K = w->kernel[2];
@@ -46,7 +50,7 @@ static int take_short(short_space *space, const windows *w, const row_space *s)
         }
     space->lines = (short_line *)(space->at + K * outs);
     for (int64_t r = 0; r < rows; r++) {
-        taps d = s->taps[0][r / w->out[1]], h = s->taps[1][r % w->out[1]];
+        taps d = taps_of(w, 0, r / w->out[1]), h = taps_of(w, 1, r % w->out[1]);
         int64_t first = (d.at * H + h.at) * W;
         int64_t last = first + ((d.count - 1) * w->dilation[0] * H + (h.count - 1) * w->dilation[1]) * W;
         space->lines[r] = (short_line){first, last, d, h};
