@@ -30,18 +30,27 @@ typedef struct {
     const ptrdiff_t *next; /* what to fetch, from the line and from y; NULL: nothing */
 } strip;
 
+/* Which taps of a vector are masked: all, or of `narrow` strips the first tap of the first one and the last tap of the last. */
+static inline __attribute__((always_inline)) int is_masked(const int narrow, int64_t KW, int64_t kw, int64_t v,
+                                                           int64_t vectors)
+{
+    return !narrow || (v == 0 && kw == 0) || (v == vectors - 1 && kw == KW - 1);
+}
+
 /* Each line is loaded once for all rows that it belongs to, of which sum[0] is the last. */
-static inline __attribute__((always_inline)) void rows_strip(const int KH, const int64_t KW, const int stride,
-                                                             const int vectors, const strip *s)
+static inline __attribute__((always_inline)) void rows_strip(const int narrow, const int KH, const int64_t KW,
+                                                             const int stride, const int vectors, const strip *s)
 {
     const int open = (KH + stride - 1) / stride; /* rows that a line belongs to */
-    /* How much stays in registers: all that belongs to few taps, of some more, or with half the registers, all but the weights. */
-    const int few = HL_REGISTERS == 32 && __builtin_constant_p(KW) && KW <= 3,
-              some = __builtin_constant_p(KW) && KW <= 5;
+    /* How much stays in registers: all that belongs to few taps; of some more, all but the weights. */
+    const int some = __builtin_constant_p(KW) && KW <= 5,
+              few = some && KW <= 3 && (HL_REGISTERS == 32 || open * vectors <= 6);
     const ptrdiff_t *next = s->next;
-    const real *line = s->line, *w = s->w;
+    const real *line = s->line, *w = s->w, *zeros = s->zeros;
     const int64_t pitch = s->pitch, W = s->W;
-    real *y = s->y - (open - 1) * W, *end = s->end;
+    const uint64_t lines = (uint64_t)(s->below - s->above);
+    uint64_t at = (uint64_t)-s->above; /* from the first line in the image */
+    real *y = s->y - (open - 1) * W;
     vreal sum[8 * 3], weights[9], bias = splat(s->bias);
     vint masks[10];
     int64_t offsets[5];
@@ -52,7 +61,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
         for (int kw = 0; kw < KW; kw++) {
             offsets[kw] = s->offsets[kw];
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) masks[v * KW + kw] = s->inside[v * KW + kw];
+            for (int v = 0; v < vectors; v++)
+                if (is_masked(narrow, KW, kw, v, vectors)) masks[v * KW + kw] = s->inside[v * KW + kw];
         }
     if (few)
 #pragma GCC unroll 9
@@ -60,8 +70,7 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
     for (int64_t r = 1 - open; r < s->rows; r++, y += W) {
 #pragma GCC unroll 2
         for (int phase = 0; phase < stride; phase++, line += pitch) {
-            int64_t at = (r + open - 1) * stride + phase;
-            const real *from = at < s->above || at >= s->below ? s->zeros : line;
+            const real *from = at++ < lines ? line : zeros;
 #pragma GCC unroll 5
             for (int64_t kw = 0; kw < KW; kw++) {
                 const real *tap = from + (some ? offsets[kw] : s->offsets[kw]);
@@ -70,7 +79,9 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
                 for (int v = 0; v < vectors; v++) {
                     vreal all = load(tap + v * LANES * stride);
                     if (stride == 2) all = evens(all, load(tap + v * LANES * stride + LANES));
-                    in[v] = kept((vreal)((some ? masks[v * KW + kw] : s->inside[v * KW + kw]) & (vint)all));
+                    if (is_masked(narrow, KW, kw, v, vectors))
+                        all = (vreal)((some ? masks[v * KW + kw] : s->inside[v * KW + kw]) & (vint)all);
+                    in[v] = kept(all);
                 }
 #pragma GCC unroll 7
                 for (int kh = phase; kh < KH; kh += stride) {
@@ -81,7 +92,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
                     }
                     vreal wk = few ? weights[kh * KW + kw] : kept(splat(w[kh * KW + kw]));
 #pragma GCC unroll 3
-                    for (int v = 0; v < vectors; v++) sum[row + v] += wk * in[v];
+                    for (int v = 0; v < vectors; v++)
+                        sum[row + v] = some ? add_product(sum[row + v], wk, in[v]) : sum[row + v] + wk * in[v];
                 }
             }
             if (next)
@@ -92,41 +104,53 @@ static inline __attribute__((always_inline)) void rows_strip(const int KH, const
         if (next)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors * LANES; v += LINE) __builtin_prefetch(y + next[1] + v, 1);
-        /* Here, or the compiler moves the last sums behind the branch, and keeps in memory what does not fit in registers. */
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) sum[(open - 1) * vectors + v] = kept(sum[(open - 1) * vectors + v]);
         if (r >= 0)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++)
-                store_before(y + v * LANES, end, s->left - v * LANES, sum[(open - 1) * vectors + v]);
+                store_before(y + v * LANES, s->end, s->left - v * LANES, sum[(open - 1) * vectors + v]);
 #pragma GCC unroll 24
         for (int i = open * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : bias;
     }
 }
 
-/* [stride - 1][taps: 3x3, 3 rows, 5x5, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit in
- * registers. */
+/* [stride - 1][taps: narrow 3x3, 3x3, 3 rows, 5x5, 5, 7 rows][vectors - 1]; three vectors where the sums of all open rows fit
+ * in registers with what is best kept beside them. */
 typedef void strip_rows(const strip *s);
-#define STRIP(KH, kw, KW, stride, vectors) \
-    static void strip_##KH##x##kw##_##stride##_##vectors(const strip *s) { rows_strip(KH, KW, stride, vectors, s); }
-#define STRIPS(KH, kw, KW) \
-    STRIP(KH, kw, KW, 1, 1) STRIP(KH, kw, KW, 1, 2) STRIP(KH, kw, KW, 2, 1) STRIP(KH, kw, KW, 2, 2)
-STRIPS(3, 3, 3)
-STRIP(3, 3, 3, 1, 3)
-STRIP(3, 3, 3, 2, 3)
-STRIPS(3, k, s->taps)
-STRIP(3, k, s->taps, 1, 3)
-STRIP(3, k, s->taps, 2, 3)
-STRIPS(5, 5, 5)
-STRIPS(5, k, s->taps)
-STRIPS(7, k, s->taps)
-static strip_rows *const strips[2][5][3] = {
-    {{strip_3x3_1_1, strip_3x3_1_2, strip_3x3_1_3},
+#define STRIP(KH, kw, narrow, KW, stride, vectors) \
+    static void strip_##KH##x##kw##_##stride##_##vectors(const strip *s) \
+    { \
+        rows_strip(narrow, KH, KW, stride, vectors, s); \
+    }
+#define STRIPS(KH, kw, narrow, KW) \
+    STRIP(KH, kw, narrow, KW, 1, 1) \
+    STRIP(KH, kw, narrow, KW, 1, 2) STRIP(KH, kw, narrow, KW, 2, 1) STRIP(KH, kw, narrow, KW, 2, 2)
+STRIPS(3, 3n, 1, 3)
+STRIP(3, 3n, 1, 3, 2, 3)
+STRIPS(3, 3, 0, 3)
+STRIP(3, 3, 0, 3, 2, 3)
+STRIPS(3, k, 0, s->taps)
+STRIP(3, k, 0, s->taps, 2, 3)
+STRIPS(5, 5, 0, 5)
+STRIPS(5, k, 0, s->taps)
+STRIPS(7, k, 0, s->taps)
+#if HL_REGISTERS == 32
+STRIP(3, 3n, 1, 3, 1, 3)
+STRIP(3, 3, 0, 3, 1, 3)
+STRIP(3, k, 0, s->taps, 1, 3)
+#else
+#define strip_3x3n_1_3 NULL
+#define strip_3x3_1_3 NULL
+#define strip_3xk_1_3 NULL
+#endif
+static strip_rows *const strips[2][6][3] = {
+    {{strip_3x3n_1_1, strip_3x3n_1_2, strip_3x3n_1_3},
+     {strip_3x3_1_1, strip_3x3_1_2, strip_3x3_1_3},
      {strip_3xk_1_1, strip_3xk_1_2, strip_3xk_1_3},
      {strip_5x5_1_1, strip_5x5_1_2},
      {strip_5xk_1_1, strip_5xk_1_2},
      {strip_7xk_1_1, strip_7xk_1_2}},
-    {{strip_3x3_2_1, strip_3x3_2_2, strip_3x3_2_3},
+    {{strip_3x3n_2_1, strip_3x3n_2_2, strip_3x3n_2_3},
+     {strip_3x3_2_1, strip_3x3_2_2, strip_3x3_2_3},
      {strip_3xk_2_1, strip_3xk_2_2, strip_3xk_2_3},
      {strip_5x5_2_1, strip_5x5_2_2},
      {strip_5xk_2_1, strip_5xk_2_2},
@@ -141,6 +165,7 @@ typedef struct {
     int64_t outputs, stride, taps; /* of a row of outputs, which are `stride` inputs apart */
     int64_t offsets[WIDEST]; /* of the taps, from the first output's column */
     int64_t before, reach; /* elements that may be touched before a line, and from its beginning on */
+    int narrow; /* no padding but what strips of that name mask */
     vint *inside;
     real *zeros, *copy;
 } reader;
@@ -159,12 +184,14 @@ static int begin_lines(reader *t, int64_t copied)
     t->copy = t->zeros + t->reach + t->before;
     memset(t->zeros - t->before, 0, (size_t)(t->before + t->reach) * sizeof(real));
     vint *inside = t->inside;
-    for (int64_t w = 0; w < t->outputs; w += LANES)
+    int64_t vectors = ceil_div(t->outputs, LANES);
+    t->narrow = t->taps == 3;
+    for (int64_t v = 0; v < vectors; v++)
         for (int64_t kw = 0; kw < t->taps; kw++) {
-            int64_t from = w * t->stride + t->offsets[kw];
+            int64_t from = v * LANES * t->stride + t->offsets[kw], count = min64(t->outputs - v * LANES, LANES);
             int64_t left = ceil_div(max64(-from, 0), t->stride), right = ceil_div(max64(t->pitch - from, 0), t->stride);
-            right = min64(min64(right, t->outputs - w), LANES);
-            *inside++ = ~lanes_before(min64(left, LANES)) & lanes_before(right);
+            if (!is_masked(1, t->taps, kw, v, vectors) && (left > 0 || right < count)) t->narrow = 0;
+            *inside++ = ~lanes_before(min64(left, LANES)) & lanes_before(min64(right, count));
         }
     return HL_OK;
 }
@@ -230,11 +257,12 @@ static strip read_rows(const reader *t, const conv_job *j, int64_t channel, int6
  * writes beyond its row is written again by the strip on the left; only at the end is part of a vector stored. A plane for
  * which the second cache is small goes by bands of rows that stay in the first with what they read. With `fetch` each strip
  * fetches what the next one reads and writes: lines so far apart are not fetched by the machine itself. */
-static void rows_of_channel(const conv_job *j, const strip *all, int fetch)
+static void rows_of_channel(const conv_job *j, const reader *x, const strip *all, int fetch)
 {
     int64_t KH = j->axes[1].taps, stride = j->axes[2].stride, W = all->W, pitch = all->pitch, rows = all->rows;
     int64_t open = ceil_div(KH, stride), columns = ceil_div(W, LANES);
-    strip_rows *const *kernels = strips[stride - 1][KH == 7 ? 4 : KH - 3 + (all->taps != KH)];
+    int kernel = KH == 7 ? 5 : KH == 5 ? 3 + (all->taps != 5) : all->taps != 3 ? 2 : !x->narrow;
+    strip_rows *const *kernels = strips[stride - 1][kernel];
     /* Both of two bands multiply the lines between them. */
     int64_t band = rows * W > SECOND ? max64(FIRST / W, 3 * (open - 1)) : rows;
     for (int64_t top = 0; top < rows; top += band)
@@ -289,7 +317,7 @@ static int row_tasks(int64_t begin, int64_t end, void *context)
                 all.bias = j->bias ? j->bias[f] : 0;
                 all.y = j->y + row_target(j, &b, h) + f * j->y_channel;
                 all.end = all.y + rows * W;
-                rows_of_channel(j, &all, t->fetch);
+                rows_of_channel(j, &x, &all, t->fetch);
                 activate_rows(j->activation, 1, rows * W, all.y, 0);
             }
         }

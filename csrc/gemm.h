@@ -130,6 +130,12 @@ static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal 
 #elif defined(__AVX512F__)
     __asm__("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     return sum;
+#elif defined(__FMA__) && HL_F32
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(b), "x"(a));
+    return sum;
+#elif defined(__FMA__)
+    __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(b), "x"(a));
+    return sum;
 #else
     return sum + a * b;
 #endif

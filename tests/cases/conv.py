@@ -89,6 +89,8 @@ LARGE = {
     "large_depthwise_5x5_stride": geometry(20, (25, 61), 20, (5, 5), n=2, groups=20, pad=(1, 2), stride=2),
     "large_depthwise_twice": geometry(33, (21, 45), 66, (3, 3), n=2, groups=33, pad=1),
     "large_depthwise_7x7": geometry(33, (20, 30), 33, (7, 7), n=2, groups=33, pad=(2, 5), dilation=(1, 2)),
+    "large_depthwise_wide_padding": geometry(20, (19, 47), 20, (3, 3), n=2, groups=20, pad=2),
+    "large_depthwise_wide_padding_stride": geometry(20, (22, 61), 20, (3, 3), n=2, groups=20, stride=2, pad=(1, 2)),
     "large_depthwise_bands": geometry(3, (250, 140), 3, (3, 3), n=2, groups=3, pad=1),
     "large_depthwise_bands_stride": geometry(2, (470, 301), 2, (3, 3), groups=2, stride=2, pad=(2, 0)),
     "large_depthwise_stride": geometry(35, (21, 61), 70, (3, 3), n=2, groups=35, stride=2, pad=(1, 3)),
