@@ -47,7 +47,8 @@ static inline __attribute__((always_inline)) void rows_strip(const int narrow, c
               few = some && KW <= 3 && (HL_REGISTERS == 32 || open * vectors <= 6);
     const ptrdiff_t *next = s->next;
     const real *line = s->line, *w = s->w, *zeros = s->zeros;
-    const int64_t pitch = s->pitch, W = s->W;
+    const int64_t pitch = s->pitch, W = s->W, safe = s->end - s->y - vectors * LANES;
+    const int64_t whole = safe < 0 ? 0 : safe / W + 1; /* rows whose vectors end before the end */
     const uint64_t lines = (uint64_t)(s->below - s->above);
     uint64_t at = (uint64_t)-s->above; /* from the first line in the image */
     real *y = s->y - (open - 1) * W;
@@ -104,10 +105,14 @@ static inline __attribute__((always_inline)) void rows_strip(const int narrow, c
         if (next)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors * LANES; v += LINE) __builtin_prefetch(y + next[1] + v, 1);
-        if (r >= 0)
+        if (r >= 0) {
+            const vreal *done = sum + (open - 1) * vectors;
 #pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++)
-                store_before(y + v * LANES, s->end, s->left - v * LANES, sum[(open - 1) * vectors + v]);
+            for (int v = 0; v < vectors; v++) {
+                if (r < whole) store(y + v * LANES, done[v]);
+                else store_before(y + v * LANES, s->end, s->left - v * LANES, done[v]);
+            }
+        }
 #pragma GCC unroll 24
         for (int i = open * vectors - 1; i >= 0; i--) sum[i] = i >= vectors ? sum[i - vectors] : bias;
     }
