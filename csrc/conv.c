@@ -718,7 +718,7 @@ static int conv_product(const conv_job *j)
 
 /* ---- direct: few filters to a group ---- */
 
-/* Up to this many filters of a group: more repay panels of patches. */
+/* Up to this many filters of a group: more repay panels of patches, unless they fill vectors. */
 enum { DIRECT_FILTERS = 16 };
 
 typedef struct {
@@ -899,7 +899,7 @@ static int direct_tasks(int64_t begin, int64_t end, void *context)
         int64_t length = row_base(&b, &p, rows - 1) + W, vectors = ceil_div(length, LANES);
         for (int64_t f = 0, height; f < j->filters; f += height) {
             height = width ? j->filters : gemm_rows(j->filters - f);
-            real bias[DIRECT_FILTERS + LANES] = {0};
+            real bias[GEMM_COLUMNS + LANES] = {0};
             for (int64_t r = 0; r < height && j->bias; r++) bias[r] = j->bias[group * j->filters + f + r];
             int64_t k = 0;
             do { /* once for K = 0 */
@@ -945,9 +945,23 @@ static int begin_filters(const conv_job *j, int64_t width, hl_pack *pack)
     return HL_OK;
 }
 
+static grid direct_grid(const conv_job *j)
+{
+    /* The sums of one tile of filters are 64 KiB in float32: boxes as high as the second cache likes repeat fewer lines of x. But
+     * every thread has one, if there are some rows for each. */
+    int64_t each = j->images * j->groups * outputs_of(j) / hl_num_threads(0) + j->axes[2].outputs;
+    grid g = make_grid(j, min64(16384 / gemm_rows(j->filters), max64(each, 64)));
+    if (g.split < 0) { /* one image a box */
+        g.per = 1;
+        g.ranges = g.boxes = j->images;
+    }
+    return g;
+}
+
 /* Lanes go over the outputs of a plane, of which those at the end of its rows are lost, or over filters, where fewer are. But
- * there, what tiles begin and end with costs as much as so many of their steps. */
-enum { FILTERS_START = 32 };
+ * there, what tiles begin and end with costs as much as so many of their steps. Beside more filters the panels of patches stand,
+ * which take a tenth longer than their products. */
+enum { FILTERS_START = 3 };
 static int64_t filters_width(const conv_job *j, const grid *g)
 {
     int64_t width = round_up(j->filters, LANES), K = j->channels * taps_of(j);
@@ -955,8 +969,16 @@ static int64_t filters_width(const conv_job *j, const grid *g)
     box b = box_at(j, g, 0);
     planes p = make_planes(j, &b, 1);
     int64_t rows = b.size[0] * b.size[1], used = rows * b.size[2];
-    int64_t all = round_up(row_base(&b, &p, rows - 1) + b.size[2], LANES);
-    return all * j->filters * K > used * width * (K + FILTERS_START) ? width : 0;
+    double all = (double)round_up(row_base(&b, &p, rows - 1) + b.size[2], LANES);
+    if (j->filters > DIRECT_FILTERS) all = 1.1 * (double)used;
+    return all * (double)(j->filters * K) > (double)(used * width * (K + FILTERS_START)) ? width : 0;
+}
+static int is_direct(const conv_job *j)
+{
+    if (is_flat(j)) return 0;
+    if (j->filters <= DIRECT_FILTERS) return 1;
+    grid g = direct_grid(j);
+    return filters_width(j, &g) > 0;
 }
 
 /* Parallel over (box of one image, group). The sums of a tile of filters and outputs stay in registers over all taps, lanes over
@@ -966,14 +988,8 @@ static int conv_direct(const conv_job *j)
 {
     int64_t taps = taps_of(j), K = j->channels * taps;
     hl_note(j->channels == 1 && j->groups > 1 ? "depthwise" : "direct");
-    /* The sums of one tile of filters are 64 KiB in float32: boxes as high as the second cache likes repeat fewer lines of x. */
-    direct t = {.j = j, .depth = part_depth(j->channels, taps)};
+    direct t = {.j = j, .grid = direct_grid(j), .depth = part_depth(j->channels, taps)};
     t.past_cache = j->images * j->groups * j->filters * outputs_of(j) > CACHE_BYTES / (int64_t)sizeof(real);
-    t.grid = make_grid(j, 16384 / gemm_rows(j->filters));
-    if (t.grid.split < 0) { /* one image a box */
-        t.grid.per = 1;
-        t.grid.ranges = t.grid.boxes = j->images;
-    }
     t.width = filters_width(j, &t.grid);
     hl_pack weights;
     int status = t.width ? begin_filters(j, t.width, &weights) : begin_panels(j, t.depth, &weights);
@@ -1040,7 +1056,7 @@ static int run(conv_job *j, int exact)
     if (is_by_planes(j)) return conv_by_planes(j);
     if (is_by_rows(j)) return conv_by_rows(j);
     if (is_by_channels(j)) return conv_by_channels(j);
-    if (j->filters <= DIRECT_FILTERS && !is_flat(j)) return conv_direct(j);
+    if (is_direct(j)) return conv_direct(j);
     return conv_product(j);
 }
 
