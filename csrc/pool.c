@@ -3,9 +3,9 @@
  * One idea carries the forward kernels: the windows of one row of outputs take the same lines of the input. Those lines
  * are first reduced to one line, whole vectors at a time, and that line then across, tap by tap. With a stride of 2 the
  * line is kept as its even and its odd elements, so that both steps load whole vectors. A window of K taps costs about
- * 2 K^(1/2) operations, not K. With strides above 2 outputs go across one by one. Rows are reduced some at a time before
- * any goes across: a vector that is taken from between two that were stored waits for them. Rows of small maps stay in
- * registers (short_rows.h). */
+ * 2 K^(1/2) operations, not K. With strides of 3 to 5 a vector of outputs is picked from as many vectors of
+ * the line, with larger ones outputs go across one by one. Rows are reduced some at a time before any goes across: a vector that
+ * is taken from between two that were stored waits for them. Rows of small maps stay in registers (short_rows.h). */
 #include "simd.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -88,6 +88,18 @@ typedef struct {
     int64_t ahead; /* in bytes, what to fetch where each line is read once; 0: nothing */
 } lines;
 
+/* Lane at[i] of one or two vectors, counted through both. Other instruction sets pick lane by lane. */
+#if defined(__AVX2__) && !defined(__clang__)
+enum { CAN_PICK = 1 };
+static inline __attribute__((always_inline)) vreal pick(const int vectors, const vreal *v, vint at)
+{
+    return vectors == 1 ? __builtin_shuffle(v[0], at) : __builtin_shuffle(v[0], v[1], at);
+}
+#else
+enum { CAN_PICK = 0 };
+static inline vreal pick(int vectors, const vreal *v, vint at) { return vectors == 1 ? v[0] : v[1] + (vreal)at; }
+#endif
+
 /* The reduced lines of some rows. Where they are padded, tap k of output o stands at o * stride + k * dilation; with a stride
  * of 2 even and odd elements are apart. Elsewhere taps[2] has the taps of every output. In a maximum with places, the ids (the
  * number of the line's first tap) lie behind the elements. */
@@ -96,6 +108,8 @@ typedef struct {
     int64_t rows, pitch; /* rows that are reduced together; from anything of one to that of the next */
     int padded, split, seamless;
     int64_t before, reach, ids; /* elements of padding; elements that outputs read; from an element to its id */
+    int64_t apart; /* from an output's elements to the next one's, in the part that they are read from */
+    vint *turns; /* where these are 3 or more apart, how they come together (elements_at) */
     real *part[2];
     ireal *id; /* of the outputs: the number of the largest tap */
     int64_t *tap; /* where the taps of the first output stand, from part[0] on */
@@ -113,6 +127,29 @@ static int is_seamless(const windows *w)
 {
     return !w->shared && w->size[0] == w->out[0] && w->kernel[0] == 1 && w->size[1] == w->out[1] * w->stride[1] &&
            (w->kernel[1] - 1) * w->dilation[1] < w->stride[1] && !(w->pad[0] | w->pad[1]);
+}
+
+/* Up to so many elements apart, whole vectors of outputs are picked from as many vectors. */
+enum { MOST_APART = 5 };
+
+/* The elements of LANES outputs, of which x is the first: each turn picks those that lie in one vector more. */
+static inline __attribute__((always_inline)) vreal elements_at(const int apart, const row_space *s, const real *x)
+{
+    vreal v[2] = {load(x)};
+#pragma GCC unroll 4
+    for (int k = 1; k < apart; k++) {
+        v[1] = load(x + k * LANES);
+        v[0] = pick(2, v, s->turns[k - 1]);
+    }
+    return v[0];
+}
+static void fill_turns(const row_space *s)
+{
+    for (int64_t k = 1; k < s->apart; k++)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            int64_t at = lane * s->apart, vector = at / LANES;
+            s->turns[k - 1][lane] = (ireal)(vector == k ? LANES + at % LANES : vector == 0 && k == 1 ? at : lane);
+        }
 }
 
 /* Elements of the rows that are reduced together, and how many rows they are at most. */
@@ -161,12 +198,19 @@ static inline __attribute__((always_inline)) void next_row(row_space *s)
     s->id += s->pitch;
 }
 
+/* Whether outputs go across in whole vectors, but not side by side. */
+static int is_picked(const row_space *s, int64_t outputs)
+{
+    return CAN_PICK && s->padded && s->apart > 2 && s->apart <= MOST_APART && outputs > 4;
+}
+
 static int take_rows(int kind, row_space *s, const windows *w)
 {
     int64_t W = w->size[2], OW = w->out[2], K = w->kernel[2], stride = w->stride[2],
             span = (K - 1) * w->dilation[2] + 1;
     s->padded = is_padded(w);
     s->split = s->padded && stride == 2;
+    s->apart = s->split ? 1 : stride;
     s->seamless = is_seamless(w);
     s->before = s->padded ? w->pad[2] : 0;
     s->reach = s->padded ? (OW - 1) * stride + span : 0;
@@ -174,13 +218,17 @@ static int take_rows(int kind, row_space *s, const windows *w)
     s->rows = max64(min64(TOGETHER / (W + 1), MOST_ROWS), 2);
     s->ids = 2 * part;
     s->pitch = 4 * part + outs;
+    const int picks = is_picked(s, OW);
+    size_t turns = (size_t)(picks ? s->apart : 0) * sizeof(vint);
     size_t bytes = (size_t)(s->rows * s->pitch) * sizeof(real), offsets = (size_t)(s->padded ? K : 0) * sizeof(int64_t);
-    s->block = hl_take(bytes + offsets + (size_t)(w->out[0] + w->out[1] + OW) * sizeof(taps));
+    s->block = hl_take(turns + bytes + offsets + (size_t)(w->out[0] + w->out[1] + OW) * sizeof(taps));
     if (!s->block) return HL_NOMEM;
-    s->part[0] = s->block;
+    s->turns = s->block;
+    if (picks) fill_turns(s);
+    s->part[0] = (real *)((char *)s->block + turns);
     s->part[1] = s->part[0] + part;
     s->id = (ireal *)(s->part[0] + 4 * part);
-    s->tap = (int64_t *)((char *)s->block + bytes);
+    s->tap = (int64_t *)((char *)s->part[0] + bytes);
     for (int64_t k = 0; k < K && s->padded; k++) s->tap[k] = element(s, k * w->dilation[2]) - s->part[0];
     taps *t = (taps *)((char *)s->tap + offsets);
     for (int axis = 0; axis < 3; axis++) {
@@ -563,64 +611,78 @@ static inline __attribute__((always_inline)) int64_t tap_at(const tap_places *t,
     return k < FIRST_TAPS ? t->first[k] : t->all[k];
 }
 
+/* The taps of one output in a line. */
+static inline taps taps_across(const windows *w, const row_space *s, int64_t o)
+{
+    return s->padded ? (taps){0, w->kernel[2], o * s->apart} : s->taps[2][o];
+}
+
 /* The largest elements first, then of the taps that equal them the smallest number. */
-static inline __attribute__((always_inline)) void
-across_with_places(int64_t K, const windows *w, row_space s, int64_t n, real *y, uint8_t *offsets, const real *limit)
+static inline __attribute__((always_inline)) void across_with_places(const int apart, int64_t K, const windows *w,
+                                                                     row_space s, int64_t n, real *y, uint8_t *offsets,
+                                                                     const real *limit)
 {
     const tap_places taps = find_taps(K, &s);
     int64_t OW = w->out[2];
-    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
-        for (int64_t i = 0; i < OW; i += LANES) {
-            const real *x = s.part[0] + i;
-            vreal best = load(x);
-            for (int64_t k = 1; k < K; k++) best = vmax(best, load(x + tap_at(&taps, k)));
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
+        const real *x = s.part[0];
+        for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
+            vreal best = elements_at(apart, &s, x);
+            for (int64_t k = 1; k < K; k++) best = vmax(best, elements_at(apart, &s, x + tap_at(&taps, k)));
             put(y + i, best, OW - i, limit);
             vint id = (vint){0} + NO_TAP;
             for (int64_t k = 0; k < K; k++) {
                 const real *at = x + tap_at(&taps, k);
-                vint tap = (vint)load(at + s.ids) + (ireal)k, smaller = (load(at) == best) & (tap < id);
+                vint tap = (vint)elements_at(apart, &s, at + s.ids) + (ireal)k;
+                vint smaller = (elements_at(apart, &s, at) == best) & (tap < id);
                 id = (smaller & tap) | (~smaller & id);
             }
             store((real *)s.id + i, (vreal)id);
             if (offsets) put_bytes(offsets + r * OW + i, id, OW - i, limit - (y + i));
         }
+    }
 }
 
 /* n rows of outputs from their reduced lines, and the numbers of their taps, as bytes too. */
 static __attribute__((noinline)) void rows_with_places(const windows *w, const row_space *s, int64_t n, real *y,
                                                        uint8_t *offsets, const real *limit)
 {
-    int64_t K = w->kernel[2], OW = w->out[2], stride = w->stride[2], d = w->dilation[2];
-    if (s->padded && stride <= 2) {
-        if (K == 2) across_with_places(2, w, *s, n, y, offsets, limit);
-        else if (K == 3) across_with_places(3, w, *s, n, y, offsets, limit);
-        else across_with_places(K, w, *s, n, y, offsets, limit);
+    int64_t K = w->kernel[2], OW = w->out[2], d = w->dilation[2];
+    if (is_picked(s, OW)) {
+        if (s->apart == 3) across_with_places(3, K, w, *s, n, y, offsets, limit);
+        else if (s->apart == 4) across_with_places(4, K, w, *s, n, y, offsets, limit);
+        else across_with_places(5, K, w, *s, n, y, offsets, limit);
+        return;
+    }
+    if (s->padded && s->apart <= 2) {
+        if (K == 2) across_with_places(1, 2, w, *s, n, y, offsets, limit);
+        else if (K == 3) across_with_places(1, 3, w, *s, n, y, offsets, limit);
+        else across_with_places(1, K, w, *s, n, y, offsets, limit);
         return;
     }
     row_space row = *s;
     for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
         for (int64_t o = 0; o < OW; o++) {
-            taps t = s->padded ? (taps){0, K, o * stride} : s->taps[2][o];
+            taps t = taps_across(w, s, o);
             const real *x = row.part[0] + t.at;
             y[o] = largest(x, (const ireal *)(x + s->ids), t.count, d, (ireal)t.first, row.id + o);
             if (offsets) offsets[r * OW + o] = (uint8_t)row.id[o];
         }
 }
 
-static inline __attribute__((always_inline)) void max_across(int64_t K, const windows *w, row_space s, int64_t n,
-                                                             real *y, const real *limit)
+static inline __attribute__((always_inline)) void max_across(const int apart, int64_t K, const windows *w, row_space s,
+                                                             int64_t n, real *y, const real *limit)
 {
     const tap_places taps = find_taps(K, &s);
-    int64_t OW = w->out[2], stride = w->stride[2];
-    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
-        if (stride > 2)
-            for (int64_t o = 0; o < OW; o++) y[o] = reduced(MAXIMUM, s.part[0] + o * stride, K, w->dilation[2]);
-        else
-            for (int64_t i = 0; i < OW; i += LANES) {
-                vreal best = load(s.part[0] + i);
-                for (int64_t k = 1; k < K; k++) best = vmax(best, load(s.part[0] + i + tap_at(&taps, k)));
-                put(y + i, best, OW - i, limit);
-            }
+    int64_t OW = w->out[2];
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
+        const real *x = s.part[0];
+        for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
+            vreal best = elements_at(apart, &s, x);
+            for (int64_t k = 1; k < K; k++) best = vmax(best, elements_at(apart, &s, x + tap_at(&taps, k)));
+            put(y + i, best, OW - i, limit);
+        }
+    }
 }
 
 static __attribute__((noinline)) void rows_of_maxima(const windows *w, const row_space *s, int64_t n, real *y,
@@ -628,13 +690,19 @@ static __attribute__((noinline)) void rows_of_maxima(const windows *w, const row
 {
     int64_t K = w->kernel[2], OW = w->out[2];
     row_space row = *s;
-    if (!s->padded)
+    if (is_picked(s, OW)) {
+        if (s->apart == 3) max_across(3, K, w, row, n, y, limit);
+        else if (s->apart == 4) max_across(4, K, w, row, n, y, limit);
+        else max_across(5, K, w, row, n, y, limit);
+    } else if (!s->padded || s->apart > 2)
         for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
-            for (int64_t o = 0; o < OW; o++)
-                y[o] = reduced(MAXIMUM, row.part[0] + s->taps[2][o].at, s->taps[2][o].count, w->dilation[2]);
-    else if (K == 2) max_across(2, w, row, n, y, limit);
-    else if (K == 3) max_across(3, w, row, n, y, limit);
-    else max_across(K, w, row, n, y, limit);
+            for (int64_t o = 0; o < OW; o++) {
+                taps t = taps_across(w, s, o);
+                y[o] = reduced(MAXIMUM, row.part[0] + t.at, t.count, w->dilation[2]);
+            }
+    else if (K == 2) max_across(1, 2, w, row, n, y, limit);
+    else if (K == 3) max_across(1, 3, w, row, n, y, limit);
+    else max_across(1, K, w, row, n, y, limit);
 }
 
 /* n rows of outputs of windows side by side, and the numbers of their taps as bytes; the result is that of reduce_down. */
@@ -1022,21 +1090,19 @@ static void root(real norm, real *y, int64_t n)
         for (int64_t i = 0; i < n; i++) y[i] = (real)pow((double)y[i], 1 / (double)norm);
 }
 
-static inline __attribute__((always_inline)) void sum_across(int64_t K, const windows *w, row_space s, int64_t n,
-                                                             scaling by, real *y, const real *limit)
+static inline __attribute__((always_inline)) void sum_across(const int apart, int64_t K, const windows *w, row_space s,
+                                                             int64_t n, scaling by, real *y, const real *limit)
 {
     const tap_places taps = find_taps(K, &s);
-    int64_t OW = w->out[2], stride = w->stride[2];
-    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW)
-        if (stride > 2)
-            for (int64_t o = 0; o < OW; o++)
-                y[o] = scaled_one(reduced(SUM, s.part[0] + o * stride, K, w->dilation[2]), by, o);
-        else
-            for (int64_t i = 0; i < OW; i += LANES) {
-                vreal v = load(s.part[0] + i);
-                for (int64_t k = 1; k < K; k++) v += load(s.part[0] + i + tap_at(&taps, k));
-                put(y + i, scaled(v, by, i), OW - i, limit);
-            }
+    int64_t OW = w->out[2];
+    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
+        const real *x = s.part[0];
+        for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
+            vreal v = elements_at(apart, &s, x);
+            for (int64_t k = 1; k < K; k++) v += elements_at(apart, &s, x + tap_at(&taps, k));
+            put(y + i, scaled(v, by, i), OW - i, limit);
+        }
+    }
 }
 
 /* n rows of outputs of windows side by side. */
@@ -1064,15 +1130,19 @@ static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_s
 {
     int64_t K = w->kernel[2], OW = w->out[2];
     row_space row = *s;
-    if (!s->padded)
+    if (is_picked(s, OW)) {
+        if (s->apart == 3) sum_across(3, K, w, row, n, by, y, limit);
+        else if (s->apart == 4) sum_across(4, K, w, row, n, by, y, limit);
+        else sum_across(5, K, w, row, n, by, y, limit);
+    } else if (!s->padded || s->apart > 2)
         for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
             for (int64_t o = 0; o < OW; o++) {
-                taps t = s->taps[2][o];
+                taps t = taps_across(w, s, o);
                 y[o] = scaled_one(reduced(SUM, row.part[0] + t.at, t.count, w->dilation[2]), by, o);
             }
-    else if (K == 2) sum_across(2, w, row, n, by, y, limit);
-    else if (K == 3) sum_across(3, w, row, n, by, y, limit);
-    else sum_across(K, w, row, n, by, y, limit);
+    else if (K == 2) sum_across(1, 2, w, row, n, by, y, limit);
+    else if (K == 3) sum_across(1, 3, w, row, n, by, y, limit);
+    else sum_across(1, K, w, row, n, by, y, limit);
 }
 
 /* What the sums of all rows have in common: the taps of every output across, and whether they are equal. */

@@ -2,18 +2,6 @@
  * ones are; then each tap of all outputs of a row is picked from the result by one instruction, whatever stride, dilation and
  * padding are. The last lane, where no element is, holds what padding stands for. */
 
-/* Lane at[i] of one or two vectors, counted through both. Other instruction sets pick lane by lane. */
-#if defined(__AVX2__) && !defined(__clang__)
-enum { CAN_PICK = 1 };
-static inline __attribute__((always_inline)) vreal pick(const int vectors, const vreal *v, vint at)
-{
-    return vectors == 1 ? __builtin_shuffle(v[0], at) : __builtin_shuffle(v[0], v[1], at);
-}
-#else
-enum { CAN_PICK = 0 };
-static inline vreal pick(int vectors, const vreal *v, vint at) { return vectors == 1 ? v[0] : v[1] + (vreal)at; }
-#endif
-
 static int64_t vectors_of(int64_t W) { return W / LANES + 1; } /* one lane is left over */
 
 /* Rows of outputs of a plane: where their lines are is listed once per call, and the list stays in the second cache. */

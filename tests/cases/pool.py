@@ -56,6 +56,17 @@ GEOMETRIES = [
     ("more_padding_than_map", {"M": 2, "sizes": (22, 2), "size": (7, 6), "stride": (2, 1), "pad": (3, 3)}),
     ("far_apart", {"M": 2, "sizes": (19, 75), "size": (3, 5), "stride": (4, 3), "pad": (1, 2), "ceil": True}),
     ("whole", {"M": 3, "sizes": (7, 7), "size": (7, 7)}),
+    *[
+        (f"apart_{k}", {"M": 3, "sizes": (4, W), "size": (2, K), "stride": (2, k), "pad": (0, p), "dilation": (1, d)})
+        for k, K, W, p, d in (
+            (3, 3, 100, 1, 1),
+            (4, 4, 132, 0, 1),
+            (4, 7, 90, 3, 2),
+            (5, 5, 171, 2, 1),
+            (5, 1, 83, 0, 1),
+            (6, 6, 97, 0, 1),
+        )
+    ],
     ("overhang", {"M": 2, "sizes": (1, 2), "size": (2, 3), "stride": (2, 3), "ceil": True}),
     ("line", {"M": 3, "sizes": 53, "size": 4, "stride": 3, "pad": 2}),
     ("line_long", {"M": 2, "sizes": 300, "size": 5, "stride": 1, "pad": 2}),
