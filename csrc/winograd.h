@@ -10,6 +10,8 @@
  * With a stride of 2 the even and the odd rows and columns of x are four images, which the even and the odd taps meet with
  * a stride of 1: four times the channels of half the taps in each dimension. In the gradient of the input it is gx that
  * comes in four images: four times the filters. With a dilation, they are more images of a convolution without one.
+ * Kernels of one row, or of one column, are transformed in their own dimension only: a tile is six lines, each with the same
+ * weights.
  * Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); the points, Alam et al., Winograd
  * Convolution for Deep Neural Networks: Efficient Point Selection (2022). */
 #ifndef HL_WINOGRAD_H
@@ -27,8 +29,9 @@ typedef struct {
 typedef struct {
     const conv_job *j;    /* the axes are those of the convolution, also where x is gy and y is gx */
     int adjoint;          /* the gradient of the input */
-    int64_t taps, out;    /* of a tile in one dimension, 2 to 5 and 5 to 2 */
-    int64_t kernel, stride; /* of the convolution in one dimension */
+    int line;             /* the dimension of a kernel that has one only, or -1 */
+    int64_t taps[2], out[2]; /* of a tile, 2 to 5 and 5 to 2; across the lines of such a kernel 1 and 6 */
+    int64_t kernel[2], stride; /* of the convolution */
     side x, y;
     int64_t channels, filters; /* of all phases of x, of y */
     int64_t places[2];    /* of y to be computed */
@@ -157,8 +160,8 @@ static slots slots_of(const winograd *t, const box *b)
     slots s;
     for (int a = 0; a < 2; a++) {
         int64_t first = b->first[a + 1], last = first + b->size[a + 1];
-        s.outputs[a] = min64(last * t->out, t->places[a]) - first * t->out;
-        s.whole[a] = s.outputs[a] / t->out;
+        s.outputs[a] = min64(last * t->out[a], t->places[a]) - first * t->out[a];
+        s.whole[a] = s.outputs[a] / t->out[a];
     }
     int64_t cut_h = b->size[1] - s.whole[0], cut_w = b->size[2] - s.whole[1];
     s.next[2] = 0;
@@ -168,6 +171,11 @@ static slots slots_of(const winograd *t, const box *b)
     s.end = s.next[3] + b->images * cut_h * cut_w;
     return s;
 }
+/* The points of so many outputs in dimension a. */
+static unsigned points_for(const winograd *t, int a, int64_t outputs)
+{
+    return t->taps[a] == 1 ? (1u << outputs) - 1 : points_of[outputs + t->taps[a] - 1];
+}
 static int64_t take_slot(slots *s, int64_t th, int64_t tw)
 {
     return s->next[(th >= s->whole[0]) * 2 + (tw >= s->whole[1])]++;
@@ -175,8 +183,8 @@ static int64_t take_slot(slots *s, int64_t th, int64_t tw)
 /* The slots of point p. */
 static void range_of(const winograd *t, const slots *s, int p, int64_t *first, int64_t *last)
 {
-    unsigned high = points_of[t->rest[0] + t->taps - 1] >> p / PATCH & 1;
-    unsigned wide = points_of[t->rest[1] + t->taps - 1] >> p % PATCH & 1;
+    unsigned high = points_for(t, 0, t->rest[0]) >> p / PATCH & 1;
+    unsigned wide = points_for(t, 1, t->rest[1]) >> p % PATCH & 1;
     *first = high ? 0 : s->next[0];
     *last = !wide ? s->next[1] : high ? s->end : s->next[3];
 }
@@ -237,6 +245,39 @@ static void input_tile(int64_t high, int64_t wide, const rim *rim, const real *f
     else input_across(2, points_of[high], half, to, point);
 }
 
+/* The lines of a tile, each transformed by itself: its rows (`across`) or its columns. */
+static inline __attribute__((always_inline)) void input_lines(const int across, int64_t lines, const int64_t inputs,
+                                                              const rim *rim, const real *from, int64_t step, real *to,
+                                                              int64_t point)
+{
+    for (int64_t l = 0; l < lines; l++) {
+        vreal d[PATCH] = {0}, e[PATCH] = {0};
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < inputs; i++) {
+            int64_t h = across ? l : i, w = across ? i : l;
+            if (!rim || (h >= rim->first && h < rim->last && w >= rim->begin && w < rim->end))
+                d[i] = load(from + h * step + w * LANES);
+        }
+        transform_input(inputs, d, e);
+#pragma GCC unroll 6
+        for (int q = 0; q < PATCH; q++)
+            if (points_of[inputs] >> q & 1) store(to + (across ? l * PATCH + q : q * PATCH + l) * point, e[q]);
+    }
+}
+#define INPUT_LINES(name, across, lines, inputs) \
+    static void name(int64_t high, int64_t wide, const rim *rim, const real *from, int64_t step, real *to, \
+                     int64_t point) \
+    { \
+        if (!rim && inputs == 6) input_lines(across, lines, 6, NULL, from, step, to, point); \
+        else if (inputs == 6) input_lines(across, lines, 6, rim, from, step, to, point); \
+        else if (inputs == 5) input_lines(across, lines, 5, rim, from, step, to, point); \
+        else if (inputs == 4) input_lines(across, lines, 4, rim, from, step, to, point); \
+        else if (inputs == 3) input_lines(across, lines, 3, rim, from, step, to, point); \
+        else input_lines(across, lines, 2, rim, from, step, to, point); \
+    }
+INPUT_LINES(input_rows, 1, high, wide)
+INPUT_LINES(input_columns, 0, wide, high)
+
 /* The places [low, high) of a phase in dimension a. */
 static int64_t low_of(const side *s, int a, int64_t phase)
 {
@@ -251,9 +292,10 @@ static int64_t high_of(const side *s, int a, int64_t phase)
 typedef struct { int64_t top, bottom, left, right; } region;
 static region region_of(const winograd *t, const box *b, const slots *s)
 {
-    int64_t top = b->first[1] * t->out, left = b->first[2] * t->out, last = t->x.stride - 1;
-    region r = {max64(top, low_of(&t->x, 0, last)), min64(top + s->outputs[0] + t->taps - 1, high_of(&t->x, 0, 0)),
-                max64(left, low_of(&t->x, 1, last)), min64(left + s->outputs[1] + t->taps - 1, high_of(&t->x, 1, 0))};
+    int64_t top = b->first[1] * t->out[0], left = b->first[2] * t->out[1], last = t->x.stride - 1;
+    region r = {max64(top, low_of(&t->x, 0, last)), min64(top + s->outputs[0] + t->taps[0] - 1, high_of(&t->x, 0, 0)),
+                max64(left, low_of(&t->x, 1, last)),
+                min64(left + s->outputs[1] + t->taps[1] - 1, high_of(&t->x, 1, 0))};
     r.bottom = max64(r.bottom, r.top);
     r.right = max64(r.right, r.left);
     return r;
@@ -307,13 +349,15 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
                 gemm_pack_panel(width, LANES, pitch, from + r * W, H * W, 1, stage + r * pitch * LANES);
         for (int64_t th = 0; th < b->size[1]; th++)
             for (int64_t tw = 0; tw < b->size[2]; tw++) {
-                int64_t top = (b->first[1] + th) * t->out - g.top, left = (b->first[2] + tw) * t->out - g.left;
-                int64_t high = th < s.whole[0] ? PATCH : t->rest[0] + t->taps - 1;
-                int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps - 1;
+                int64_t top = (b->first[1] + th) * t->out[0] - g.top, left = (b->first[2] + tw) * t->out[1] - g.left;
+                int64_t high = th < s.whole[0] ? PATCH : t->rest[0] + t->taps[0] - 1;
+                int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps[1] - 1;
                 rim edge = {-top, rows - top, -left, pitch - left};
                 int inside = top >= 0 && top + high <= rows && left >= 0 && left + wide <= pitch;
-                input_tile(high, wide, inside ? NULL : &edge, stage + (top * pitch + left) * LANES, pitch * LANES,
-                           v + take_slot(&s, th, tw) * LANES, point);
+                (t->line < 0 ? input_tile
+                 : t->line   ? input_rows
+                             : input_columns)(high, wide, inside ? NULL : &edge, stage + (top * pitch + left) * LANES,
+                                            pitch * LANES, v + take_slot(&s, th, tw) * LANES, point);
             }
     }
 }
@@ -327,10 +371,11 @@ static int64_t m_point(const winograd *t, int64_t filters) { return t->T * round
 /* tap_at[k]: the tap of w that tap k of a phase is, -1: none. */
 static void taps_at(const winograd *t, int64_t phase, int64_t *tap_at)
 {
-    for (int64_t k = 0; k < t->taps * t->taps; k++) {
-        int64_t tap = t->adjoint ? t->taps * t->taps - 1 - k : k;
-        int64_t h = tap / t->taps * t->stride + phase / t->stride, w = tap % t->taps * t->stride + phase % t->stride;
-        tap_at[k] = h < t->kernel && w < t->kernel ? h * t->kernel + w : -1;
+    int64_t all = t->taps[0] * t->taps[1], wide = t->taps[1];
+    for (int64_t k = 0; k < all; k++) {
+        int64_t tap = t->adjoint ? all - 1 - k : k;
+        int64_t h = tap / wide * t->stride + phase / t->stride, w = tap % wide * t->stride + phase % t->stride;
+        tap_at[k] = h < t->kernel[0] && w < t->kernel[1] ? h * t->kernel[1] + w : -1;
     }
 }
 
@@ -356,6 +401,21 @@ static inline __attribute__((always_inline)) void weight_tile_u(const int64_t ta
         for (int q = 0; q < PATCH; q++) store(to + (p * PATCH + q) * point, e[q]);
     }
 }
+
+/* U of a kernel that is one line: six points, which all lines of a tile share. */
+static inline __attribute__((always_inline)) void weight_line_u(const int64_t taps, const int64_t *tap_at,
+                                                                const real *from, real *to, int64_t point)
+{
+    vreal g[5], e[PATCH];
+#pragma GCC unroll 5
+    for (int64_t k = 0; k < taps; k++) g[k] = load(from + tap_at[k] * LANES);
+    transform_weight(taps, g, e);
+#pragma GCC unroll 6
+    for (int q = 0; q < PATCH; q++) store(to + q * point, e[q]);
+}
+/* How many points U has, and which one point p of V meets. */
+static int64_t u_points(const winograd *t) { return t->line < 0 ? POINTS : PATCH; }
+static int64_t u_of(const winograd *t, int64_t p) { return t->line < 0 ? p : t->line ? p % PATCH : p / PATCH; }
 
 static inline __attribute__((always_inline)) void weight_tile_adjoint(const int64_t taps, const real *from,
                                                                       int64_t point, const int64_t *tap_at, real *to)
@@ -391,7 +451,7 @@ static void make_u_part(const winograd *t, int64_t group, int64_t f, int64_t wid
                         real *to, int64_t step, int64_t point)
 {
     const conv_job *j = t->j;
-    int64_t taps = t->kernel * t->kernel, tap_at[25];
+    int64_t taps = t->kernel[0] * t->kernel[1], tap_at[25], each = max64(t->taps[0], t->taps[1]);
     const real *source =
         j->w + group * j->w_group + f % phase_filters(t) * j->w_filter + c % t->x.channels * j->w_channel;
     taps_at(t, t->adjoint ? f / phase_filters(t) : c / t->x.channels, tap_at);
@@ -400,10 +460,12 @@ static void make_u_part(const winograd *t, int64_t group, int64_t f, int64_t wid
         for (int64_t i = 0; i < n; i++)
             gemm_pack_panel(width, LANES, taps, source + i * j->w_channel, j->w_filter, 1, stage + i * taps * LANES);
     for (int64_t i = 0; i < n; i++, stage += taps * LANES, to += step) {
-        if (t->taps == 2) weight_tile_u(2, tap_at, stage, to, point);
-        else if (t->taps == 3) weight_tile_u(3, tap_at, stage, to, point);
-        else if (t->taps == 4) weight_tile_u(4, tap_at, stage, to, point);
-        else weight_tile_u(5, tap_at, stage, to, point);
+#define WEIGHT(taps) \
+    t->line < 0 ? weight_tile_u(taps, tap_at, stage, to, point) : weight_line_u(taps, tap_at, stage, to, point)
+        if (each == 2) WEIGHT(2);
+        else if (each == 3) WEIGHT(3);
+        else if (each == 4) WEIGHT(4);
+        else WEIGHT(5);
     }
 }
 
@@ -413,7 +475,7 @@ static void make_u(const winograd *t, int64_t group, int64_t f0, int64_t filters
                    int64_t before, int64_t all, real *stage, real *u)
 {
     enum { TOGETHER = 8 };
-    int64_t point = u_point(all, filters), most = t->j->w_channel == t->kernel * t->kernel ? channels : TOGETHER;
+    int64_t point = u_point(all, filters), most = t->j->w_channel == t->kernel[0] * t->kernel[1] ? channels : TOGETHER;
     for (int64_t c = c0, n; c < c0 + channels; c += n) { /* of one phase */
         n = min64(min64(c0 + channels - c, t->x.channels - c % t->x.channels), most);
         for (int64_t f = 0, step; f < filters; f += step) {
@@ -466,7 +528,7 @@ static int64_t phases_at(const winograd *t, int p)
 {
     int64_t all = t->stride * t->stride;
     int down = p / PATCH == (t->adjoint ? 0 : 5), across = p % PATCH == (t->adjoint ? 0 : 5);
-    if (t->kernel % t->stride == 0) return all;
+    if (t->kernel[0] % t->stride == 0) return all;
     return down && across ? 1 : down ? t->stride : across ? all - 1 : all;
 }
 
@@ -477,8 +539,10 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
                             int64_t filters, const real *v, const real *u, real *m)
 {
     int64_t m_row = round_up(filters, LANES);
-    for (int p = 0; p < POINTS; p++, v += t->T * LANES, u += u_point(channels, filters), m += m_point(t, filters)) {
+    const real *all_u = u;
+    for (int p = 0; p < POINTS; p++, v += t->T * LANES, m += m_point(t, filters)) {
         int64_t first, last, phases = phases_at(t, p);
+        u = all_u + u_of(t, p) * u_point(channels, filters);
         range_of(t, s, p, &first, &last);
         int64_t end = t->adjoint ? c0 + channels : min64(c0 + channels, phases * t->x.channels);
         int64_t used = t->adjoint ? phases * phase_filters(t) - f0 : filters;
@@ -539,6 +603,35 @@ static inline __attribute__((always_inline)) void output_tile(const int64_t taps
     }
 }
 
+/* The lines of a tile, as input_lines has them. */
+static inline __attribute__((always_inline)) void output_lines(const int64_t taps, const int across, int64_t lines,
+                                                               const int64_t outputs, const real *from, int64_t point,
+                                                               vreal bias, real *to, int64_t pitch)
+{
+    for (int64_t l = 0; l < lines; l++) {
+        vreal e[PATCH] = {0}, o[5];
+#pragma GCC unroll 6
+        for (int q = 0; q < PATCH; q++)
+            if (points_of[outputs + taps - 1] >> q & 1)
+                e[q] = load(from + (across ? l * PATCH + q : q * PATCH + l) * point);
+        transform_output(outputs + taps - 1, outputs, e, o);
+#pragma GCC unroll 5
+        for (int64_t i = 0; i < outputs; i++) store(to + (across ? l * pitch + i : i * pitch + l) * LANES, o[i] + bias);
+    }
+}
+static void output_of_lines(const int across, int64_t taps, int64_t lines, int64_t outputs, const real *from,
+                            int64_t point, vreal bias, real *to, int64_t pitch)
+{
+#define OUTPUT_LINES(taps, outputs) \
+    across ? output_lines(taps, 1, lines, outputs, from, point, bias, to, pitch) \
+           : output_lines(taps, 0, lines, outputs, from, point, bias, to, pitch)
+    if (outputs < 7 - taps) OUTPUT_LINES(taps, outputs);
+    else if (taps == 2) OUTPUT_LINES(2, 5);
+    else if (taps == 3) OUTPUT_LINES(3, 4);
+    else if (taps == 4) OUTPUT_LINES(4, 3);
+    else OUTPUT_LINES(5, 2);
+}
+
 static inline __attribute__((always_inline)) void gradient_tile(const int64_t taps, const int64_t high,
                                                                 const int64_t wide, const real *from, int64_t pitch,
                                                                 real *to, int64_t point)
@@ -583,7 +676,8 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
 {
     const conv_job *j = t->j;
     int64_t H = t->y.size[0], W = t->y.size[1], m_row = round_up(filters, LANES);
-    int64_t out = t->out, point = m_point(t, filters), top = b->first[1] * out, left = b->first[2] * out;
+    int64_t out = t->out[0], across = t->out[1], point = m_point(t, filters);
+    int64_t top = b->first[1] * out, left = b->first[2] * across;
     for (int64_t f = 0; f < filters; f += LANES) {
         int64_t phase = (f0 + f) / phase_filters(t), filter = (f0 + f) % phase_filters(t);
         int64_t width = min64(min64(LANES, filters - f), t->y.channels - filter),
@@ -595,9 +689,12 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
             for (int64_t th = 0; th < b->size[1]; th++)
                 for (int64_t tw = 0; tw < b->size[2]; tw++) {
                     const real *from = m + f + take_slot(&s, th, tw) * m_row;
-                    real *to = stage + (th * out * pitch + tw * out) * LANES;
-                    int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
-                    if (high < out || wide < out) output_tile(t->taps, high, wide, from, point, bias, to, pitch);
+                    real *to = stage + (th * out * pitch + tw * across) * LANES;
+                    int64_t high = min64(out, rows - th * out), wide = min64(across, pitch - tw * across);
+                    if (t->line == 0) output_of_lines(0, t->taps[0], wide, high, from, point, bias, to, pitch);
+                    else if (t->line > 0) output_of_lines(1, t->taps[1], high, wide, from, point, bias, to, pitch);
+                    else if (high < out || wide < out)
+                        output_tile(t->taps[0], high, wide, from, point, bias, to, pitch);
                     else if (out == 5) output_tile(2, 5, 5, from, point, bias, to, pitch);
                     else if (out == 4) output_tile(3, 4, 4, from, point, bias, to, pitch);
                     else if (out == 3) output_tile(4, 3, 3, from, point, bias, to, pitch);
@@ -622,8 +719,9 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
 static int64_t stage_size(const winograd *t)
 {
     box b = box_at(&t->tiles, &t->grid, 0);
-    int64_t rows = b.size[1] * t->out + t->taps, columns = b.size[2] * t->out + t->taps;
-    return max64((rows * columns + lane_pitch(rows * columns)) * LANES, t->chunk * t->kernel * t->kernel * LANES);
+    int64_t rows = b.size[1] * t->out[0] + t->taps[0], columns = b.size[2] * t->out[1] + t->taps[1];
+    int64_t taps = t->kernel[0] * t->kernel[1];
+    return max64((rows * columns + lane_pitch(rows * columns)) * LANES, t->chunk * taps * LANES);
 }
 
 /* LANES channels after the other, but all phases of them before the next: they lie in the same lines. */
@@ -672,7 +770,7 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
     const conv_job *j = t->j;
     int64_t F = t->filters, blocks = ceil_div(F, t->filter_block);
     size_t stage = (size_t)stage_size(t), v_part = t->shared_v ? 0 : (size_t)t->box_size;
-    size_t u_part = t->shared_u ? 0 : (size_t)(POINTS * u_point(t->chunk, t->filter_block));
+    size_t u_part = t->shared_u ? 0 : (size_t)(u_points(t) * u_point(t->chunk, t->filter_block));
     size_t m_part = (size_t)(POINTS * m_point(t, t->filter_block));
     real *scratch = hl_take((stage + v_part + u_part + m_part) * sizeof(real));
     if (!scratch) return HL_NOMEM;
@@ -724,7 +822,7 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
 {
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, out = t->out, point = m_point(t, g->F);
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, out = t->out[0], point = m_point(t, g->F);
     int64_t width = min64(LANES, j->filters - f0);
     slots s = slots_of(t, b);
     int64_t rows = s.outputs[0], pitch = s.outputs[1];
@@ -740,7 +838,7 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
                 real *to = m + f0 + take_slot(&s, th, tw) * g->F;
                 const real *from = stage + (th * out * pitch + tw * out) * LANES;
                 int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
-                if (high < out || wide < out) gradient_tile(t->taps, high, wide, from, pitch, to, point);
+                if (high < out || wide < out) gradient_tile(t->taps[0], high, wide, from, pitch, to, point);
                 else if (out == 5) gradient_tile(2, 5, 5, from, pitch, to, point);
                 else if (out == 4) gradient_tile(3, 4, 4, from, pitch, to, point);
                 else if (out == 3) gradient_tile(4, 3, 3, from, pitch, to, point);
@@ -839,7 +937,7 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
     const winograd_gradient *g = context;
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t parts = g->F / LANES, taps = t->kernel * t->kernel, point = t->C * g->F, tap_at[25];
+    int64_t parts = g->F / LANES, taps = t->kernel[0] * t->kernel[0], point = t->C * g->F, tap_at[25];
     real *stage = hl_take((size_t)(t->chunk * taps * LANES) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
@@ -852,9 +950,9 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
                     int64_t k = phase * j->channels + c0 + c;
                     const real *from = g->du + (group * POINTS * t->C + k) * g->F + f0;
                     real *to = stage + c * taps * LANES;
-                    if (t->taps == 2) weight_tile_adjoint(2, from, point, tap_at, to);
-                    else if (t->taps == 3) weight_tile_adjoint(3, from, point, tap_at, to);
-                    else if (t->taps == 4) weight_tile_adjoint(4, from, point, tap_at, to);
+                    if (t->taps[0] == 2) weight_tile_adjoint(2, from, point, tap_at, to);
+                    else if (t->taps[0] == 3) weight_tile_adjoint(3, from, point, tap_at, to);
+                    else if (t->taps[0] == 4) weight_tile_adjoint(4, from, point, tap_at, to);
                     else weight_tile_adjoint(5, from, point, tap_at, to);
                 }
             }
@@ -873,23 +971,36 @@ static double direct_work(const conv_job *j)
     return (double)(j->images * outputs_of(j) * taps_of(j)) * (double)(j->channels * j->filters);
 }
 
+/* The dimension of a kernel that has one only, or -1. */
+static int line_of(const conv_job *j)
+{
+    int64_t down = j->axes[1].taps, across = j->axes[2].taps;
+    return down == 1 && across > 1 ? 1 : across == 1 && down > 1 ? 0 : -1;
+}
+
 /* Its work in multiply-adds of a vector, as measured, or infinity where it does not apply. Weights that are `known` need not
  * be transformed again if they are prepacked. */
 static double winograd_work(const conv_job *j, int known)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return INFINITY;
-    if (w->taps != h->taps || h->stride != w->stride || h->stride > 2) return INFINITY;
-    int64_t stride = h->stride, taps = ceil_div(h->taps, stride), out = 7 - taps;
+    int line = line_of(j);
+    if ((line < 0 && w->taps != h->taps) || h->stride != w->stride || h->stride > 2) return INFINITY;
+    if (line >= 0 && (h->stride > 1 || !known)) return INFINITY;
+    int64_t stride = h->stride, down = ceil_div(h->taps, stride), across = ceil_div(w->taps, stride);
+    int64_t taps = max64(down, across);
     if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return INFINITY;
     /* Of the points, which are somewhat slower; the transforms of a tile and channel, with a stride phase by phase; those of
      * a weight, or of its gradient, which is summed over all tiles. */
-    const double slower = stride == 1 ? 1.16 : 1.1, transform = stride == 1 ? 300 : 450;
-    const double weight = !known ? 2000 : stride == 1 ? 330 : 580;
-    int64_t high = ceil_div(h->outputs, out), wide = ceil_div(w->outputs, out);
+    const double slower = stride == 1 ? 1.16 : 1.1,
+                 share = line < 0 ? 1 : 1.0 / PATCH; /* of a tile: one of its lines */
+    const double transform = (stride == 1 ? 300 : 450) * share;
+    const double weight = (!known ? 2000 : stride == 1 ? 330 : 580) * share;
+    int64_t high = ceil_div(h->outputs, 7 - down), wide = ceil_div(w->outputs, 7 - across);
     double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
-    double points = n * (double)((h->outputs + high * (taps - 1)) * (w->outputs + wide * (taps - 1)));
-    return (slower * points + weight) * C * F + n * (double)(high * wide) * transform * (C + F);
+    double points = n * (double)((h->outputs + high * (down - 1)) * (w->outputs + wide * (across - 1)));
+    double tiles = n * (double)(line < 0 ? high * wide : line ? h->outputs * wide : high * w->outputs);
+    return (slower * points + weight) * C * F + tiles * transform * (C + F);
 }
 
 /* Whether it pays: where its work is less than that of the direct sums, or hardly more where it can be prepacked. The parts
@@ -906,31 +1017,33 @@ static int is_winograd(const conv_job *j, int known)
 
 static winograd make_winograd(const conv_job *j, int adjoint)
 {
-    static const char *const names[] = {"winograd f(5x5, 2x2)", "winograd f(4x4, 3x3)", "winograd f(3x3, 4x4)",
-                                        "winograd f(2x2, 5x5)"};
+    static const char *const names[2][4] = {
+        {"winograd f(5x5, 2x2)", "winograd f(4x4, 3x3)", "winograd f(3x3, 4x4)", "winograd f(2x2, 5x5)"},
+        {"winograd f(5, 2)", "winograd f(4, 3)", "winograd f(3, 4)", "winograd f(2, 5)"}};
     int64_t stride = j->axes[1].stride;
     winograd t = {.j = j, .adjoint = adjoint, .tiles = {.images = j->images}};
-    t.kernel = j->axes[1].taps;
+    t.line = line_of(j);
     t.stride = stride;
-    t.taps = ceil_div(t.kernel, stride);
-    t.out = 7 - t.taps;
     t.x = (side){.stride = adjoint ? 1 : stride, .channels = j->channels};
     t.y = (side){.stride = adjoint ? stride : 1, .channels = j->filters};
-    hl_note(names[t.taps - 2]);
     t.tiles.axes[0].outputs = 1;
     for (int a = 0; a < 2; a++) {
         const axis *x = &j->axes[a + 1];
+        t.kernel[a] = x->taps;
+        t.taps[a] = ceil_div(x->taps, stride);
+        t.out[a] = 7 - t.taps[a];
         t.x.size[a] = adjoint ? x->outputs : x->inputs;
         t.y.size[a] = adjoint ? x->inputs : x->outputs;
         /* Place i of gx has the gradients at i, i - 1, ... of gy. */
         side whole = {.stride = stride, .size = {x->inputs}, .before = {x->pad}};
         int64_t low = low_of(&whole, 0, stride - 1);
-        t.x.before[a] = adjoint ? t.taps - 1 - low : x->pad;
+        t.x.before[a] = adjoint ? t.taps[a] - 1 - low : x->pad;
         t.y.before[a] = adjoint ? x->pad - low * stride : 0;
         t.places[a] = adjoint ? high_of(&whole, 0, 0) - low : x->outputs;
-        t.tiles.axes[a + 1].outputs = ceil_div(t.places[a], t.out);
-        t.rest[a] = t.places[a] - (t.tiles.axes[a + 1].outputs - 1) * t.out;
+        t.tiles.axes[a + 1].outputs = ceil_div(t.places[a], t.out[a]);
+        t.rest[a] = t.places[a] - (t.tiles.axes[a + 1].outputs - 1) * t.out[a];
     }
+    hl_note(names[t.line >= 0][max64(t.taps[0], t.taps[1]) - 2]);
     t.channels = t.x.stride * t.x.stride * t.x.channels;
     t.filters = t.y.stride * t.y.stride * phase_filters(&t);
     t.C = round_up(t.channels, LANES);
@@ -939,7 +1052,9 @@ static winograd make_winograd(const conv_job *j, int adjoint)
      * so that U comes by seldom, with M (and U of 128 channels) of 32 filters 576 KiB. Where few filters take V and U stays
      * near, too, V had better come by once, for 128 filters: then 48 tiles, whose V, U and M of one point are 512 KiB. */
     int few = t.C <= 128, near = t.filters < t.C && POINTS * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
-    t.grid = make_grid(&t.tiles, few ? min64(128, 4096 / t.C) : near ? 48 : 128);
+    /* Where a tile has a few lines only, as many more. */
+    int64_t lines = t.line < 0 ? PATCH : max64(min64(t.places[1 - t.line], PATCH), 1);
+    t.grid = make_grid(&t.tiles, (few ? min64(128, 4096 / t.C) : near ? 48 : 128) * PATCH / lines);
     t.filter_block = min64(few ? 64 : near ? 128 : 32, t.filters);
     t.chunk = min64(128, t.C);
     box largest = box_at(&t.tiles, &t.grid, 0);
@@ -961,7 +1076,7 @@ static int conv_winograd(const conv_job *j, int adjoint)
     t.filter_block = round_up(t.filter_block, LANES);
     int64_t blocks = ceil_div(t.filters, t.filter_block);
     t.splits = boxes >= 16 ? 1 : min64(blocks, ceil_div(16, boxes));
-    t.group_size = blocks * POINTS * u_point(t.channels, t.filter_block);
+    t.group_size = blocks * u_points(&t) * u_point(t.channels, t.filter_block);
     if (t.splits > 1) t.shared_v = hl_take((size_t)(boxes * t.box_size) * sizeof(real));
     hl_pack weights = {0};
     int share_u = t.grid.boxes > 1 || hl_is_prepacked(j->weights);
