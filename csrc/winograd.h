@@ -413,6 +413,16 @@ static inline __attribute__((always_inline)) void weight_line_u(const int64_t ta
 #pragma GCC unroll 6
     for (int q = 0; q < PATCH; q++) store(to + q * point, e[q]);
 }
+static inline __attribute__((always_inline)) void weight_line_adjoint(const int64_t taps, const real *from,
+                                                                      int64_t point, const int64_t *tap_at, real *to)
+{
+    vreal e[PATCH], g[5];
+#pragma GCC unroll 6
+    for (int q = 0; q < PATCH; q++) e[q] = load(from + q * point);
+    transform_weight_adjoint(taps, e, g);
+#pragma GCC unroll 5
+    for (int64_t k = 0; k < taps; k++) store(to + tap_at[k] * LANES, g[k]);
+}
 /* How many points U has, and which one point p of V meets. */
 static int64_t u_points(const winograd *t) { return t->line < 0 ? POINTS : PATCH; }
 static int64_t u_of(const winograd *t, int64_t p) { return t->line < 0 ? p : t->line ? p % PATCH : p / PATCH; }
@@ -655,6 +665,35 @@ static inline __attribute__((always_inline)) void gradient_tile(const int64_t ta
     }
 }
 
+/* The adjoint of output_lines. */
+static inline __attribute__((always_inline)) void gradient_lines(const int64_t taps, const int across, int64_t lines,
+                                                                 const int64_t outputs, const real *from, int64_t pitch,
+                                                                 real *to, int64_t point)
+{
+    for (int64_t l = 0; l < lines; l++) {
+        vreal e[5] = {0}, o[PATCH] = {0};
+#pragma GCC unroll 5
+        for (int64_t i = 0; i < outputs; i++) e[i] = load(from + (across ? l * pitch + i : i * pitch + l) * LANES);
+        transform_output_adjoint(outputs + taps - 1, outputs, e, o);
+#pragma GCC unroll 6
+        for (int q = 0; q < PATCH; q++)
+            if (points_of[outputs + taps - 1] >> q & 1)
+                store(to + (across ? l * PATCH + q : q * PATCH + l) * point, o[q]);
+    }
+}
+static void gradient_of_lines(const int across, int64_t taps, int64_t lines, int64_t outputs, const real *from,
+                              int64_t pitch, real *to, int64_t point)
+{
+#define GRADIENT_LINES(taps, outputs) \
+    across ? gradient_lines(taps, 1, lines, outputs, from, pitch, to, point) \
+           : gradient_lines(taps, 0, lines, outputs, from, pitch, to, point)
+    if (outputs < 7 - taps) GRADIENT_LINES(taps, outputs);
+    else if (taps == 2) GRADIENT_LINES(2, 5);
+    else if (taps == 3) GRADIENT_LINES(3, 4);
+    else if (taps == 4) GRADIENT_LINES(4, 3);
+    else GRADIENT_LINES(5, 2);
+}
+
 /* A row of places of the LANES filters of a phase, [column][LANES], to where their elements lie in y, that of an image. */
 static void unpack_phase(const winograd *t, int64_t phase, int64_t width, int64_t row, int64_t left, int64_t columns,
                          const real *from, real *lanes, real *y)
@@ -822,13 +861,14 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
 {
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, out = t->out[0], point = m_point(t, g->F);
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, point = m_point(t, g->F);
+    int64_t out = t->out[0], across = t->out[1];
     int64_t width = min64(LANES, j->filters - f0);
     slots s = slots_of(t, b);
     int64_t rows = s.outputs[0], pitch = s.outputs[1];
     for (int64_t n = 0; n < b->images; n++) {
         const real *gy = g->gy + (((b->image + n) * j->groups + group) * j->filters + f0) * H * W +
-                         b->first[1] * out * W + b->first[2] * out;
+                         b->first[1] * out * W + b->first[2] * across;
         if (pitch == W) gemm_pack_panel(width, LANES, rows * W, gy, H * W, 1, stage);
         else
             for (int64_t r = 0; r < rows; r++)
@@ -836,9 +876,11 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
         for (int64_t th = 0; th < b->size[1]; th++)
             for (int64_t tw = 0; tw < b->size[2]; tw++) {
                 real *to = m + f0 + take_slot(&s, th, tw) * g->F;
-                const real *from = stage + (th * out * pitch + tw * out) * LANES;
-                int64_t high = min64(out, rows - th * out), wide = min64(out, pitch - tw * out);
-                if (high < out || wide < out) gradient_tile(t->taps[0], high, wide, from, pitch, to, point);
+                const real *from = stage + (th * out * pitch + tw * across) * LANES;
+                int64_t high = min64(out, rows - th * out), wide = min64(across, pitch - tw * across);
+                if (t->line == 0) gradient_of_lines(0, t->taps[0], wide, high, from, pitch, to, point);
+                else if (t->line > 0) gradient_of_lines(1, t->taps[1], high, wide, from, pitch, to, point);
+                else if (high < out || wide < out) gradient_tile(t->taps[0], high, wide, from, pitch, to, point);
                 else if (out == 5) gradient_tile(2, 5, 5, from, pitch, to, point);
                 else if (out == 4) gradient_tile(3, 4, 4, from, pitch, to, point);
                 else if (out == 3) gradient_tile(4, 3, 3, from, pitch, to, point);
@@ -869,7 +911,7 @@ static int gradient_inputs(int64_t begin, int64_t end, void *context)
 /* Slots of one box: where they begin in V and M. */
 typedef struct { int64_t v, m, count; } run_of_slots;
 
-static inline __attribute__((always_inline)) void gradient_product(const int vectors, int64_t boxes,
+static inline __attribute__((always_inline)) void gradient_product(const int vectors, int64_t count,
                                                                    const run_of_slots *runs, const real *v,
                                                                    const real *m, int64_t F, real *du, int add)
 {
@@ -878,7 +920,7 @@ static inline __attribute__((always_inline)) void gradient_product(const int vec
     for (int i = 0; i < GRADIENT_ROWS; i++)
 #pragma GCC unroll 3
         for (int k = 0; k < vectors; k++) sum[i][k] = add ? load(du + i * F + k * LANES) : splat(0);
-    for (int64_t n = 0; n < boxes; n++) {
+    for (int64_t n = 0; n < count; n++) {
         const real *vn = v + runs[n].v, *mn = m + runs[n].m;
         for (int64_t s = 0; s < runs[n].count; s++, vn += LANES, mn += F) {
             vreal ms[GEMM_VECTORS];
@@ -896,31 +938,37 @@ static inline __attribute__((always_inline)) void gradient_product(const int vec
         for (int k = 0; k < vectors; k++) store(du + i * F + k * LANES, sum[i][k]);
 }
 
-/* dU of one (group, point, block of channels), over the boxes of this pass. */
+/* dU of one (group, point of U, block of channels), over the boxes of this pass and the points of V that meet it. */
 static int gradient_products(int64_t begin, int64_t end, void *context)
 {
     const winograd_gradient *g = context;
     const winograd *t = &g->w;
-    int64_t blocks = ceil_div(t->C, g->channel_block), groups = t->j->groups;
-    run_of_slots *runs = hl_take((size_t)g->boxes * sizeof(run_of_slots));
+    int64_t blocks = ceil_div(t->C, g->channel_block), groups = t->j->groups, all = u_points(t), most = POINTS / all;
+    run_of_slots *runs = hl_take((size_t)(g->boxes * most) * sizeof(run_of_slots));
     if (!runs) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
-        int64_t group = i / blocks / POINTS, p = i / blocks % POINTS, c0 = i % blocks * g->channel_block;
-        int64_t depth = phases_at(t, (int)p) * t->x.channels;
-        for (int64_t n = 0; n < g->boxes; n++) {
-            box b = box_at(&t->tiles, &t->grid, g->first_box + n);
+        int64_t group = i / blocks / all, q = i / blocks % all, c0 = i % blocks * g->channel_block, n = 0;
+        int64_t depth = phases_at(t, (int)q) * t->x.channels;
+        for (int64_t k = 0; k < g->boxes; k++) {
+            box b = box_at(&t->tiles, &t->grid, g->first_box + k);
             slots s = slots_of(t, &b);
-            int64_t first, last, at = n * groups + group;
-            range_of(t, &s, (int)p, &first, &last);
-            runs[n] = (run_of_slots){at * t->box_size + (p * t->T + first) * LANES,
-                                     at * g->m_size + p * m_point(t, g->F) + first * g->F, last - first};
+            for (int64_t l = 0; l < most; l++) {
+                int64_t p = most == 1 ? q
+                            : t->line ? l * PATCH + q
+                                      : q * PATCH + l,
+                        at = k * groups + group, first, last;
+                range_of(t, &s, (int)p, &first, &last);
+                if (first < last)
+                    runs[n++] = (run_of_slots){at * t->box_size + (p * t->T + first) * LANES,
+                                               at * g->m_size + p * m_point(t, g->F) + first * g->F, last - first};
+            }
         }
         for (int64_t f = 0, step; f < g->F; f += step) { /* a panel of M for all channels of the block */
             step = gemm_columns(g->F - f);
             for (int64_t c = c0; c < min64(c0 + g->channel_block, depth); c += GRADIENT_ROWS) {
                 const real *v = t->shared_v + c / LANES * t->v_step + c % LANES;
-                real *du = g->du + ((group * POINTS + p) * t->C + c) * g->F + f;
-#define GRADIENT_PRODUCT(k) gradient_product(k, g->boxes, runs, v, g->m + f, g->F, du, g->first_box > 0)
+                real *du = g->du + ((group * all + q) * t->C + c) * g->F + f;
+#define GRADIENT_PRODUCT(k) gradient_product(k, n, runs, v, g->m + f, g->F, du, g->first_box > 0)
                 if (step == LANES) GRADIENT_PRODUCT(1);
                 else if (step == 2 * LANES) GRADIENT_PRODUCT(2);
                 else GRADIENT_PRODUCT(GEMM_VECTORS);
@@ -937,7 +985,8 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
     const winograd_gradient *g = context;
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t parts = g->F / LANES, taps = t->kernel[0] * t->kernel[0], point = t->C * g->F, tap_at[25];
+    int64_t parts = g->F / LANES, taps = t->kernel[0] * t->kernel[1], point = t->C * g->F, tap_at[25];
+    int64_t each = max64(t->taps[0], t->taps[1]);
     real *stage = hl_take((size_t)(t->chunk * taps * LANES) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
@@ -948,12 +997,15 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
                 taps_at(t, phase, tap_at);
                 for (int64_t c = 0; c < channels; c++) {
                     int64_t k = phase * j->channels + c0 + c;
-                    const real *from = g->du + (group * POINTS * t->C + k) * g->F + f0;
+                    const real *from = g->du + (group * u_points(t) * t->C + k) * g->F + f0;
                     real *to = stage + c * taps * LANES;
-                    if (t->taps[0] == 2) weight_tile_adjoint(2, from, point, tap_at, to);
-                    else if (t->taps[0] == 3) weight_tile_adjoint(3, from, point, tap_at, to);
-                    else if (t->taps[0] == 4) weight_tile_adjoint(4, from, point, tap_at, to);
-                    else weight_tile_adjoint(5, from, point, tap_at, to);
+#define WEIGHT_ADJOINT(taps) \
+    t->line < 0 ? weight_tile_adjoint(taps, from, point, tap_at, to) \
+                : weight_line_adjoint(taps, from, point, tap_at, to)
+                    if (each == 2) WEIGHT_ADJOINT(2);
+                    else if (each == 3) WEIGHT_ADJOINT(3);
+                    else if (each == 4) WEIGHT_ADJOINT(4);
+                    else WEIGHT_ADJOINT(5);
                 }
             }
             real *gw = g->gw + ((group * j->filters + f0) * j->channels + c0) * taps;
@@ -986,7 +1038,7 @@ static double winograd_work(const conv_job *j, int known)
     if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return INFINITY;
     int line = line_of(j);
     if ((line < 0 && w->taps != h->taps) || h->stride != w->stride || h->stride > 2) return INFINITY;
-    if (line >= 0 && (h->stride > 1 || !known)) return INFINITY;
+    if (line >= 0 && h->stride > 1) return INFINITY;
     int64_t stride = h->stride, down = ceil_div(h->taps, stride), across = ceil_div(w->taps, stride);
     int64_t taps = max64(down, across);
     if (taps < 2 || taps > 5 || j->channels * stride * stride < 12 || j->filters < 16) return INFINITY;
@@ -1009,7 +1061,8 @@ static double winograd_work(const conv_job *j, int known)
  * weights that do not stay in the caches. */
 static int is_winograd(const conv_job *j, int known)
 {
-    int64_t stride = j->axes[1].stride, points = POINTS * stride * stride * j->channels * j->filters;
+    int64_t stride = j->axes[1].stride,
+            points = (line_of(j) < 0 ? POINTS : PATCH) * stride * stride * j->channels * j->filters;
     double more = hl_adds_beside ? (LANES == 16 ? 1.6 : 1.4) : known ? 1.1 : 1;
     if (!known && points > CACHE_BYTES / (int64_t)sizeof(real)) more = 1;
     return j->axes[1].dilation == 1 && j->axes[2].dilation == 1 && winograd_work(j, known) < more * direct_work(j);
@@ -1238,7 +1291,7 @@ static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
     winograd_gradient g = {.w = make_winograd(j, 0), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};
     winograd *t = &g.w;
     g.m_size = POINTS * m_point(t, g.F);
-    int64_t du_size = j->groups * POINTS * t->C * g.F, each = j->groups * (t->box_size + g.m_size);
+    int64_t du_size = j->groups * u_points(t) * t->C * g.F, each = j->groups * (t->box_size + g.m_size);
     /* 8 MiB, or as much as a pass moves of dU. */
     g.boxes = min64(t->grid.boxes, max64(max64((8 << 20) / (int64_t)sizeof(real), du_size) / each, 1));
     int64_t pass = g.boxes;
@@ -1252,7 +1305,8 @@ static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
         status = parallel_even(g.boxes * j->groups * (t->C + g.F) / LANES, (double)t->v_step / 4, gradient_inputs, &g);
         double work = (double)(t->T * g.boxes * g.channel_block * g.F) / 16;
         if (status == HL_OK)
-            status = parallel_even(j->groups * POINTS * ceil_div(t->C, g.channel_block), work, gradient_products, &g);
+            status =
+                parallel_even(j->groups * u_points(t) * ceil_div(t->C, g.channel_block), work, gradient_products, &g);
     }
     if (status == HL_OK)
         status = parallel_even(j->groups * g.F / LANES, (double)(t->C * POINTS * LANES) / 4, gradient_weights, &g);

@@ -366,7 +366,7 @@ def conv2d(
 
     Notes
     -----
-    In float32, square filters may run as Winograd's algorithm: see `exact_convolution`.
+    In float32, square filters and those of one row or column may run as Winograd's algorithm: see `exact_convolution`.
     Source: Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv 1603.07285.
 
     Examples
