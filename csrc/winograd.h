@@ -35,6 +35,7 @@ typedef struct {
     side x, y;
     int64_t channels, filters; /* of all phases of x, of y */
     int64_t places[2];    /* of y to be computed */
+    int64_t points; /* of a tile: of rows by themselves, those of as many as there are */
     int64_t rest[2];      /* outputs of the last tile of a column, of a row */
     conv_job tiles;       /* only images and axes[].outputs: so that make_grid cuts tiles */
     grid grid;
@@ -550,7 +551,7 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
 {
     int64_t m_row = round_up(filters, LANES);
     const real *all_u = u;
-    for (int p = 0; p < POINTS; p++, v += t->T * LANES, m += m_point(t, filters)) {
+    for (int p = 0; p < t->points; p++, v += t->T * LANES, m += m_point(t, filters)) {
         int64_t first, last, phases = phases_at(t, p);
         u = all_u + u_of(t, p) * u_point(channels, filters);
         range_of(t, s, p, &first, &last);
@@ -810,7 +811,7 @@ static int winograd_tasks(int64_t begin, int64_t end, void *context)
     int64_t F = t->filters, blocks = ceil_div(F, t->filter_block);
     size_t stage = (size_t)stage_size(t), v_part = t->shared_v ? 0 : (size_t)t->box_size;
     size_t u_part = t->shared_u ? 0 : (size_t)(u_points(t) * u_point(t->chunk, t->filter_block));
-    size_t m_part = (size_t)(POINTS * m_point(t, t->filter_block));
+    size_t m_part = (size_t)(t->points * m_point(t, t->filter_block));
     real *scratch = hl_take((stage + v_part + u_part + m_part) * sizeof(real));
     if (!scratch) return HL_NOMEM;
     real *own_v = scratch + stage, *own_u = own_v + v_part, *m = own_u + u_part;
@@ -943,7 +944,7 @@ static int gradient_products(int64_t begin, int64_t end, void *context)
 {
     const winograd_gradient *g = context;
     const winograd *t = &g->w;
-    int64_t blocks = ceil_div(t->C, g->channel_block), groups = t->j->groups, all = u_points(t), most = POINTS / all;
+    int64_t blocks = ceil_div(t->C, g->channel_block), groups = t->j->groups, all = u_points(t), most = t->points / all;
     run_of_slots *runs = hl_take((size_t)(g->boxes * most) * sizeof(run_of_slots));
     if (!runs) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
@@ -1104,15 +1105,17 @@ static winograd make_winograd(const conv_job *j, int adjoint)
      * more tiles, whose rims are read less often. More channels do not fit, V streams from the third level: 128 tiles then,
      * so that U comes by seldom, with M (and U of 128 channels) of 32 filters 576 KiB. Where few filters take V and U stays
      * near, too, V had better come by once, for 128 filters: then 48 tiles, whose V, U and M of one point are 512 KiB. */
-    int few = t.C <= 128, near = t.filters < t.C && POINTS * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
-    /* Where a tile has a few lines only, as many more. */
-    int64_t lines = t.line < 0 ? PATCH : max64(min64(t.places[1 - t.line], PATCH), 1);
-    t.grid = make_grid(&t.tiles, (few ? min64(128, 4096 / t.C) : near ? 48 : 128) * PATCH / lines);
+    int few = t.C <= 128, near = t.filters < t.C && u_points(&t) * t.C * t.filters * (int64_t)sizeof(real) <= 16 << 20;
+    t.points = t.line == 1 ? PATCH * max64(min64(t.places[0], PATCH), 1) : POINTS;
+    /* Of tiles with few points as many more; but some boxes for several threads. */
+    int64_t tiles = few ? min64(128, 4096 / t.C) : near ? 48 : 128;
+    int64_t all = j->images * t.tiles.axes[1].outputs * t.tiles.axes[2].outputs;
+    t.grid = make_grid(&t.tiles, max64(min64(tiles * POINTS / t.points, all / 8), tiles));
     t.filter_block = min64(few ? 64 : near ? 128 : 32, t.filters);
     t.chunk = min64(128, t.C);
     box largest = box_at(&t.tiles, &t.grid, 0);
     t.T = (positions_of(&largest) + GEMM_ROWS / 2) | 1;
-    t.v_step = POINTS * t.T * LANES;
+    t.v_step = t.points * t.T * LANES;
     t.box_size = t.C / LANES * t.v_step;
     return t;
 }
@@ -1145,7 +1148,7 @@ static int conv_winograd(const conv_job *j, int adjoint)
         status = parallel_even(j->groups * parts, (double)t.group_size / (double)parts / 4, winograd_weights, &t);
         if (status == HL_OK) hl_pack_ready(&weights);
     }
-    double work = (double)t.T * POINTS * (double)t.C * (double)t.filters / (double)t.splits / 16;
+    double work = (double)(t.T * t.points) * (double)t.C * (double)t.filters / (double)t.splits / 16;
     if (status == HL_OK) status = parallel_even(boxes * t.splits, work, winograd_tasks, &t);
     hl_give(t.shared_v);
     hl_pack_end(&weights);
@@ -1290,7 +1293,7 @@ static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
 {
     winograd_gradient g = {.w = make_winograd(j, 0), .gy = gy, .gw = gw, .F = round_up(j->filters, LANES)};
     winograd *t = &g.w;
-    g.m_size = POINTS * m_point(t, g.F);
+    g.m_size = t->points * m_point(t, g.F);
     int64_t du_size = j->groups * u_points(t) * t->C * g.F, each = j->groups * (t->box_size + g.m_size);
     /* 8 MiB, or as much as a pass moves of dU. */
     g.boxes = min64(t->grid.boxes, max64(max64((8 << 20) / (int64_t)sizeof(real), du_size) / each, 1));
@@ -1303,13 +1306,13 @@ static int conv_winograd_gradient(const conv_job *j, const real *gy, real *gw)
     for (; g.first_box < t->grid.boxes && status == HL_OK; g.first_box += pass) {
         g.boxes = min64(pass, t->grid.boxes - g.first_box);
         status = parallel_even(g.boxes * j->groups * (t->C + g.F) / LANES, (double)t->v_step / 4, gradient_inputs, &g);
-        double work = (double)(t->T * g.boxes * g.channel_block * g.F) / 16;
+        double work = (double)(t->T * t->points / u_points(t) * g.boxes * g.channel_block * g.F) / 16;
         if (status == HL_OK)
             status =
                 parallel_even(j->groups * u_points(t) * ceil_div(t->C, g.channel_block), work, gradient_products, &g);
     }
     if (status == HL_OK)
-        status = parallel_even(j->groups * g.F / LANES, (double)(t->C * POINTS * LANES) / 4, gradient_weights, &g);
+        status = parallel_even(j->groups * g.F / LANES, (double)(t->C * u_points(t) * LANES) / 4, gradient_weights, &g);
     hl_give(t->shared_v);
     hl_give(g.du);
     return status;

@@ -78,10 +78,10 @@ def exact_convolution(exact: bool = True) -> Iterator[None]:
     """Context manager: convolutions inside sum products directly, with no algorithm of larger rounding error.
 
     By default a float32 convolution with square filters of 2 to 5 taps, of 3 to 10 where the stride is 2, or with filters of one
-    row or column of 2 to 5 taps (`conv1d`), and its gradients, may run as Winograd's algorithm, which needs fewer multiplications and rounds more: it errs by up to 5e-6 of the result's largest
-    value instead of 1.5e-6, the gradient of the filters by up to 8e-6 instead of 3e-6 (normally distributed numbers, 128 channels;
-    `hotloops bench` shows the difference of each of its workloads). The environment variable
-    HOTLOOPS_EXACT=1 sets the same for a whole process. float64 is always exact.
+    row or column of 2 to 5 taps (`conv1d`), and its gradients, may run as Winograd's algorithm, which needs fewer multiplications
+    and rounds more: it errs by up to 5e-6 of the result's largest value instead of 1.5e-6, the gradient of the filters by up to
+    8e-6 instead of 3e-6 (normally distributed numbers, 128 channels; `hotloops bench` shows the difference of each of its
+    workloads). The environment variable HOTLOOPS_EXACT=1 sets the same for a whole process. float64 is always exact.
 
     Parameters
     ----------
