@@ -10,6 +10,7 @@
  * With a stride of 2 the even and the odd rows and columns of x are four images, which the even and the odd taps meet with
  * a stride of 1: four times the channels of half the taps in each dimension. In the gradient of the input it is gx that
  * comes in four images: four times the filters. With a dilation, they are more images of a convolution without one.
+ * Volumes are slices, each an image of its own: the taps in depth are as many times the channels, each of another slice of x.
  * Kernels of one row, or of one column, are transformed in their own dimension only: a tile is six lines, each with the same
  * weights.
  * Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); the points, Alam et al., Winograd
@@ -33,7 +34,9 @@ typedef struct {
     int64_t taps[2], out[2]; /* of a tile, 2 to 5 and 5 to 2; across the lines of such a kernel 1 and 6 */
     int64_t kernel[2], stride; /* of the convolution */
     side x, y;
-    int64_t channels, filters; /* of all phases of x, of y */
+    axis depth;           /* of the convolution */
+    int64_t x_slices, y_slices; /* of an image */
+    int64_t channels, filters; /* of all phases of x, and taps in depth; of all phases of y */
     int64_t places[2];    /* of y to be computed */
     int64_t points; /* of a tile: of rows by themselves, those of as many as there are */
     int64_t rest[2];      /* outputs of the last tile of a column, of a row */
@@ -330,6 +333,15 @@ static void pack_phases(const winograd *t, const real *x, int64_t first, int64_t
     gemm_pack_panel(width, LANES, places, lanes, lane_pitch(places), 1, to);
 }
 
+/* The slice of x that a slice of y meets at a tap in depth, or -1. */
+static int64_t slice_at(const winograd *t, int64_t slice, int64_t tap)
+{
+    const axis *d = &t->depth;
+    int64_t at = t->adjoint ? slice + d->pad - tap * d->dilation : slice * d->stride - d->pad + tap * d->dilation;
+    if (t->adjoint && at >= 0) at = at % d->stride ? -1 : at / d->stride;
+    return at < t->x_slices ? max64(at, -1) : -1;
+}
+
 /* V of LANES channels from c0 on. `stage` takes the region of one image as [row][column][LANES] and, by lanes,
  * its phases. */
 static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, real *stage, real *v)
@@ -339,15 +351,19 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
     int64_t width = min64(LANES, t->channels - c0);
     slots s = slots_of(t, b);
     region g = region_of(t, b, &s);
-    int64_t pitch = g.right - g.left, rows = g.bottom - g.top;
-    for (int64_t n = 0; n < b->images; n++) {
-        const real *x = j->x + ((b->image + n) * j->groups + group) * t->x.channels * H * W;
-        const real *from = x + c0 * H * W + (g.top - t->x.before[0]) * W + g.left - t->x.before[1];
-        if (t->x.stride > 1) pack_phases(t, x, c0, width, &g, stage + rows * pitch * LANES, stage);
-        else if (pitch == W) gemm_pack_panel(width, LANES, rows * W, from, H * W, 1, stage);
+    int64_t pitch = g.right - g.left, rows = g.bottom - g.top, each = t->x_slices * H * W;
+    int64_t tap = t->depth.taps > 1 ? c0 / t->x.channels : 0; /* LANES channels are of one */
+    for (int64_t n = b->image; n < b->image + b->images; n++) {
+        int64_t slice = slice_at(t, n % t->y_slices, tap);
+        const real *x = j->x + (n / t->y_slices * j->groups + group) * t->x.channels * each + max64(slice, 0) * H * W;
+        const real *from =
+            x + (c0 - tap * t->x.channels) * each + (g.top - t->x.before[0]) * W + g.left - t->x.before[1];
+        if (slice < 0) memset(stage, 0, (size_t)(rows * pitch * LANES) * sizeof(real));
+        else if (t->x.stride > 1) pack_phases(t, x, c0, width, &g, stage + rows * pitch * LANES, stage);
+        else if (pitch == W) gemm_pack_panel(width, LANES, rows * W, from, each, 1, stage);
         else
             for (int64_t r = 0; r < rows; r++)
-                gemm_pack_panel(width, LANES, pitch, from + r * W, H * W, 1, stage + r * pitch * LANES);
+                gemm_pack_panel(width, LANES, pitch, from + r * W, each, 1, stage + r * pitch * LANES);
         for (int64_t th = 0; th < b->size[1]; th++)
             for (int64_t tw = 0; tw < b->size[2]; tw++) {
                 int64_t top = (b->first[1] + th) * t->out[0] - g.top, left = (b->first[2] + tw) * t->out[1] - g.left;
@@ -465,7 +481,8 @@ static void make_u_part(const winograd *t, int64_t group, int64_t f, int64_t wid
     int64_t taps = t->kernel[0] * t->kernel[1], tap_at[25], each = max64(t->taps[0], t->taps[1]);
     const real *source =
         j->w + group * j->w_group + f % phase_filters(t) * j->w_filter + c % t->x.channels * j->w_channel;
-    taps_at(t, t->adjoint ? f / phase_filters(t) : c / t->x.channels, tap_at);
+    if (t->stride == 1) source += c / t->x.channels * taps; /* the tap in depth */
+    taps_at(t, t->stride == 1 ? 0 : t->adjoint ? f / phase_filters(t) : c / t->x.channels, tap_at);
     if (j->w_channel == taps) gemm_pack_panel(width, LANES, n * taps, source, j->w_filter, 1, stage);
     else
         for (int64_t i = 0; i < n; i++)
@@ -555,7 +572,7 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
         int64_t first, last, phases = phases_at(t, p);
         u = all_u + u_of(t, p) * u_point(channels, filters);
         range_of(t, s, p, &first, &last);
-        int64_t end = t->adjoint ? c0 + channels : min64(c0 + channels, phases * t->x.channels);
+        int64_t end = t->adjoint || t->stride == 1 ? c0 + channels : min64(c0 + channels, phases * t->x.channels);
         int64_t used = t->adjoint ? phases * phase_filters(t) - f0 : filters;
         for (int64_t f = 0, step; f < filters; f += step) {
             step = gemm_columns(filters - f);
@@ -715,7 +732,7 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
                    real *stage)
 {
     const conv_job *j = t->j;
-    int64_t H = t->y.size[0], W = t->y.size[1], m_row = round_up(filters, LANES);
+    int64_t H = t->y.size[0], W = t->y.size[1], each = t->y_slices * H * W, m_row = round_up(filters, LANES);
     int64_t out = t->out[0], across = t->out[1], point = m_point(t, filters);
     int64_t top = b->first[1] * out, left = b->first[2] * across;
     for (int64_t f = 0; f < filters; f += LANES) {
@@ -725,7 +742,7 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
         vreal bias = j->bias ? load_part(j->bias + channel, width, 0) : splat(0);
         slots s = slots_of(t, b);
         int64_t rows = s.outputs[0], pitch = s.outputs[1];
-        for (int64_t n = 0; n < b->images; n++) {
+        for (int64_t n = b->image; n < b->image + b->images; n++) {
             for (int64_t th = 0; th < b->size[1]; th++)
                 for (int64_t tw = 0; tw < b->size[2]; tw++) {
                     const real *from = m + f + take_slot(&s, th, tw) * m_row;
@@ -740,16 +757,16 @@ static void make_y(const winograd *t, const box *b, int64_t group, int64_t f0, i
                     else if (out == 3) output_tile(4, 3, 3, from, point, bias, to, pitch);
                     else output_tile(5, 2, 2, from, point, bias, to, pitch);
                 }
-            real *y = j->y + ((b->image + n) * j->groups * t->y.channels + channel) * H * W;
+            real *y = j->y + (n / t->y_slices * j->groups * t->y.channels + channel) * each + n % t->y_slices * H * W;
             activate_rows(j->activation, rows, pitch * LANES, stage, pitch * LANES);
             if (t->y.stride > 1)
                 for (int64_t r = 0; r < rows; r++)
                     unpack_phase(t, phase, width, top + r, left, pitch, stage + r * pitch * LANES,
                                  stage + rows * pitch * LANES, y);
-            else if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y + top * W, H * W);
+            else if (pitch == W) gemm_transpose(rows * W, width, stage, LANES, y + top * W, each);
             else
                 for (int64_t r = 0; r < rows; r++)
-                    gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + (top + r) * W + left, H * W);
+                    gemm_transpose(pitch, width, stage + r * pitch * LANES, LANES, y + (top + r) * W + left, each);
         }
     }
 }
@@ -1031,12 +1048,18 @@ static int line_of(const conv_job *j)
     return down == 1 && across > 1 ? 1 : across == 1 && down > 1 ? 0 : -1;
 }
 
+static int is_volume(const conv_job *j)
+{
+    const axis *d = &j->axes[0];
+    return d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad;
+}
+
 /* Its work in multiply-adds of a vector, as measured, or infinity where it does not apply. Weights that are `known` need not
  * be transformed again if they are prepacked. */
 static double winograd_work(const conv_job *j, int known)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
-    if (d->outputs != 1 || d->inputs != 1 || d->taps != 1 || d->stride != 1 || d->pad) return INFINITY;
+    if (is_volume(j) && (!known || h->stride > 1 || (d->taps > 1 && j->channels % LANES))) return INFINITY;
     int line = line_of(j);
     if ((line < 0 && w->taps != h->taps) || h->stride != w->stride || h->stride > 2) return INFINITY;
     if (line >= 0 && h->stride > 1) return INFINITY;
@@ -1050,7 +1073,8 @@ static double winograd_work(const conv_job *j, int known)
     const double transform = (stride == 1 ? 300 : 450) * share;
     const double weight = (!known ? 2000 : stride == 1 ? 330 : 580) * share;
     int64_t high = ceil_div(h->outputs, 7 - down), wide = ceil_div(w->outputs, 7 - across);
-    double n = (double)j->images, C = (double)(j->channels * stride * stride), F = (double)j->filters;
+    double n = (double)(j->images * d->outputs), C = (double)(j->channels * stride * stride * d->taps),
+           F = (double)j->filters;
     double points = n * (double)((h->outputs + high * (down - 1)) * (w->outputs + wide * (across - 1)));
     double tiles = n * (double)(line < 0 ? high * wide : line ? h->outputs * wide : high * w->outputs);
     return (slower * points + weight) * C * F + tiles * transform * (C + F);
@@ -1075,7 +1099,10 @@ static winograd make_winograd(const conv_job *j, int adjoint)
         {"winograd f(5x5, 2x2)", "winograd f(4x4, 3x3)", "winograd f(3x3, 4x4)", "winograd f(2x2, 5x5)"},
         {"winograd f(5, 2)", "winograd f(4, 3)", "winograd f(3, 4)", "winograd f(2, 5)"}};
     int64_t stride = j->axes[1].stride;
-    winograd t = {.j = j, .adjoint = adjoint, .tiles = {.images = j->images}};
+    winograd t = {.j = j, .adjoint = adjoint, .depth = j->axes[0]};
+    t.x_slices = adjoint ? t.depth.outputs : t.depth.inputs;
+    t.y_slices = adjoint ? t.depth.inputs : t.depth.outputs;
+    t.tiles.images = j->images * t.y_slices;
     t.line = line_of(j);
     t.stride = stride;
     t.x = (side){.stride = adjoint ? 1 : stride, .channels = j->channels};
@@ -1098,7 +1125,7 @@ static winograd make_winograd(const conv_job *j, int adjoint)
         t.rest[a] = t.places[a] - (t.tiles.axes[a + 1].outputs - 1) * t.out[a];
     }
     hl_note(names[t.line >= 0][max64(t.taps[0], t.taps[1]) - 2]);
-    t.channels = t.x.stride * t.x.stride * t.x.channels;
+    t.channels = t.x.stride * t.x.stride * t.x.channels * t.depth.taps;
     t.filters = t.y.stride * t.y.stride * phase_filters(&t);
     t.C = round_up(t.channels, LANES);
     /* Tiles at a time. Up to 128 channels V (at most 576 KiB) stays in a second-level cache of 1 MiB; the fewer they are, the
@@ -1109,7 +1136,7 @@ static winograd make_winograd(const conv_job *j, int adjoint)
     t.points = t.line == 1 ? PATCH * max64(min64(t.places[0], PATCH), 1) : POINTS;
     /* Of tiles with few points as many more; but some boxes for several threads. */
     int64_t tiles = few ? min64(128, 4096 / t.C) : near ? 48 : 128;
-    int64_t all = j->images * t.tiles.axes[1].outputs * t.tiles.axes[2].outputs;
+    int64_t all = t.tiles.images * t.tiles.axes[1].outputs * t.tiles.axes[2].outputs;
     t.grid = make_grid(&t.tiles, max64(min64(tiles * POINTS / t.points, all / 8), tiles));
     t.filter_block = min64(few ? 64 : near ? 128 : 32, t.filters);
     t.chunk = min64(128, t.C);
@@ -1249,6 +1276,7 @@ enum { COPY_WORK = 80 };
 /* Not where phases have two outputs in a dimension: so small tiles take longer than winograd_work tells. */
 static int is_dilated_winograd(const conv_job *j, int adjoint)
 {
+    if (is_volume(j)) return 0;
     for (int a = 1; a < 3; a++) {
         const axis *x = &j->axes[a];
         if (x->stride != 1 || (x->dilation > 1 && x->dilation * 2 >= (adjoint ? x->inputs : x->outputs))) return 0;
