@@ -879,18 +879,18 @@ static void make_m(const winograd_gradient *g, const box *b, int64_t group, int6
 {
     const winograd *t = &g->w;
     const conv_job *j = t->j;
-    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, point = m_point(t, g->F);
+    int64_t H = j->axes[1].outputs, W = j->axes[2].outputs, each = t->y_slices * H * W, point = m_point(t, g->F);
     int64_t out = t->out[0], across = t->out[1];
     int64_t width = min64(LANES, j->filters - f0);
     slots s = slots_of(t, b);
     int64_t rows = s.outputs[0], pitch = s.outputs[1];
-    for (int64_t n = 0; n < b->images; n++) {
-        const real *gy = g->gy + (((b->image + n) * j->groups + group) * j->filters + f0) * H * W +
-                         b->first[1] * out * W + b->first[2] * across;
-        if (pitch == W) gemm_pack_panel(width, LANES, rows * W, gy, H * W, 1, stage);
+    for (int64_t n = b->image; n < b->image + b->images; n++) {
+        const real *gy = g->gy + ((n / t->y_slices * j->groups + group) * j->filters + f0) * each +
+                         n % t->y_slices * H * W + b->first[1] * out * W + b->first[2] * across;
+        if (pitch == W) gemm_pack_panel(width, LANES, rows * W, gy, each, 1, stage);
         else
             for (int64_t r = 0; r < rows; r++)
-                gemm_pack_panel(width, LANES, pitch, gy + r * W, H * W, 1, stage + r * pitch * LANES);
+                gemm_pack_panel(width, LANES, pitch, gy + r * W, each, 1, stage + r * pitch * LANES);
         for (int64_t th = 0; th < b->size[1]; th++)
             for (int64_t tw = 0; tw < b->size[2]; tw++) {
                 real *to = m + f0 + take_slot(&s, th, tw) * g->F;
@@ -966,7 +966,7 @@ static int gradient_products(int64_t begin, int64_t end, void *context)
     if (!runs) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / blocks / all, q = i / blocks % all, c0 = i % blocks * g->channel_block, n = 0;
-        int64_t depth = phases_at(t, (int)q) * t->x.channels;
+        int64_t depth = t->stride == 1 ? t->channels : phases_at(t, (int)q) * t->x.channels;
         for (int64_t k = 0; k < g->boxes; k++) {
             box b = box_at(&t->tiles, &t->grid, g->first_box + k);
             slots s = slots_of(t, &b);
@@ -1004,19 +1004,19 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
     const winograd *t = &g->w;
     const conv_job *j = t->j;
     int64_t parts = g->F / LANES, taps = t->kernel[0] * t->kernel[1], point = t->C * g->F, tap_at[25];
-    int64_t each = max64(t->taps[0], t->taps[1]);
-    real *stage = hl_take((size_t)(t->chunk * taps * LANES) * sizeof(real));
+    int64_t each = max64(t->taps[0], t->taps[1]), all = t->depth.taps * taps, phases = t->stride * t->stride;
+    real *stage = hl_take((size_t)(t->chunk * all * LANES) * sizeof(real));
     if (!stage) return HL_NOMEM;
     for (int64_t i = begin; i < end; i++) {
         int64_t group = i / parts, f0 = i % parts * LANES;
         for (int64_t c0 = 0; c0 < j->channels; c0 += t->chunk) {
             int64_t channels = min64(t->chunk, j->channels - c0);
-            for (int64_t phase = 0; phase < t->stride * t->stride; phase++) {
-                taps_at(t, phase, tap_at);
+            for (int64_t l = 0; l < phases * t->depth.taps; l++) { /* of one of the two there is only one */
+                taps_at(t, l % phases, tap_at);
                 for (int64_t c = 0; c < channels; c++) {
-                    int64_t k = phase * j->channels + c0 + c;
+                    int64_t k = l * j->channels + c0 + c;
                     const real *from = g->du + (group * u_points(t) * t->C + k) * g->F + f0;
-                    real *to = stage + c * taps * LANES;
+                    real *to = stage + (c * all + l / phases * taps) * LANES;
 #define WEIGHT_ADJOINT(taps) \
     t->line < 0 ? weight_tile_adjoint(taps, from, point, tap_at, to) \
                 : weight_line_adjoint(taps, from, point, tap_at, to)
@@ -1026,8 +1026,8 @@ static int gradient_weights(int64_t begin, int64_t end, void *context)
                     else WEIGHT_ADJOINT(5);
                 }
             }
-            real *gw = g->gw + ((group * j->filters + f0) * j->channels + c0) * taps;
-            gemm_transpose(channels * taps, min64(LANES, j->filters - f0), stage, LANES, gw, j->channels * taps);
+            real *gw = g->gw + ((group * j->filters + f0) * j->channels + c0) * all;
+            gemm_transpose(channels * all, min64(LANES, j->filters - f0), stage, LANES, gw, j->channels * all);
         }
     }
     hl_give(stage);
@@ -1059,7 +1059,7 @@ static int is_volume(const conv_job *j)
 static double winograd_work(const conv_job *j, int known)
 {
     const axis *d = &j->axes[0], *h = &j->axes[1], *w = &j->axes[2];
-    if (is_volume(j) && (!known || h->stride > 1 || (d->taps > 1 && j->channels % LANES))) return INFINITY;
+    if (is_volume(j) && (h->stride > 1 || (d->taps > 1 && j->channels % LANES))) return INFINITY;
     int line = line_of(j);
     if ((line < 0 && w->taps != h->taps) || h->stride != w->stride || h->stride > 2) return INFINITY;
     if (line >= 0 && h->stride > 1) return INFINITY;
@@ -1086,8 +1086,8 @@ static double winograd_work(const conv_job *j, int known)
  * weights that do not stay in the caches. */
 static int is_winograd(const conv_job *j, int known)
 {
-    int64_t stride = j->axes[1].stride,
-            points = (line_of(j) < 0 ? POINTS : PATCH) * stride * stride * j->channels * j->filters;
+    int64_t stride = j->axes[1].stride, channels = stride * stride * j->axes[0].taps * j->channels;
+    int64_t points = (line_of(j) < 0 ? POINTS : PATCH) * channels * j->filters;
     double more = hl_adds_beside ? (LANES == 16 ? 1.6 : 1.4) : known ? 1.1 : 1;
     if (!known && points > CACHE_BYTES / (int64_t)sizeof(real)) more = 1;
     return j->axes[1].dilation == 1 && j->axes[2].dilation == 1 && winograd_work(j, known) < more * direct_work(j);

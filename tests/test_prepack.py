@@ -24,6 +24,7 @@ CALLS = {
     "winograd stride": (hl.conv2d, [(2, 40, 39, 40), (4, 40, 37, 31)], (48, 40, 3, 3), {"stride": 2, "padding": 1}),
     "winograd 5x5": (hl.conv2d, [(2, 32, 14, 14), (1, 32, 30, 30)], (32, 32, 5, 5), {"padding": 2}),
     "winograd line": (hl.conv1d, [(2, 32, 60), (1, 32, 301)], (40, 32, 3), {"padding": 1}),
+    "winograd volume": (hl.conv3d, [(2, 32, 4, 12, 12), (1, 32, 6, 9, 17)], (40, 32, 3, 3, 3), {"padding": 1}),
     "winograd dilation": (hl.conv2d, [(2, 64, 24, 24), (1, 64, 31, 27)], (80, 64, 3, 3), {"padding": 2, "dilation": 2}),
     "implicit": (hl.conv2d, [(2, 5, 9, 9), (1, 5, 30, 31)], (33, 5, 3, 3), {"stride": 2, "padding": 1}),
     "pointwise": (hl.conv2d, [(2, 600, 7, 7), (1, 600, 3, 1)], (24, 600, 1, 1), {}),

@@ -122,6 +122,12 @@ FAST = {
     "fast_line_4": geometry(40, (9, 50), 44, (1, 4), n=2, groups=2, pad=(0, 3)),
     "fast_line_5": geometry(16, (53, 7), 30, (5, 1), n=2, pad=(4, 0)),
     "fast_line_3_down": geometry(36, (40, 13), 20, (3, 1), n=2, pad=1),
+    "fast_volume": geometry(32, (5, 11, 13), 40, (3, 3, 3), n=2, pad=1),
+    "fast_volume_depth": geometry(
+        32, (9, 8, 10), 36, (4, 2, 2), n=2, groups=2, pad=(2, 0, 1), stride=(2, 1, 1), dilation=(2, 1, 1)
+    ),
+    "fast_volume_slices": geometry(18, (4, 14, 9), 30, (1, 4, 4), n=2, pad=(1, 2, 2)),
+    "fast_volume_line": geometry(16, (6, 5, 40), 20, (2, 1, 3), pad=(1, 0, 1)),
     "fast_dilation": geometry(72, (21, 30), 70, (3, 3), n=3, pad=(2, 5), dilation=(2, 3)),
     "fast_dilation_groups": geometry(130, (29, 17), 160, (4, 4), n=3, groups=2, pad=(0, 3), end=(6, 1), dilation=(4, 1)),
     "fast_dilation_5x5": geometry(24, (33, 35), 40, (5, 5), pad=(7, 0), dilation=2),
