@@ -35,9 +35,10 @@ def _model(nodes: Sequence[Node], feeds: Inputs, constants: Inputs, output: Any 
     return model.SerializeToString(), feeds
 
 
-def _conv2d(w: Workload, a: Inputs) -> Made:
-    groups, border = a["x"].shape[1] // a["w"].shape[1], [w.parameters["padding"]] * 4
-    attributes = {"strides": [w.parameters["stride"]] * 2, "pads": border, "group": groups}
+def _conv(w: Workload, a: Inputs) -> Made:
+    groups, axes = a["x"].shape[1] // a["w"].shape[1], a["x"].ndim - 2
+    border = [w.parameters["padding"]] * 2 * axes
+    attributes = {"strides": [w.parameters["stride"]] * axes, "pads": border, "group": groups}
     return _model([("Conv", "xwb", "y", attributes)], {"x": a["x"]}, {"w": a["w"], "b": a["b"]})
 
 
@@ -142,7 +143,9 @@ def _roi_align(w: Workload, a: Inputs) -> Made:
 
 
 MODELS: dict[str, Callable[[Workload, Inputs], Made | None]] = {
-    "conv2d": _conv2d,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "conv3d": _conv,
     "max_pool2d": _pool("MaxPool"),
     "avg_pool2d": _pool("AveragePool"),
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,

@@ -59,9 +59,11 @@ class Torch:
     # -- one method per op of the workloads
 
     def _conv2d(self, w: Workload, a: Any) -> Callable[[], Any]:
-        f, p = self.torch.nn.functional, w.parameters
+        function, p = getattr(self.torch.nn.functional, w.op), w.parameters
         groups = a["x"].shape[1] // a["w"].shape[1]
-        return lambda: f.conv2d(a["x"], a["w"], a["b"], p["stride"], p["padding"], 1, groups)
+        return lambda: function(a["x"], a["w"], a["b"], p["stride"], p["padding"], 1, groups)
+
+    _conv1d = _conv3d = _conv2d
 
     def _conv2d_backward(self, w: Workload, a: Any) -> Callable[[], Any]:
         backward, pair = self.torch.ops.aten.convolution_backward, [1, 1]

@@ -106,6 +106,46 @@ _conv("conv3x3_n32_1x28_8", 32, 1, 28, 8, 3)
 _conv("small_conv3x3_1x1x8x8", 1, 1, 8, 1, 3)
 
 
+def _line_inputs(N: int, C: int, L: int, F: int, K: int) -> Inputs:
+    random = rng()
+    return {
+        "x": normal(random, N, C, L),
+        "w": normal(random, F, C, K, scale=(C * K) ** -0.5),
+        "b": normal(random, F, scale=0.1),
+    }
+
+
+def _volume_inputs(N: int, C: int, D: int, H: int, F: int, K: int) -> Inputs:
+    random = rng()
+    return {
+        "x": normal(random, N, C, D, H, H),
+        "w": normal(random, F, C, K, K, K, scale=(C * K**3) ** -0.5),
+        "b": normal(random, F, scale=0.1),
+    }
+
+
+_add(
+    "conv1d_n8_64x1000_64_3",
+    "conv",
+    "conv1d",
+    "{N}×{C}×{L}, {F} filters of {K}",
+    {"N": 8, "C": 64, "L": 1000, "F": 64, "K": 3},
+    _line_inputs,
+    lambda hl, a: hl.conv1d(a["x"], a["w"], a["b"], 1, 1),
+    parameters={"stride": 1, "padding": 1},
+)
+_add(
+    "conv3d_n1_32x16x28_32_3",
+    "conv",
+    "conv3d",
+    "{N}×{C}×{D}×{H}×{H}, {F} filters {K}×{K}×{K}",
+    {"N": 1, "C": 32, "D": 16, "H": 28, "F": 32, "K": 3},
+    _volume_inputs,
+    lambda hl, a: hl.conv3d(a["x"], a["w"], a["b"], 1, 1),
+    parameters={"stride": 1, "padding": 1},
+)
+
+
 def _backward(hl: Any, a: Inputs) -> Any:
     return hl.conv2d_backward(a["gy"], a["x"], a["w"], 1, 1)
 
