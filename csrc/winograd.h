@@ -371,10 +371,12 @@ static void make_v(const winograd *t, const box *b, int64_t group, int64_t c0, r
                 int64_t wide = tw < s.whole[1] ? PATCH : t->rest[1] + t->taps[1] - 1;
                 rim edge = {-top, rows - top, -left, pitch - left};
                 int inside = top >= 0 && top + high <= rows && left >= 0 && left + wide <= pitch;
-                (t->line < 0 ? input_tile
-                 : t->line   ? input_rows
-                             : input_columns)(high, wide, inside ? NULL : &edge, stage + (top * pitch + left) * LANES,
-                                            pitch * LANES, v + take_slot(&s, th, tw) * LANES, point);
+                const rim *cut = inside ? NULL : &edge;
+                const real *first = stage + (top * pitch + left) * LANES;
+                real *to = v + take_slot(&s, th, tw) * LANES;
+                if (t->line < 0) input_tile(high, wide, cut, first, pitch * LANES, to, point);
+                else if (t->line > 0) input_rows(high, wide, cut, first, pitch * LANES, to, point);
+                else input_columns(high, wide, cut, first, pitch * LANES, to, point);
             }
     }
 }
@@ -430,6 +432,7 @@ static inline __attribute__((always_inline)) void weight_line_u(const int64_t ta
 #pragma GCC unroll 6
     for (int q = 0; q < PATCH; q++) store(to + q * point, e[q]);
 }
+/* Its adjoint. */
 static inline __attribute__((always_inline)) void weight_line_adjoint(const int64_t taps, const real *from,
                                                                       int64_t point, const int64_t *tap_at, real *to)
 {
@@ -567,10 +570,9 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
                             int64_t filters, const real *v, const real *u, real *m)
 {
     int64_t m_row = round_up(filters, LANES);
-    const real *all_u = u;
     for (int p = 0; p < t->points; p++, v += t->T * LANES, m += m_point(t, filters)) {
         int64_t first, last, phases = phases_at(t, p);
-        u = all_u + u_of(t, p) * u_point(channels, filters);
+        const real *up = u + u_of(t, p) * u_point(channels, filters);
         range_of(t, s, p, &first, &last);
         int64_t end = t->adjoint || t->stride == 1 ? c0 + channels : min64(c0 + channels, phases * t->x.channels);
         int64_t used = t->adjoint ? phases * phase_filters(t) - f0 : filters;
@@ -583,7 +585,7 @@ static void multiply_points(const winograd *t, const slots *s, int64_t c0, int64
             }
             for (int64_t c = c0, depth; c < end; c += depth) {
                 depth = min64(t->chunk, end - c);
-                const real *vc = v + c / LANES * t->v_step, *uc = u + f * channels + (c - c0) * step;
+                const real *vc = v + c / LANES * t->v_step, *uc = up + f * channels + (c - c0) * step;
                 int64_t share = step * GEMM_ROWS / max64(last - first, GEMM_ROWS); /* of what comes next, a step */
                 for (int64_t i = first, rows; i < last; i += rows) {
                     rows = last - i > GEMM_ROWS / 2 ? GEMM_ROWS : GEMM_ROWS / 2;

@@ -81,7 +81,8 @@ def exact_convolution(exact: bool = True) -> Iterator[None]:
     row or column of 2 to 5 taps (`conv1d`), and its gradients, may run as Winograd's algorithm, which needs fewer multiplications
     and rounds more: it errs by up to 5e-6 of the result's largest value instead of 1.5e-6, the gradient of the filters by up to
     8e-6 instead of 3e-6 (normally distributed numbers, 128 channels; `hotloops bench` shows the difference of each of its
-    workloads). In volumes the same holds of each slice of a filter, where height and width have a stride of 1. The environment
+    workloads). In volumes the same holds of each slice of a filter, where height and width have a stride of 1. An element of the
+    input that is NaN or infinite makes NaN of up to six results in a dimension, also of some that do not read it. The environment
     variable HOTLOOPS_EXACT=1 sets the same for a whole process. float64 is always exact.
 
     Parameters
