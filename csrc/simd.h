@@ -103,9 +103,9 @@ static inline __attribute__((always_inline)) void store_part(real *p, int64_t n,
         real a[LANES];
     } u = {.v = v};
     const real *from = u.a;
-    /* Pieces whose sizes are constants: around a call the compiler keeps all vectors in memory. */
-#pragma GCC unroll 3
-    for (int size = LANES / 2; size > 0; size /= 2)
+    /* n <= LANES, in pieces whose sizes are constants: around a call the compiler keeps all vectors in memory. */
+#pragma GCC unroll 4
+    for (int size = LANES; size > 0; size /= 2)
         if (n & size) {
             memcpy(p, from, size * sizeof(real));
             p += size, from += size;
