@@ -124,17 +124,11 @@ ADD_SPLAT(add_splat_half, vhalf, 4)
 /* sum + a b. In a large loop the compiler copies registers for other forms of the instruction than this one. */
 static inline __attribute__((always_inline)) vreal add_product(vreal sum, vreal a, vreal b)
 {
-#if defined(__AVX512F__) && HL_F32
+#if defined(__FMA__) && HL_F32
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     return sum;
-#elif defined(__AVX512F__)
-    __asm__("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
-    return sum;
-#elif defined(__FMA__) && HL_F32
-    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(b), "x"(a));
-    return sum;
 #elif defined(__FMA__)
-    __asm__("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(b), "x"(a));
+    __asm__("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
     return sum;
 #else
     return sum + a * b;

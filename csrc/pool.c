@@ -611,30 +611,26 @@ static inline __attribute__((always_inline)) int64_t tap_at(const tap_places *t,
     return k < FIRST_TAPS ? t->first[k] : t->all[k];
 }
 
-/* The taps of one output in a line. */
-static inline taps taps_across(const windows *w, const row_space *s, int64_t o)
-{
-    return s->padded ? (taps){0, w->kernel[2], o * s->apart} : s->taps[2][o];
-}
-
-/* The largest elements first, then of the taps that equal them the smallest number. */
-static inline __attribute__((always_inline)) void across_with_places(const int apart, int64_t K, const windows *w,
-                                                                     row_space s, int64_t n, real *y, uint8_t *offsets,
-                                                                     const real *limit)
+/* Rows of outputs, a vector at a time: the combined elements of all taps first, and of a maximum with places then the smallest
+ * number of the taps that equal it. */
+static inline __attribute__((always_inline)) void rows_across(const int kind, const int apart, int64_t K,
+                                                              const windows *w, row_space s, int64_t n, scaling by,
+                                                              real *y, uint8_t *offsets, const real *limit)
 {
     const tap_places taps = find_taps(K, &s);
     int64_t OW = w->out[2];
     for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
         const real *x = s.part[0];
         for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
-            vreal best = elements_at(apart, &s, x);
-            for (int64_t k = 1; k < K; k++) best = vmax(best, elements_at(apart, &s, x + tap_at(&taps, k)));
-            put(y + i, best, OW - i, limit);
+            vreal v = elements_at(apart, &s, x);
+            for (int64_t k = 1; k < K; k++) v = combined(kind, v, elements_at(apart, &s, x + tap_at(&taps, k)));
+            put(y + i, kind < SUM ? v : scaled(v, by, i), OW - i, limit);
+            if (kind != PLACES) continue;
             vint id = (vint){0} + NO_TAP;
             for (int64_t k = 0; k < K; k++) {
                 const real *at = x + tap_at(&taps, k);
                 vint tap = (vint)elements_at(apart, &s, at + s.ids) + (ireal)k;
-                vint smaller = (elements_at(apart, &s, at) == best) & (tap < id);
+                vint smaller = (elements_at(apart, &s, at) == v) & (tap < id);
                 id = (smaller & tap) | (~smaller & id);
             }
             store((real *)s.id + i, (vreal)id);
@@ -643,66 +639,49 @@ static inline __attribute__((always_inline)) void across_with_places(const int a
     }
 }
 
-/* n rows of outputs from their reduced lines, and the numbers of their taps, as bytes too. */
-static __attribute__((noinline)) void rows_with_places(const windows *w, const row_space *s, int64_t n, real *y,
-                                                       uint8_t *offsets, const real *limit)
+/* n rows of outputs from their reduced lines: maxima, with the numbers of their taps, as bytes too, or scaled sums. */
+static inline __attribute__((always_inline)) void rows_of(const int kind, const windows *w, const row_space *s,
+                                                          int64_t n, scaling by, real *y, uint8_t *offsets,
+                                                          const real *limit)
 {
     int64_t K = w->kernel[2], OW = w->out[2], d = w->dilation[2];
-    if (is_picked(s, OW)) {
-        if (s->apart == 3) across_with_places(3, K, w, *s, n, y, offsets, limit);
-        else if (s->apart == 4) across_with_places(4, K, w, *s, n, y, offsets, limit);
-        else across_with_places(5, K, w, *s, n, y, offsets, limit);
-        return;
+    const int picks = is_picked(s, OW), side_by_side = s->padded && s->apart <= 2;
+#define ACROSS(apart, K) rows_across(kind, apart, K, w, *s, n, by, y, offsets, limit)
+    if (picks && s->apart == 3) ACROSS(3, K);
+    else if (picks && s->apart == 4) ACROSS(4, K);
+    else if (picks) ACROSS(5, K);
+    else if (side_by_side && K == 2) ACROSS(1, 2);
+    else if (side_by_side && K == 3) ACROSS(1, 3);
+    else if (side_by_side) ACROSS(1, K);
+    else {
+        row_space row = *s;
+        for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
+            for (int64_t o = 0; o < OW; o++) {
+                taps t = s->padded ? (taps){0, K, o * s->apart} : s->taps[2][o];
+                const real *x = row.part[0] + t.at;
+                if (kind == PLACES) {
+                    y[o] = largest(x, (const ireal *)(x + s->ids), t.count, d, (ireal)t.first, row.id + o);
+                    if (offsets) offsets[r * OW + o] = (uint8_t)row.id[o];
+                } else if (kind == MAXIMUM) y[o] = reduced(MAXIMUM, x, t.count, d);
+                else y[o] = scaled_one(reduced(SUM, x, t.count, d), by, o);
+            }
     }
-    if (s->padded && s->apart <= 2) {
-        if (K == 2) across_with_places(1, 2, w, *s, n, y, offsets, limit);
-        else if (K == 3) across_with_places(1, 3, w, *s, n, y, offsets, limit);
-        else across_with_places(1, K, w, *s, n, y, offsets, limit);
-        return;
-    }
-    row_space row = *s;
-    for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
-        for (int64_t o = 0; o < OW; o++) {
-            taps t = taps_across(w, s, o);
-            const real *x = row.part[0] + t.at;
-            y[o] = largest(x, (const ireal *)(x + s->ids), t.count, d, (ireal)t.first, row.id + o);
-            if (offsets) offsets[r * OW + o] = (uint8_t)row.id[o];
-        }
+#undef ACROSS
 }
-
-static inline __attribute__((always_inline)) void max_across(const int apart, int64_t K, const windows *w, row_space s,
-                                                             int64_t n, real *y, const real *limit)
-{
-    const tap_places taps = find_taps(K, &s);
-    int64_t OW = w->out[2];
-    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
-        const real *x = s.part[0];
-        for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
-            vreal best = elements_at(apart, &s, x);
-            for (int64_t k = 1; k < K; k++) best = vmax(best, elements_at(apart, &s, x + tap_at(&taps, k)));
-            put(y + i, best, OW - i, limit);
-        }
-    }
-}
-
 static __attribute__((noinline)) void rows_of_maxima(const windows *w, const row_space *s, int64_t n, real *y,
                                                      const real *limit)
 {
-    int64_t K = w->kernel[2], OW = w->out[2];
-    row_space row = *s;
-    if (is_picked(s, OW)) {
-        if (s->apart == 3) max_across(3, K, w, row, n, y, limit);
-        else if (s->apart == 4) max_across(4, K, w, row, n, y, limit);
-        else max_across(5, K, w, row, n, y, limit);
-    } else if (!s->padded || s->apart > 2)
-        for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
-            for (int64_t o = 0; o < OW; o++) {
-                taps t = taps_across(w, s, o);
-                y[o] = reduced(MAXIMUM, row.part[0] + t.at, t.count, w->dilation[2]);
-            }
-    else if (K == 2) max_across(1, 2, w, row, n, y, limit);
-    else if (K == 3) max_across(1, 3, w, row, n, y, limit);
-    else max_across(1, K, w, row, n, y, limit);
+    rows_of(MAXIMUM, w, s, n, (scaling){0}, y, NULL, limit);
+}
+static __attribute__((noinline)) void rows_with_places(const windows *w, const row_space *s, int64_t n, real *y,
+                                                       uint8_t *offsets, const real *limit)
+{
+    rows_of(PLACES, w, s, n, (scaling){0}, y, offsets, limit);
+}
+static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_space *s, int64_t n, scaling by, real *y,
+                                                   const real *limit)
+{
+    rows_of(SUM, w, s, n, by, y, NULL, limit);
 }
 
 /* n rows of outputs of windows side by side, and the numbers of their taps as bytes; the result is that of reduce_down. */
@@ -1090,21 +1069,6 @@ static void root(real norm, real *y, int64_t n)
         for (int64_t i = 0; i < n; i++) y[i] = (real)pow((double)y[i], 1 / (double)norm);
 }
 
-static inline __attribute__((always_inline)) void sum_across(const int apart, int64_t K, const windows *w, row_space s,
-                                                             int64_t n, scaling by, real *y, const real *limit)
-{
-    const tap_places taps = find_taps(K, &s);
-    int64_t OW = w->out[2];
-    for (int64_t r = 0; r < n; r++, next_row(&s), y += OW) {
-        const real *x = s.part[0];
-        for (int64_t i = 0; i < OW; i += LANES, x += LANES * apart) {
-            vreal v = elements_at(apart, &s, x);
-            for (int64_t k = 1; k < K; k++) v += elements_at(apart, &s, x + tap_at(&taps, k));
-            put(y + i, scaled(v, by, i), OW - i, limit);
-        }
-    }
-}
-
 /* n rows of outputs of windows side by side. */
 static inline __attribute__((always_inline)) void
 sums_ahead(int kind, windows w, lines l, int64_t n, const int64_t ahead, scaling by, real *y, const real *limit)
@@ -1122,27 +1086,6 @@ static inline __attribute__((always_inline)) void sum_pairs(int kind, const wind
 {
     if (l->ahead) sums_ahead(kind, *w, *l, n, l->ahead, by, y, limit);
     else sums_ahead(kind, *w, *l, n, 0, by, y, limit);
-}
-
-/* n rows of outputs from their reduced lines. */
-static __attribute__((noinline)) void rows_of_sums(const windows *w, const row_space *s, int64_t n, scaling by, real *y,
-                                                   const real *limit)
-{
-    int64_t K = w->kernel[2], OW = w->out[2];
-    row_space row = *s;
-    if (is_picked(s, OW)) {
-        if (s->apart == 3) sum_across(3, K, w, row, n, by, y, limit);
-        else if (s->apart == 4) sum_across(4, K, w, row, n, by, y, limit);
-        else sum_across(5, K, w, row, n, by, y, limit);
-    } else if (!s->padded || s->apart > 2)
-        for (int64_t r = 0; r < n; r++, next_row(&row), y += OW)
-            for (int64_t o = 0; o < OW; o++) {
-                taps t = taps_across(w, s, o);
-                y[o] = scaled_one(reduced(SUM, row.part[0] + t.at, t.count, w->dilation[2]), by, o);
-            }
-    else if (K == 2) sum_across(1, 2, w, row, n, by, y, limit);
-    else if (K == 3) sum_across(1, 3, w, row, n, by, y, limit);
-    else sum_across(1, K, w, row, n, by, y, limit);
 }
 
 /* What the sums of all rows have in common: the taps of every output across, and whether they are equal. */

@@ -306,6 +306,10 @@ def conv1d(
     TypeError, ValueError
         As `conv2d`.
 
+    Notes
+    -----
+    In float32, filters of 2 to 5 taps may run as Winograd's algorithm: see `exact_convolution`.
+
     Examples
     --------
     >>> import numpy as np, hotloops as hl
@@ -416,6 +420,10 @@ def conv3d(
     ------
     TypeError, ValueError, MemoryError
         As `conv2d`.
+
+    Notes
+    -----
+    In float32, many filters may run as Winograd's algorithm, slice by slice: see `exact_convolution`.
 
     Examples
     --------
