@@ -105,22 +105,11 @@ void gemm_pack_panel(int64_t width, int64_t step, int64_t depth, const real *sou
         for (int64_t i = width; i < step; i++) panel[k * step + i] = 0;
 }
 
-/* Columns of A that lie side by side: all panels at a time, so that a cache line is used whole while it is near. Each k
- * may lie on another page, where nothing but a prefetch looks ahead. */
 static void pack_rows(int64_t rows, int64_t depth, const real *a, int64_t a_row, int64_t a_col, real *packed)
 {
     for (int64_t m = 0, n; m < rows; m += n) {
-        int64_t panels = 0;
-        for (int64_t left = rows - m; a_row == 1 && left >= GEMM_ROWS && gemm_rows(left) == GEMM_ROWS; panels++)
-            left -= GEMM_ROWS;
-        n = panels ? panels * GEMM_ROWS : gemm_rows(rows - m);
-        if (!panels) gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
-        for (int64_t k = 0; k < depth && panels; k++)
-            for (int64_t p = 0; p < panels; p++) {
-                const real *from = a + m + p * GEMM_ROWS + k * a_col;
-                __builtin_prefetch(from + 8 * a_col);
-                memcpy(packed + (m + p * GEMM_ROWS) * depth + k * GEMM_ROWS, from, GEMM_ROWS * sizeof(real));
-            }
+        n = gemm_rows(rows - m);
+        gemm_pack_panel(n, n, depth, a + m * a_row, a_row, a_col, packed + m * depth);
     }
 }
 static void pack_columns(int64_t columns, int64_t depth, const real *b, int64_t b_row, int64_t b_col, real *packed)
@@ -162,12 +151,25 @@ typedef struct {
     int64_t row, steps, step;
 } tile_ahead;
 
-/* `packs`: the columns of B are packed into `panel` on the way; `fetches`: what `ahead` names is fetched; `half`: of the last
- * vector, columns are in its first half alone. */
+/* Columns of A side by side: of two tiles, which fill a line of float32, so that it is read once. */
+enum { TURN_TILES = 2, TURN_AHEAD = 64 };
+static inline __attribute__((always_inline)) void turn_columns(const real *a, int64_t a_col, int64_t panel_size,
+                                                               real *panel)
+{
+    /* Each k may lie on another page, where nothing but this looks ahead. */
+    __builtin_prefetch(a + TURN_AHEAD * a_col, 0, 2);
+    __builtin_prefetch(a + TURN_AHEAD * a_col + TURN_TILES * GEMM_ROWS - 1, 0, 2);
+#pragma GCC unroll 2
+    for (int t = 0; t < TURN_TILES; t++) memcpy(panel + t * panel_size, a + t * GEMM_ROWS, GEMM_ROWS * sizeof(real));
+}
+
+/* `packs`: the columns of B are packed into `panel` on the way; `turns`: those of A, which are a_row apart, for this tile
+ * and the next; `fetches`: what `ahead` names is fetched; `half`: of the last vector, columns are in its first half alone. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const int packs,
-                                                       const int fetches, const int half, int64_t columns, int64_t K,
-                                                       const real *a, int64_t a_row, const real *b, int64_t b_row,
-                                                       real *panel, const tile_ahead *ahead, const gemm_out *o)
+                                                       const int turns, const int fetches, const int half,
+                                                       int64_t columns, int64_t K, const real *a, int64_t a_row,
+                                                       const real *b, int64_t b_row, real *panel,
+                                                       const tile_ahead *ahead, const gemm_out *o)
 {
     const int full = half ? vectors - 1 : vectors;
     const int whole = !half && columns == vectors * LANES && K >= GEMM_LAST;
@@ -186,21 +188,25 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) __builtin_prefetch(o->c + i * o->c_row + v * LANES, 1);
-    int64_t a_col = a_row ? 1 : rows;
-    if (!a_row) a_row = 1;
+    int64_t a_col = turns ? a_row : a_row ? 1 : rows, panel_size = GEMM_ROWS * K;
+    if (turns || !a_row) a_row = 1;
     if (!b_row) b_row = vectors * LANES;
     if (whole) K -= GEMM_LAST;
-    const int steps = rows == GEMM_ROWS && !packs && b_row == vectors * LANES ? GEMM_STEPS : 1;
+    const int steps = rows == GEMM_ROWS && !packs && !turns && b_row == vectors * LANES ? GEMM_STEPS : 1;
     const real *line = fetches ? ahead->first : NULL;
     int64_t step = fetches ? ahead->step : 0, most = K / steps * steps;
     for (int64_t k = 0, n; k < most; k += n) {
-        n = fetches ? min64(ahead->steps, most - k) : most;
+        n = turns ? 1 : fetches ? min64(ahead->steps, most - k) : most;
 #define WHOLE_STEPS(row, col) \
     gemm_multiply(GEMM_STEPS, rows, vectors, n, a, row, col, b, vectors *LANES, NULL, line, step, sum, halves)
         if (steps == 1)
             gemm_multiply(1, rows, vectors, n, a, a_row, a_col, b, b_row, packs ? panel : NULL, line, step, sum,
                           halves);
         else a_col == 1 ? WHOLE_STEPS(a_row, 1) : WHOLE_STEPS(1, rows);
+        if (turns) {
+            turn_columns(a, a_col, panel_size, panel);
+            panel += GEMM_ROWS;
+        }
         a += n * a_col, b += n * b_row;
         if (packs) panel += n * vectors * LANES;
         if (fetches) line += ahead->row;
@@ -210,6 +216,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         a += (K - most) * a_col, b += (K - most) * b_row;
     }
     if (whole) {
+        for (int k = 0; turns && k < GEMM_LAST; k++)
+            turn_columns(a + k * a_col, a_col, panel_size, panel + k * GEMM_ROWS);
 #define FINISH(put) \
     gemm_finish(GEMM_LAST, rows, vectors, a, a_row, a_col, b, b_row, packs ? panel : NULL, sum, put, o->add, \
                 o->add_row, o->c, o->c_row)
@@ -234,13 +242,13 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 
 typedef void (*tile_fn)(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, int64_t b_row,
                         real *panel, const tile_ahead *ahead, const gemm_out *o);
-#define TILE_AS(name, r, v, packs, fetches, half) \
+#define TILE_AS(name, r, v, packs, turns, fetches, half) \
     static void name##_##r##_##v(int64_t columns, int64_t K, const real *a, int64_t a_row, const real *b, \
                                  int64_t b_row, real *panel, const tile_ahead *ahead, const gemm_out *o) \
     { \
-        tile(r, v, packs, fetches, half, columns, K, a, a_row, b, b_row, panel, ahead, o); \
+        tile(r, v, packs, turns, fetches, half, columns, K, a, a_row, b, b_row, panel, ahead, o); \
     }
-#define TILE(r, v) TILE_AS(tile, r, v, 0, 0, 0)
+#define TILE(r, v) TILE_AS(tile, r, v, 0, 0, 0, 0)
 #define TILES(v) TILE(1, v) TILE(2, v) TILE(3, v) TILE(4, v) TILE(5, v) TILE(6, v)
 TILES(1)
 TILES(2)
@@ -254,25 +262,26 @@ TILE(7, 3)
 TILE(8, 3)
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v, tile_7_##v, tile_8_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2), ROW(3)};
-#define WHOLE_TILES(name, packs, fetches, half) \
-    TILE_AS(name, 8, 1, packs, fetches, half) \
-    TILE_AS(name, 8, 2, packs, fetches, half) \
-    TILE_AS(name, 8, 3, packs, fetches, half) \
+#define WHOLE_TILES(name, packs, turns, fetches, half) \
+    TILE_AS(name, 8, 1, packs, turns, fetches, half) \
+    TILE_AS(name, 8, 2, packs, turns, fetches, half) \
+    TILE_AS(name, 8, 3, packs, turns, fetches, half) \
     static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_8_1, name##_8_2, name##_8_3};
 #else
 #define ROW(v) {tile_1_##v, tile_2_##v, tile_3_##v, tile_4_##v, tile_5_##v, tile_6_##v}
 static const tile_fn tiles[GEMM_VECTORS][GEMM_ROWS] = {ROW(1), ROW(2)};
-#define WHOLE_TILES(name, packs, fetches, half) \
-    TILE_AS(name, 6, 1, packs, fetches, half) \
-    TILE_AS(name, 6, 2, packs, fetches, half) \
+#define WHOLE_TILES(name, packs, turns, fetches, half) \
+    TILE_AS(name, 6, 1, packs, turns, fetches, half) \
+    TILE_AS(name, 6, 2, packs, turns, fetches, half) \
     static const tile_fn name##_tiles[GEMM_VECTORS] = {name##_6_1, name##_6_2};
 #endif
 /* Tiles of GEMM_ROWS rows that do more than multiply, or multiply less. */
-WHOLE_TILES(packing, 1, 0, 0)
-WHOLE_TILES(fetching, 0, 1, 0)
-WHOLE_TILES(packing_fetching, 1, 1, 0)
+WHOLE_TILES(packing, 1, 0, 0, 0)
+WHOLE_TILES(turning, 0, 1, 0, 0)
+WHOLE_TILES(fetching, 0, 0, 1, 0)
+WHOLE_TILES(packing_fetching, 1, 0, 1, 0)
 #if HL_VLEN == 64
-WHOLE_TILES(half_fetching, 0, 1, 1)
+WHOLE_TILES(half_fetching, 0, 0, 1, 1)
 #endif
 
 /* What tile t of the `tiles` that fetch fetches. A line each other step leaves the ways to the caches free for the products;
@@ -311,6 +320,7 @@ void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int
             next = gemm_fetch_strip(b + strip, columns - strip, b_row, depth, n, columns);
         /* The tiles that pack fetch only if the others are too few. */
         int64_t many = rows / GEMM_ROWS, rest = packs && many > 4;
+        int64_t turned = out->turn && n == 0 ? 0 : rows; /* of A, so many rows are in panels */
         for (int64_t m = 0, t = 0, height; m < rows; m += height, t++) {
             height = gemm_rows(rows - m);
             gemm_out o = {.c = out->c + m * out->c_row + n,
@@ -333,8 +343,21 @@ void gemm_block(int64_t rows, int64_t columns, int64_t depth, const real *a, int
                 if (!ahead.first) ahead = (tile_ahead){a, 0, depth, 0}; /* what is there */
             }
 #endif
-            fn(min64(step, columns - n), depth, a + m * (a_row ? a_row : depth), a_row, lies || !b_row ? bn : panel,
-               lies ? b_row : 0, panel, &ahead, &o);
+            const real *am = a + m * (a_row ? a_row : depth);
+            if (m >= turned) {
+                enum { TOGETHER = TURN_TILES * GEMM_ROWS };
+                int together = rows - m == TOGETHER || rows - m >= TOGETHER + GEMM_ROWS;
+                int64_t count = together ? TOGETHER : height;
+                turned = m + count;
+                if (together && !(packs && !m)) {
+                    turning_tiles[vectors - 1](min64(step, columns - n), depth, out->turn + m, out->turn_row,
+                                               lies || !b_row ? bn : panel, lies ? b_row : 0, (real *)am, NULL, &o);
+                    continue;
+                }
+                pack_rows(count, depth, out->turn + m, 1, out->turn_row, (real *)am);
+            }
+            fn(min64(step, columns - n), depth, am, a_row, lies || !b_row ? bn : panel, lies ? b_row : 0, panel, &ahead,
+               &o);
         }
     }
 }
@@ -582,11 +605,10 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
             for (int64_t m = m0, rows; m < m1; m += rows) {
                 rows = m1 - m < BLOCK_ROWS + 2 * GEMM_ROWS ? m1 - m : BLOCK_ROWS;
                 const real *a = g->a + m * g->a_row + k * g->a_col;
-                if (!a_row) {
-                    pack_rows(rows, depth, a, g->a_row, g->a_col, pack_a);
-                    a = pack_a;
-                }
                 gemm_out out = {.c = g->c + m * g->c_row + n, .c_row = g->c_row};
+                if (!a_row && g->a_row == 1) out.turn = a, out.turn_row = g->a_col;
+                else if (!a_row) pack_rows(rows, depth, a, g->a_row, g->a_col, pack_a);
+                if (!a_row) a = pack_a;
                 if (k || g->accumulate) {
                     out.add = out.c;
                     out.add_row = g->c_row;
@@ -600,6 +622,7 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
                                &out);
                 if (out.add) out.add += body;
                 out.c += body;
+                if (body) out.turn = NULL;
                 gemm_block(rows, columns - body, depth, a, a_row, packs ? b + body * depth : b, 0, NULL, &out);
                 if (k + depth >= g->K) activate_rows(g->activation, rows, columns, g->c + m * g->c_row + n, g->c_row);
             }

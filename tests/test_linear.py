@@ -116,7 +116,7 @@ def test_matmul_of_a_transposed_view_of_its_result():
     assert_same_bits(hl.matmul(a.T, a, out=a), expected, "a.T a over a")
 
 
-@pytest.mark.parametrize("rows", [40, 130, 400])
+@pytest.mark.parametrize("rows", [16, 23, 40, 130, 400])
 @pytest.mark.parametrize("columns", [40, 100, 1000])
 def test_blocks_of_few_rows(rows, columns, host_backend):
     """Products that are cut into columns or rows, by the number of threads too. Sums are exact."""
