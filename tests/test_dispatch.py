@@ -393,6 +393,45 @@ def test_plans_refuse_layouts_that_kernels_cannot_read(name):
         assert_same_bits(hl.softmax(reversed_rows), expected[::-1], "softmax of rows backwards")
 
 
+def views(array):
+    """The same values in views: of a wider array, backwards, by columns, misaligned."""
+    wide = np.zeros((*array.shape[:-1], array.shape[-1] + 3), array.dtype)
+    wide[..., 2:-1] = array
+    yield wide[..., 2:-1]
+    yield np.ascontiguousarray(array[..., ::-1])[..., ::-1]
+    yield np.asfortranarray(array)
+    yield np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+
+
+@pytest.mark.parametrize("op", [k for k in RECORDED if not k.startswith("attention")])
+@pytest.mark.parametrize("name", COMPILED)
+def test_calls_of_small_views_repeat(name, op, monkeypatch):
+    """They have the bits of the call of their copies, by whatever way, and take the short way too."""
+    function, shapes = RECORDED[op]
+    arrays = [draw(np.random.default_rng(3), *shape) for shape in shapes]
+    every = list(zip(*map(views, arrays), strict=True))
+    with hl.backend(name):
+        expected = [function(*laid) for laid in every]
+        for y in expected:
+            assert_same_bits(y, function(*arrays), op)
+        monkeypatch.setattr(_dispatch, "run", None)  # the long way goes through it
+        for laid, y in zip(every, expected, strict=True):
+            assert_same_bits(function(*laid), y, op)
+
+
+@needs_c
+def test_views_of_one_array_and_of_the_result():
+    """The first call reads one array through both arguments, or writes where it reads; later ones do not."""
+    base = np.array([[0, 0, 0, 2, 2, 0], [0, 1, 1, 3, 3, 0]], np.float32)
+    a, b = base[:, 1:5], base[:, 1:5] + 10
+    hl.box_iou(a, a)
+    assert not hl.box_iou(a, b).any()
+    for _ in range(2):
+        x = draw(np.random.default_rng(4), 6, 6)
+        expected = hl.softmax(x.T.copy())
+        assert_same_bits(hl.softmax(x.T, out=x), expected, "over its transposed view")
+
+
 # ------------------------------------------------------------------------------------------------ memory for results
 
 

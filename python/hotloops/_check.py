@@ -441,15 +441,15 @@ def _followed(function: Callable[..., Any], then: Callable[..., Any]) -> Callabl
     return followed
 
 
-def op(function: Any = None, *, repeats: bool = False, then: Callable[..., Any] | None = None) -> Any:
+def op(function: Any = None, *, repeats: bool = False, strides: bool = False, then: Callable[..., Any] | None = None) -> Any:
     """Marks a public op: where an argument is an `autograd.Variable`, the call is recorded in its graph.
 
     `repeats` promises that how the op runs depends on its arrays through shapes and element types alone (no look at their
-    values, nothing random): calls that repeat then take a short way (see `_plan`). `then` makes the op's result of the arrays
-    that the function returns, where that does depend on values.
+    values, nothing random): calls that repeat then take a short way (see `_plan`). `strides`: but it does depend on how arrays lie
+    in memory. `then` makes the op's result of the arrays that the function returns, where that does depend on values.
     """
     if function is None:
-        return functools.partial(op, repeats=repeats, then=then)
+        return functools.partial(op, repeats=repeats, strides=strides, then=then)
     patterns: dict[Any, list[tuple[Any, dict[Any, Any]]]] = {}  # by number and names of the arguments: see _plan.keyer
     arrays = function
     if then is not None:
@@ -458,6 +458,9 @@ def op(function: Any = None, *, repeats: bool = False, then: Callable[..., Any] 
     def first_call(args: tuple[Any, ...], kwargs: dict[str, Any], plans: dict[Any, Any], key: Any) -> Any:
         if len(plans) >= _plan.MAX_PLANS:
             plans.clear()
+        if not strides:
+            out = kwargs.get("out")
+            args, kwargs = _plan.in_line(args, out), dict(zip(kwargs, _plan.in_line(kwargs.values(), out), strict=True))
         result, plan = _plan.make(arrays, args, kwargs)
         if plan is not None:
             plans[key] = plan if then is None or plan is NO_PLAN else _followed(plan, then)
@@ -484,6 +487,11 @@ def op(function: Any = None, *, repeats: bool = False, then: Callable[..., Any] 
                         return plan(*values)
                     except ValueError:  # an array that is not contiguous or not aligned: it needs its copy
                         pass
+                    if not strides:
+                        try:
+                            return plan(*_plan.in_line(values, kwargs.get("out")))
+                        except ValueError:  # a large one, or one that is written
+                            pass
                 return function(*args, **kwargs)
         if autograd.any_variable(args, kwargs):
             return autograd.record(call, args, kwargs)

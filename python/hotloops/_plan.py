@@ -3,16 +3,16 @@
 An op marked `@op(repeats=True)` depends on its arrays through their shapes and element types alone. Its first call on given
 shapes, types and options runs as written while its `Call` keeps a log. Where that log is C or Numba kernels reading arguments
 and writing fresh results or `out`, it becomes a plan: sizes and options, which argument each pointer comes from, what to
-allocate. The next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel. Whatever is
-unusual (strided or misaligned arrays, an `out` that overlaps an input, subclasses, float16, graphs, GPU arrays, `explain`) takes
-the long way each time.
+allocate. The next call with the same key (same shapes, types, options, backend choice) goes straight to the kernel; of small
+strided or misaligned arrays it gets copies, which the long way makes too. Whatever else is unusual (large ones of those, an `out`
+that overlaps an input, subclasses, float16, graphs, GPU arrays, `explain`) takes the long way each time.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ recording = threading.local()
 NO_PLAN: Any = object()  # stands for a call that was looked at and cannot have a plan
 OTHER_TYPES: Any = object()
 MAX_PATTERNS = 16  # of types, per op and number of arguments; each is tried in turn
+SMALL = 1 << 16  # bytes; above, the long way takes little beside the copy, and its copies are shared by threads
 
 
 def _not_integers(values: tuple[Any, ...]) -> bool:
@@ -70,9 +71,11 @@ def new_pattern(patterns: list[tuple[Any, dict[Any, Any]]], values: tuple[Any, .
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(the result of the call, its plan; NO_PLAN where there can be none, None where it is these arrays that are unusual)."""
-    seen: set[tuple[int, int]] = set()
-    args = tuple(_apart(v, seen) for v in args)
-    kwargs = {k: v if k == "out" else _apart(v, seen) for k, v in kwargs.items()}
+    plain = all(is_plain(v) for v in (*args, *kwargs.values()) if isinstance(v, _ndarray))
+    if plain:
+        seen: set[tuple[int, int]] = set()
+        args = tuple(_apart(v, seen) for v in args)
+        kwargs = {k: v if k == "out" else _apart(v, seen) for k, v in kwargs.items()}
     before = getattr(recording, "log", None)
     log: list[Any] = []
     recording.log = log
@@ -80,9 +83,9 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         result = function(*args, **kwargs)
     finally:
         recording.log = before
-    values = (*args, *kwargs.values())
-    if any(isinstance(v, _ndarray) and not (v.flags.c_contiguous and v.flags.aligned) for v in values):
+    if not plain:
         return result, None
+    values = (*args, *kwargs.values())
     out, given = kwargs.get("out"), (*args, *(v for k, v in kwargs.items() if k != "out"))
     if out is not None and any(isinstance(v, _ndarray) and np.may_share_memory(out, v) for v in given):
         return result, None
@@ -90,9 +93,18 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return result, plan or NO_PLAN
 
 
+def is_plain(array: np.ndarray) -> bool:
+    return array.flags.c_contiguous and array.flags.aligned
+
+
+def in_line(values: Iterable[Any], out: Any) -> tuple[Any, ...]:
+    """The values, with copies in place of small arrays that are strided or misaligned; `out` stays."""
+    return tuple(v.copy() if type(v) is _ndarray and v.nbytes <= SMALL and v is not out and not is_plain(v) else v for v in values)
+
+
 def _apart(value: Any, seen: set[tuple[int, int]]) -> Any:
     """The value; of an array that came before a copy, so that each pointer tells which argument it comes from."""
-    if not isinstance(value, _ndarray) or not value.flags.c_contiguous:
+    if not isinstance(value, _ndarray):
         return value
     if _place(value) in seen:
         return value.copy()

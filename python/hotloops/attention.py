@@ -17,7 +17,7 @@ def _results(y: Any, lse: Any, *weights: Any) -> Any:
     return (y, *weights) if weights else y
 
 
-@op(repeats=True, then=_results)
+@op(repeats=True, strides=True, then=_results)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -260,7 +260,7 @@ def _attention_gradient(g: Any, saved: Any, a: Any) -> tuple[Any, ...]:
     return (*_attend_back(g, a.query, a.key, a.value, a.attn_mask, *saved), None)
 
 
-@op(repeats=True)
+@op(repeats=True, strides=True)
 def _attend(
     query: Any, key: Any, value: Any, attn_mask: Any, causal: Any, scale: Any, grouped: Any, softcap: Any, window: Any
 ) -> tuple[Any, Any]:
@@ -268,7 +268,7 @@ def _attend(
     return _Attention(query, key, value, attn_mask, 0.0, causal, scale, grouped, softcap, window, None).forward()
 
 
-@op(repeats=True)
+@op(repeats=True, strides=True)
 def _attend_back(
     g: Any,
     query: Any,

@@ -10,6 +10,7 @@ import numpy as np
 from . import _check
 from . import activation as _activation
 from ._check import Call, op
+from ._plan import is_plain
 
 # ---------------------------------------------------------------------------------------------------------------- linear
 
@@ -104,7 +105,7 @@ def _linear_gradients(
 # ---------------------------------------------------------------------------------------------------------------- matmul
 
 
-@op(repeats=True)
+@op(repeats=True, strides=True)
 def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     """The matrix product over the last two axes, the others broadcast, as numpy.matmul has it.
 
@@ -133,10 +134,21 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     array([11.])
     """
     _check.needed("matmul", a=a, b=b)
-    call = Call("matmul", out)
+    if all(not isinstance(factor, np.ndarray) or is_plain(factor) for factor in (a, b)):
+        return _multiply(a, b, "", out)
     turned = _turned_factor(a, b)
-    # A turned factor comes, and goes to the kernel, as it lies in memory.
-    x, y = call.floats(a=a.swapaxes(-1, -2) if turned == "a" else a, b=b.swapaxes(-1, -2) if turned == "b" else b)
+    return _multiply_views(a.swapaxes(-1, -2) if turned == "a" else a, b.swapaxes(-1, -2) if turned == "b" else b, turned, out=out)
+
+
+@op(repeats=True)
+def _multiply_views(a: Any, b: Any, turned: str, *, out: Any = None) -> Any:
+    """matmul where the factor that `turned` names, "a" or "b" or none, comes, and goes to the kernel, as it lies in memory."""
+    return _multiply(a, b, turned, out)
+
+
+def _multiply(a: Any, b: Any, turned: str, out: Any) -> Any:
+    call = Call("matmul", out)
+    x, y = call.floats(a=a, b=b)
     left, right = x.swapaxes(-1, -2) if turned == "a" else x, y.swapaxes(-1, -2) if turned == "b" else y
     product = _Product(call, tuple(left.shape), tuple(right.shape))
     z = call.result(product.result)
