@@ -51,8 +51,8 @@ static inline int parallel_even(int64_t n, double work_per_item, hl_chunk fn, vo
 }
 
 /* Up to so many rows read a B that is not packed where it lies, if its columns are contiguous and so long: a dot product ends
- * in a sum over lanes, which must be little beside it. */
-enum { GEMM_DOT_ROWS = 4, GEMM_DOT_DEPTH = 8 * LANES };
+ * in a sum over lanes, which must be little beside it; for one row half as long, as its dot products end LANES at a time. */
+enum { GEMM_DOT_ROWS = 4, GEMM_DOT_DEPTH = 4 * LANES };
 
 /* On the calling thread: also inside a chunk of hl_parallel_for. */
 int gemm(const gemm_call *call);

@@ -481,7 +481,7 @@ static void axpy_range(const gemm_call *g, int64_t begin, int64_t end)
 static int is_dot(const gemm_call *g)
 {
     return !g->packed_b && g->M <= GEMM_DOT_ROWS && g->N >= DOT_COLUMNS && g->a_col == 1 && g->b_row == 1 &&
-           g->b_col != 1 && g->K >= GEMM_DOT_DEPTH;
+           g->b_col != 1 && g->K >= (g->M == 1 ? GEMM_DOT_DEPTH / 2 : GEMM_DOT_DEPTH);
 }
 static int is_axpy(const gemm_call *g) { return !g->packed_b && g->M == 1 && g->b_col == 1; }
 
@@ -556,6 +556,71 @@ static void row_range(const gemm_call *g, int64_t n0, int64_t n1)
             else store(c, sum);
         }
     }
+}
+
+/* ---- small products ---- */
+
+/* So few vectors that finding blocks for them costs more than multiplying them. Sums are in the order of the tiles. */
+enum { SMALL_VECTORS = 2, SMALL_ROWS = 4, SMALL_PRODUCTS = 512 };
+
+static int is_small(const gemm_call *g)
+{
+    int64_t vectors = (g->N + LANES - 1) / LANES;
+    return !g->packed_b && g->M > 1 && vectors <= SMALL_VECTORS && g->M * g->K * vectors <= SMALL_PRODUCTS &&
+           !is_dot(g);
+}
+
+/* `rows` rows of C from row m on; the last vector of B has `last` columns that may be read, of C as many as there are. */
+static inline __attribute__((always_inline)) void small_rows(const int rows, const int vectors, const gemm_call *g,
+                                                             int64_t m, const real *b, int64_t b_row, int64_t last)
+{
+    const real *a = g->a + m * g->a_row;
+    vreal sum[SMALL_ROWS][SMALL_VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = splat(g->row_bias ? g->row_bias[m + i] : (real)0);
+    for (int64_t k = 0; k < g->K; k++, b += b_row)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            vreal bk = v + 1 < vectors ? load(b + v * LANES) : load_part(b + v * LANES, last, (real)0);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows; i++) sum[i][v] = add_splat(sum[i][v], a + i * g->a_row + k * g->a_col, bk);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            int64_t n = v * LANES, count = min64(LANES, g->N - n);
+            real *c = g->c + (m + i) * g->c_row + n;
+            const real *add = g->accumulate ? c : g->column_bias ? g->column_bias + n : NULL;
+            if (add) sum[i][v] += load_part(add, count, (real)0);
+            store_part(c, count, sum[i][v]);
+        }
+}
+
+static void small_product(const gemm_call *g)
+{
+    int64_t vectors = (g->N + LANES - 1) / LANES, b_row = g->b_row, last = g->N - (vectors - 1) * LANES;
+    const real *b = g->b;
+    real panel[SMALL_PRODUCTS / 2 * LANES] __attribute__((aligned(64)));
+    if (g->b_col != 1 || HL_VLEN < 32) {
+        b_row = vectors * LANES, last = LANES;
+        gemm_pack_panel(g->N, b_row, g->K, g->b, g->b_col, g->b_row, panel);
+        b = panel;
+    }
+    for (int64_t m = 0, rows; m < g->M; m += rows) {
+        rows = min64(g->M - m, SMALL_ROWS);
+        switch (rows * SMALL_VECTORS + vectors - 1) {
+#define SMALL(r) \
+    case r *SMALL_VECTORS: small_rows(r, 1, g, m, b, b_row, last); break; \
+    case r *SMALL_VECTORS + 1: small_rows(r, 2, g, m, b, b_row, last); break;
+            SMALL(1)
+            SMALL(2)
+            SMALL(3)
+            SMALL(4)
+        }
+    }
+    activate_rows(g->activation, g->M, g->N, g->c, g->c_row);
 }
 
 /* ---- blocks ---- */
@@ -633,7 +698,11 @@ static int gemm_range(const gemm_call *g, int64_t m0, int64_t m1, int64_t n0, in
     return HL_OK;
 }
 
-int gemm(const gemm_call *call) { return gemm_range(call, 0, call->M, 0, call->N); }
+int gemm(const gemm_call *call)
+{
+    if (is_small(call)) return small_product(call), HL_OK;
+    return gemm_range(call, 0, call->M, 0, call->N);
+}
 
 /* ---- over the pool ---- */
 
@@ -688,12 +757,17 @@ static int gemm_blocks(int64_t begin, int64_t end, void *context)
 {
     const gemm_job *j = context;
     int64_t per_batch = j->row_blocks * j->column_blocks;
+    const int small = per_batch == 1 && is_small(j->call);
     for (int64_t i = begin; i < end; i++) {
         gemm_call g = *j->call;
         int64_t batch = i / per_batch, row = i % per_batch % j->row_blocks, column = i % per_batch / j->row_blocks;
         g.a += batch * j->a_batch;
         g.b += batch * j->b_batch;
         g.c += batch * j->c_batch;
+        if (small) {
+            small_product(&g);
+            continue;
+        }
         int status = gemm_range(
             &g, cut(g.M, j->row_blocks, GEMM_ROWS, row), cut(g.M, j->row_blocks, GEMM_ROWS, row + 1),
             cut(g.N, j->column_blocks, GEMM_COLUMNS, column), cut(g.N, j->column_blocks, GEMM_COLUMNS, column + 1));

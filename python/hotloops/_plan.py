@@ -71,11 +71,11 @@ def new_pattern(patterns: list[tuple[Any, dict[Any, Any]]], values: tuple[Any, .
 
 def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(the result of the call, its plan; NO_PLAN where there can be none, None where it is these arrays that are unusual)."""
-    plain = all(is_plain(v) for v in (*args, *kwargs.values()) if isinstance(v, _ndarray))
-    if plain:
-        seen: set[tuple[int, int]] = set()
-        args = tuple(_apart(v, seen) for v in args)
-        kwargs = {k: v if k == "out" else _apart(v, seen) for k, v in kwargs.items()}
+    if not all(is_plain(v) for v in (*args, *kwargs.values()) if isinstance(v, _ndarray)):
+        return function(*args, **kwargs), None
+    seen: set[tuple[int, int]] = set()
+    args = tuple(_apart(v, seen) for v in args)
+    kwargs = {k: v if k == "out" else _apart(v, seen) for k, v in kwargs.items()}
     before = getattr(recording, "log", None)
     log: list[Any] = []
     recording.log = log
@@ -83,8 +83,6 @@ def make(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         result = function(*args, **kwargs)
     finally:
         recording.log = before
-    if not plain:
-        return result, None
     values = (*args, *kwargs.values())
     out, given = kwargs.get("out"), (*args, *(v for k, v in kwargs.items() if k != "out"))
     if out is not None and any(isinstance(v, _ndarray) and np.may_share_memory(out, v) for v in given):

@@ -164,15 +164,17 @@ def _multiply(a: Any, b: Any, turned: str, out: Any) -> Any:
 
 def _turned_factor(a: Any, b: Any) -> str:
     """Which factor is a transposed view that need not be copied: what lies in memory is what a gradient's product reads."""
-    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or min(a.ndim, b.ndim) < 2:
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.ndim < 2 or b.ndim < 2:
         return ""
     same = a.shape[:-2] == b.shape[:-2]
-    found = {
-        name: factor.size
-        for name, factor, fits in (("a", a, same), ("b", b, same or b.ndim == 2))
-        if fits and not factor.flags.c_contiguous and factor.swapaxes(-1, -2).flags.c_contiguous
-    }
-    return max(found, key=found.__getitem__, default="")
+    in_a, in_b = same and _is_turned(a), (same or b.ndim == 2) and _is_turned(b)
+    if in_a and (not in_b or a.size >= b.size):
+        return "a"
+    return "b" if in_b else ""
+
+
+def _is_turned(array: np.ndarray) -> bool:
+    return not array.flags.c_contiguous and array.swapaxes(-1, -2).flags.c_contiguous
 
 
 class _Product:

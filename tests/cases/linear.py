@@ -29,6 +29,9 @@ BATCHES = [
     *(case(name, B=1, M=M, N=N, K=K) for name, (M, N, K) in SIZES.items()),
     case("batches", B=5, M=7, N=19, K=6),
     case("many_batches", B=300, M=5, N=4, K=3),
+    case("small_batches", B=7, M=6, N=20, K=9),
+    case("batches_of_one_row", B=5, M=1, N=37, K=45),
+    case("batches_of_few_rows", B=5, M=3, N=37, K=75),
     case("large_batches", B=3, M=70, N=60, K=50),
 ]
 
