@@ -179,8 +179,9 @@ def _axes(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
     return axes if ndim else ()
 
 
-def _logsumexp_steps(call: Call, x: Any, axes: tuple[int, ...], y: Any) -> list[tuple[Any, Any]]:
-    """Sums over each run of neighbouring axes in turn, the last into y: [(what was read [M, K, I], its sum [M, I])]."""
+def _logsumexp_steps(call: Call, x: Any, axes: tuple[int, ...], y: Any, there: bool = False) -> list[tuple[Any, Any]]:
+    """Sums over each run of neighbouring axes in turn, the last into y, unless it is there: [(what was read [M, K, I], its sum
+    [M, I])]."""
     runs: list[list[int]] = []
     for i in axes:
         if runs and runs[-1][1] == i:
@@ -194,21 +195,28 @@ def _logsumexp_steps(call: Call, x: Any, axes: tuple[int, ...], y: Any) -> list[
         last = begin == (runs[0][0] if runs else 0)
         written = y if last else call.empty((rows[0] * rows[2],))
         read, written = read.reshape(rows), written.reshape((rows[0], rows[2]))
-        call.run("logsumexp", read, written)
+        if not (last and there):
+            call.run("logsumexp", read, written)
         steps.append((read, written))
         read = written
     return steps
 
 
 def _logsumexp_gradient(g: Any, y: Any, a: Any) -> tuple[Any, ...]:
+    return (_logsumexp_back(g, a.input, y, a.axis),)
+
+
+@op(repeats=True)
+def _logsumexp_back(g: Any, input: Any, y: Any, axis: Any) -> Any:
     call = Call("logsumexp gradient")
-    x, gy = call.floats(input=a.input, gy=g)
-    axes = _axes("logsumexp", a.axis, x.ndim)
-    for read, written in _logsumexp_steps(call, x, axes, call.empty(gy.shape))[::-1]:
+    x, gy, sums = call.floats(input=input, gy=g, y=y)
+    there = y.dtype == call.compute  # float16 is not near enough
+    axes = _axes("logsumexp", axis, x.ndim)
+    for read, written in _logsumexp_steps(call, x, axes, sums if there else call.empty(gy.shape), there)[::-1]:
         gx = call.empty(read.shape)
         call.run("logsumexp_backward", gy.reshape(written.shape), read, written, gx)
         gy = gx
-    return (call.finish(gy.reshape(x.shape)),)
+    return call.finish(gy.reshape(x.shape))
 
 
 # ------------------------------------------------------------------------- what may follow a convolution or a dense layer
