@@ -35,7 +35,8 @@ static taps taps_of(const windows *w, int axis, int64_t o)
     return (taps){first, last - first + 1, start + first * d};
 }
 
-/* The windows of an adaptive pooling: equal ones without overlap where the sizes divide. */
+/* The windows of an adaptive pooling: equal ones without overlap where the sizes divide, else some reach the next one's first
+ * element; the kernel is as large as the largest. */
 static windows share_out(const int64_t size[3], const int64_t out[3])
 {
     windows w = {.shared = 0};
@@ -43,8 +44,10 @@ static windows share_out(const int64_t size[3], const int64_t out[3])
     for (int a = 0; a < 3; a++) {
         w.size[a] = size[a];
         w.out[a] = out[a];
-        w.stride[a] = w.kernel[a] = size[a] / out[a] + (w.shared ? 2 : 0);
+        w.kernel[a] = size[a] / out[a];
         w.dilation[a] = 1;
+        for (int64_t o = 0; w.shared && o < out[a]; o++) w.kernel[a] = max64(w.kernel[a], taps_of(&w, a, o).count);
+        w.stride[a] = w.kernel[a];
     }
     return w;
 }
@@ -812,6 +815,7 @@ static int run_max(max_job *j)
     if (!volume(w->out)) return HL_OK;
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
+    if (with_places(j)) work *= 3;
     int paired = side_by_side(w) && (with_places(j) || is_seamless(w) || !are_short(w));
     j->some = !fits(j) ? max_of_lines : paired ? max_of_pairs : are_short(w) ? max_of_short : max_of_lines;
     if (j->some == max_of_short && take_short(&j->space, w)) return HL_NOMEM;

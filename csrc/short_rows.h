@@ -9,7 +9,7 @@ enum { LISTED = 4096 };
 
 static int are_short(const windows *w)
 {
-    return CAN_PICK && is_padded(w) && w->size[2] < 2 * LANES && w->out[2] <= 2 * LANES &&
+    return CAN_PICK && (is_padded(w) || w->shared) && w->size[2] < 2 * LANES && w->out[2] <= 2 * LANES &&
            w->out[0] * w->out[1] <= LISTED;
 }
 
@@ -31,11 +31,11 @@ static int take_short(short_space *space, const windows *w)
     int64_t rows = w->out[0] * w->out[1], K = w->kernel[2];
     space->at = hl_take((size_t)(K * outs) * sizeof(ireal) + (size_t)rows * sizeof(short_line));
     if (!space->at) return HL_NOMEM;
-    for (int64_t k = 0; k < K; k++)
-        for (int64_t o = 0; o < outs; o++) {
-            int64_t i = o * w->stride[2] - w->pad[2] + k * w->dilation[2];
-            space->at[k * outs + o] = (ireal)(i >= 0 && i < W && o < w->out[2] ? i : none);
-        }
+    for (int64_t i = 0; i < K * outs; i++) space->at[i] = (ireal)none;
+    for (int64_t o = 0; o < w->out[2]; o++) {
+        taps t = taps_of(w, 2, o);
+        for (int64_t k = 0; k < t.count; k++) space->at[(t.first + k) * outs + o] = (ireal)(t.at + k * w->dilation[2]);
+    }
     space->lines = (short_line *)(space->at + K * outs);
     for (int64_t r = 0; r < rows; r++) {
         taps d = taps_of(w, 0, r / w->out[1]), h = taps_of(w, 1, r % w->out[1]);
