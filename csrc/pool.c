@@ -1263,127 +1263,47 @@ int HL(lp_pool)(const hl_lp_pool_plan *p, const real *x, real *y)
     return run_sum(&j);
 }
 
-typedef struct {
-    windows w;
-    int include;
-    int64_t divisor;
-    real norm;
-    const real *gy, *x, *y;
-    real *gx;
-} spread_job;
-
-/* line[t.at + k * dilation] += g[o] for all taps k of all outputs o. */
-static void spread_across(const windows *w, const taps *across, const real *g, real *line)
-{
-    int64_t OW = w->out[2], d = w->dilation[2], stride = w->stride[2];
-    memset(line, 0, (size_t)w->size[2] * sizeof(real));
-    if (w->shared || stride > 2) {
-        for (int64_t o = 0; o < OW; o++)
-            for (int64_t k = 0; k < across[o].count; k++) line[across[o].at + k * d] += g[o];
-        return;
-    }
-    for (int64_t k = 0; k < w->kernel[2]; k++) {
-        int64_t c = k * d - w->pad[2];
-        int64_t begin = c < 0 ? ceil_div(-c, stride) : 0, end = c < w->size[2] ? (w->size[2] - 1 - c) / stride + 1 : 0;
-        end = min64(end, OW);
-        if (stride == 1)
-            for (int64_t o = begin; o < end; o++) line[c + o] += g[o];
-        else
-            for (int64_t o = begin; o < end; o++) line[c + 2 * o] += g[o];
-    }
-}
-
-/* What each output of a row passes to every element of its window, into g. */
-static void passed_on(const spread_job *j, const taps *across, int64_t od, int64_t oh, taps d, taps h, int64_t at,
-                      real *g)
-{
-    const windows *w = &j->w;
-    int64_t OW = w->out[2], outer = d.count * h.count, all = volume(w->kernel);
-    if (j->include) outer = padded_count(w, 0, od) * padded_count(w, 1, oh);
-    for (int64_t o = 0; o < OW; o++) {
-        if (j->norm != 0) {
-            real y = j->y[at + o], scale = (real)all / (real)(outer * across[o].count);
-            if (j->norm == 1) g[o] = j->gy[at + o] * scale;
-            else if (y == 0) g[o] = 0;
-            else if (j->norm == 2) g[o] = j->gy[at + o] / y * scale;
-            else g[o] = (real)((double)j->gy[at + o] * pow((double)y, 1 - (double)j->norm)) * scale;
-        } else if (j->divisor) g[o] = j->gy[at + o] / (real)j->divisor;
-        else g[o] = j->gy[at + o] / (real)(outer * (j->include ? padded_count(w, 2, o) : across[o].count));
-    }
-}
-
-static int spread_planes(int64_t begin, int64_t end, void *context)
-{
-    const spread_job *j = context;
-    const windows *w = &j->w;
-    int64_t inside = volume(w->size), OD = w->out[0], OH = w->out[1], OW = w->out[2], H = w->size[1], W = w->size[2];
-    taps *across = hl_take((size_t)OW * sizeof(taps) + (size_t)(OW + 2 * W) * sizeof(real));
-    if (!across) return HL_NOMEM;
-    real *g = (real *)(across + OW), *line = g + OW;
-    ireal *taken = (ireal *)(line + W); /* by any window; of what is not, nothing counts, not even a NaN */
-    memset(taken, 0, (size_t)W * sizeof(ireal));
-    for (int64_t o = 0; o < OW; o++) {
-        across[o] = taps_of(w, 2, o);
-        for (int64_t k = 0; k < across[o].count; k++) taken[across[o].at + k * w->dilation[2]] = 1;
-    }
-    for (int64_t m = begin; m < end; m++) {
-        real *gx = j->gx + m * inside;
-        const real *x = j->x + m * inside;
-        memset(gx, 0, (size_t)inside * sizeof(real));
-        for (int64_t r = 0; r < OD * OH; r++) {
-            taps d = taps_of(w, 0, r / OH), h = taps_of(w, 1, r % OH);
-            passed_on(j, across, r / OH, r % OH, d, h, (m * OD * OH + r) * OW, g);
-            spread_across(w, across, g, line);
-            for (int64_t kd = 0; kd < d.count; kd++)
-                for (int64_t kh = 0; kh < h.count; kh++) {
-                    int64_t at = ((d.at + kd * w->dilation[0]) * H + h.at + kh * w->dilation[1]) * W;
-                    if (j->norm == 0 || j->norm == 1)
-                        for (int64_t i = 0; i < W; i++) gx[at + i] += line[i];
-                    else if (j->norm == 2)
-                        for (int64_t i = 0; i < W; i++) gx[at + i] += taken[i] ? line[i] * x[at + i] : (real)0;
-                    else
-                        for (int64_t i = 0; i < W; i++)
-                            if (taken[i]) gx[at + i] += line[i] * (real)pow((double)x[at + i], (double)j->norm - 1);
-                }
-        }
-    }
-    hl_give(across);
-    return HL_OK;
-}
+#include "spread.h"
 
 /* What the only window of a plane passes on: the same to all elements. */
 static int spread_whole_planes(int64_t begin, int64_t end, void *context)
 {
     const spread_job *j = context;
-    int64_t n = volume(j->w.size);
+    int64_t n = volume(j->sum.w.size);
     const real *limit = j->gx + end * n;
     for (int64_t m = begin; m < end; m++) {
-        vreal g = splat(j->gy[m] / (real)(j->divisor ? j->divisor : n));
+        vreal g = splat(j->gy[m] / (real)(j->sum.divisor ? j->sum.divisor : n));
         for (int64_t i = 0; i < n; i += LANES) put(j->gx + m * n + i, g, n - i, limit);
     }
     return HL_OK;
 }
 
-/* Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take.
- * gx is written kernel_h / stride_h times, in cache but for the first; gy is read once. Source: the chain rule. */
-static int run_spread(spread_job *j, int64_t M)
+/* Parallel over the lines of gx, or over planes where a plane has one window. Lines in memory order, so that the rows of outputs
+ * that two lines share are scaled once. gy is read and gx written once, large ones past the cache. Source: the chain rule. */
+static int run_spread(spread_job *j)
 {
-    const windows *w = &j->w;
-    if (is_whole_mean(w, j->norm)) return hl_parallel_for(M, hl_grain((double)volume(w->size)), spread_whole_planes, j);
-    double lines = (double)w->out[0] * (double)w->out[1] *
-                   (double)(min64(w->kernel[0], w->size[0]) * min64(w->kernel[1], w->size[1]));
-    return hl_parallel_for(M, hl_grain((double)volume(w->size) + lines * (double)w->size[2]), spread_planes, j);
+    const windows *w = &j->sum.w;
+    int64_t M = j->sum.M;
+    if (is_whole_mean(w, j->sum.norm))
+        return hl_parallel_for(M, hl_grain((double)volume(w->size)), spread_whole_planes, j);
+    if (take_spread(j)) return HL_NOMEM;
+    double work = (double)(1 + j->span[0] * j->span[1] + j->across.most) / 4;
+    if (j->sum.norm > 2) work += 20;
+    j->past_cache = M * volume(w->size) > CACHE_BYTES / (int64_t)sizeof(real);
+    int status = hl_parallel_for(M * w->size[0] * w->size[1], hl_grain(work * (double)w->size[2]), spread_lines, j);
+    give_spread(j);
+    return status;
 }
 
 int HL(avg_pool_backward)(const hl_avg_pool_backward_plan *p, const real *gy, real *gx)
 {
-    spread_job j = {.w = {KERNEL(p), BEFORE(p), AFTER(p)},
-                    .include = p->count_include_pad != 0,
-                    .divisor = p->divisor,
+    spread_job j = {.sum = {.w = {KERNEL(p), BEFORE(p), AFTER(p)},
+                            .M = p->M,
+                            .include = p->count_include_pad != 0,
+                            .divisor = p->divisor},
                     .gy = gy,
-                    .x = gx,
                     .gx = gx};
-    return run_spread(&j, p->M);
+    return run_spread(&j);
 }
 
 int HL(adaptive_avg_pool_backward)(const hl_adaptive_avg_pool_backward_plan *p, const real *gy, real *gx)
@@ -1393,12 +1313,13 @@ int HL(adaptive_avg_pool_backward)(const hl_adaptive_avg_pool_backward_plan *p, 
         memset(gx, 0, (size_t)(p->M * volume(size)) * sizeof(real));
         return HL_OK;
     }
-    spread_job j = {.w = share_out(size, out), .gy = gy, .x = gx, .gx = gx};
-    return run_spread(&j, p->M);
+    spread_job j = {.sum = {.w = share_out(size, out), .M = p->M}, .gy = gy, .gx = gx};
+    return run_spread(&j);
 }
 
 int HL(lp_pool_backward)(const hl_lp_pool_backward_plan *p, const real *gy, const real *x, const real *y, real *gx)
 {
-    spread_job j = {.w = {KERNEL(p)}, .norm = (real)p->norm, .gy = gy, .x = x, .y = y, .gx = gx};
-    return run_spread(&j, p->M);
+    spread_job j = {.sum = {.w = {KERNEL(p)}, .M = p->M, .norm = (real)p->norm}, .gy = gy, .gx = gx};
+    if (j.sum.norm != 1) j.x = x, j.y = y; /* else the gradient is that of a sum */
+    return run_spread(&j);
 }
