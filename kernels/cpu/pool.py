@@ -14,7 +14,7 @@ import numpy as np
 from ..compile import cpu, inline, real
 from ..scalars import pool_share, pool_taps
 from .llvm import fetch
-from .panels import AHEAD, U, add_row, copy_block, fill_ahead, inside
+from .panels import AHEAD, U, copy_block, fill_ahead, inside
 
 ROWS, COLUMNS = 16, 512  # of outputs that are made together: their lines stay in the first cache
 FETCHED = 1024  # elements of a band, where it has several rows: about what is fetched ahead while the band before is worked on
@@ -606,55 +606,116 @@ def _pass_back(gy, y, at, row_factor, column_factors, norm, n, to):
 
 
 @inline
-def _add_line(line, taken, x, gx, at, norm, n):
-    """gx += line * x ** (norm - 1), from `at` on; of what no window has taken, nothing counts, not even a NaN."""
-    a = U(at)
-    if norm == real(1):
-        for q in range(n):
-            gx[a + U(q)] += line[q]
-    elif norm == real(2):
-        for q in range(n):
-            gx[a + U(q)] += line[q] * x[a + U(q)] if taken[q] else real(0)
+def _takers(size, outputs, kernel, stride, pad, dilation):
+    """Which outputs of an axis take each of its elements: (the first, how many, how far apart). A kernel of 0 stands for the
+    windows of adaptive pooling."""
+    takers = np.empty((size, 3), np.int64)
+    apart = 1
+    while kernel and apart * stride % dilation:
+        apart += 1
+    for i in range(size):
+        if kernel:
+            at = i + pad
+            first = max(at - (kernel - 1) * dilation + stride - 1, 0) // stride
+            last = min(at // stride, outputs - 1)
+            while first <= last and (at - first * stride) % dilation:
+                first += 1
+        else:
+            first, last = i * outputs // size, min(((i + 1) * outputs + size - 1) // size, outputs) - 1
+        takers[i, 0], takers[i, 1], takers[i, 2] = first, max((last - first + apart) // apart, 0), apart
+    return takers
+
+
+@inline
+def _taken_places(takers, outputs):
+    """[most, size]: which outputs take each element, `outputs` where there are no more."""
+    most = 1
+    for i in range(len(takers)):
+        most = max(most, takers[i, 1])
+    places = np.empty((most, len(takers)), np.uint32)
+    for i in range(len(takers)):
+        for q in range(most):
+            places[q, i] = takers[i, 0] + q * takers[i, 2] if q < takers[i, 1] else outputs
+    return places
+
+
+@inline
+def _gather(sums, places, n, to, at):
+    """to[at + i] = the sum over q of sums[places[q, i]]."""
+    a, most = U(at), len(places)
+    first, second = places[0], places[min(1, most - 1)]
+    if most == 1:
+        for i in range(n):
+            to[a + U(i)] = sums[U(first[i])]
     else:
-        for q in range(n):
-            if taken[q]:
-                gx[a + U(q)] += line[q] * x[a + U(q)] ** (norm - real(1))
+        for i in range(n):
+            to[a + U(i)] = sums[U(first[i])] + sums[U(second[i])]
+    for q in range(2, most):
+        next = places[q]
+        for i in range(n):
+            to[a + U(i)] += sums[U(next[i])]
+
+
+@inline
+def _times_power(gx, x, at, taken, norm, n):
+    """gx *= x ** (norm - 1), from `at` on; of what no window has taken, nothing counts, not even a NaN."""
+    a = U(at)
+    if norm == real(2):
+        for i in range(n):
+            gx[a + U(i)] = gx[a + U(i)] * x[a + U(i)] if taken[i] else real(0)
+    elif norm != real(1):
+        for i in range(n):
+            if taken[i]:
+                gx[a + U(i)] *= x[a + U(i)] ** (norm - real(1))
 
 
 @inline
 def _spread_windows(begin, end, gy, x, y, gx, factors, norm, kernel, stride, pad, dilation):
-    """The gradient of _sum_windows for planes; x and y are not read for the norm 1."""
+    """The gradient of _sum_windows for planes, line by line; x and y are not read for the norm 1."""
     D, H, W = gx.shape[1:]
     OD, OH, OW = gy.shape[1:]
     x1, y1, gy1, gx1 = x.reshape(x.size), y.reshape(y.size), gy.reshape(gy.size), gx.reshape(gx.size)
-    line, passed, columns = np.empty(W, gx.dtype), np.empty(OW, gx.dtype), max(min(COLUMNS // stride[2], OW), 1)
-    taken = np.zeros(W, np.bool_)
-    for o in range(OW):
-        _, count, first = pool_taps(o, W, kernel[2], stride[2], pad[2], dilation[2])
-        for k in range(count):
-            taken[first + k * dilation[2]] = True
-    for i in range(begin * D * H * W, end * D * H * W):
-        gx1[i] = real(0)
-    for row in range(begin * OD * OH, end * OD * OH):
-        m, od, oh = row // OH // OD, row // OH % OD, row % OH
-        _, nd, d0 = pool_taps(od, D, kernel[0], stride[0], pad[0], dilation[0])
-        _, nh, h0 = pool_taps(oh, H, kernel[1], stride[1], pad[1], dilation[1])
-        _pass_back(gy1, y1, row * OW, factors[0, od] * factors[1, oh], factors[2], norm, OW, passed)
-        for i in range(W):
-            line[i] = real(0)
-        for left in range(0, OW, columns):
-            across = _cut(left, min(columns, OW - left), W, kernel[2], stride[2], pad[2], dilation[2])
-            for k in range(across[1]):
-                at = across[2] + k * dilation[2]
-                lo, hi = inside(at, stride[2], W, min(columns, OW - left))
-                add_row(passed, left + lo, 1, line, at + lo * stride[2], stride[2], hi - lo)
-        for d in range(nd):
-            for h in range(nh):
-                at = ((m * D + d0 + d * dilation[0]) * H + h0 + h * dilation[1]) * W
-                _add_line(line, taken, x1, gx1, at, norm, W)
+    deep = _takers(D, OD, kernel[0], stride[0], pad[0], dilation[0])
+    high = _takers(H, OH, kernel[1], stride[1], pad[1], dilation[1])
+    wide = _takers(W, OW, kernel[2], stride[2], pad[2], dilation[2])
+    places = _taken_places(wide, OW)
+    # The sums of a line with zeros around: with a stride of 1 the taps along W are shifts of it, else they are picked.
+    shifts = np.arange(kernel[2] if stride[2] == 1 else 0) * dilation[2]
+    before = max((len(shifts) - 1) * dilation[2] - pad[2], 0)
+    padded = np.zeros(before + OW + max(W + pad[2] - OW, 0) + 1, gx.dtype)
+    sums, passed = padded[before:], np.empty(OW, gx.dtype)
+    shifts += before + pad[2] - (len(shifts) - 1) * dilation[2]
+    starts = np.empty(max(deep[:, 1].max() * high[:, 1].max(), 1), np.int64)
+    divisors = np.empty(len(starts), gx.dtype)
+    for line in range(begin * D * H, end * D * H):
+        m, d, h = line // H // D, line // H % D, line % H
+        at, rows, alike = line * W, deep[d, 1] * high[h, 1], norm == real(1)
+        if rows == 0:
+            for i in range(W):
+                gx1[U(at) + U(i)] = real(0)
+            continue
+        if alike and h > 0 and high[h, 0] == high[h - 1, 0] and high[h, 1] == high[h - 1, 1]:
+            copy_block(gx1, at - W, 0, 1, gx1, at, 0, 1, W)  # the same outputs take both
+            continue
+        for r in range(rows):
+            od, oh = deep[d, 0] + r // high[h, 1] * deep[d, 2], high[h, 0] + r % high[h, 1] * high[h, 2]
+            starts[r], divisors[r] = ((m * OD + od) * OH + oh) * OW, factors[0, od] * factors[1, oh]
+            alike &= divisors[r] == divisors[0]
+        if alike:
+            _add(gy1, starts, rows, OW, passed, 0)
+            _pass_back(passed, y1, 0, divisors[0], factors[2], norm, OW, sums)
+        for r in range(0 if alike else rows):
+            _pass_back(gy1, y1, starts[r], divisors[r], factors[2], norm, OW, passed if r else sums)
+            for o in range(OW if r else 0):
+                sums[o] += passed[o]
+        if len(shifts):
+            _add(padded, shifts, len(shifts), W, gx1, at)
+        else:
+            _gather(sums, places, W, gx1, at)
+        _times_power(gx1, x1, at, wide[:, 1], norm, W)
 
 
-# Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
+# Parallel over planes. Every line is made once, from the sums of the rows of outputs whose windows take it.
 @cpu(over="M")
 def avg_pool_backward(
     begin, end, gy, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, pad_front, pad_back, pad_top, pad_bottom,
@@ -687,29 +748,16 @@ def adaptive_avg_pool(begin, end, x, y):
 # Parallel over planes, as avg_pool_backward.
 @cpu(over="M")
 def adaptive_avg_pool_backward(begin, end, gy, gx):
-    D, H, W = gx.shape[1:]
-    OD, OH, OW = gy.shape[1:]
-    line = np.empty(W, gx.dtype)
-    for m in range(begin, end):
-        gx[m] = real(0)
-        for od in range(OD):
-            d0, d1 = pool_share(od, D, OD)
-            for oh in range(OH):
-                h0, h1 = pool_share(oh, H, OH)
-                line[:] = real(0)
-                for ow in range(OW):
-                    w0, w1 = pool_share(ow, W, OW)
-                    g = gy[m, od, oh, ow] / real((d1 - d0) * (h1 - h0) * (w1 - w0))
-                    for w in range(w0, w1):
-                        line[w] += g
-                for d in range(d0, d1):
-                    for h in range(h0, h1):
-                        row = gx[m, d, h]
-                        for w in range(W):
-                            row[w] += line[w]
+    sizes, windows, none, one = gx.shape[1:], gy.shape[1:], (0, 0, 0), (1, 1, 1)
+    factors = np.empty((3, max(windows[0], windows[1], windows[2])), gx.dtype)
+    for a in range(3):
+        for o in range(windows[a]):
+            first, last = pool_share(o, sizes[a], windows[a])
+            factors[a, o] = real(last - first)
+    _spread_windows(begin, end, gy, gy, gy, gx, factors, real(1), none, one, none, one)
 
 
-# Parallel over planes. Each row of outputs becomes one line, which is added to every line that its windows take, in cache.
+# Parallel over planes. Every line is made once, from the sums of the rows of outputs whose windows take it.
 @cpu(over="M")
 def lp_pool_backward(
     begin, end, gy, x, y, gx, kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w,
