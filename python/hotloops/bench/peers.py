@@ -76,14 +76,17 @@ class Torch:
     def _fold(self, w: Workload, a: Any) -> Callable[[], Any]:
         return lambda: self.torch.nn.functional.fold(a["columns"], a["x"].shape[2:], 3, padding=1)
 
-    def _max_pool2d(self, w: Workload, a: Any) -> Callable[[], Any]:
-        f, window = self.torch.nn.functional, w.parameters["window"]
+    def _pooling(self, function: Callable[..., Any], w: Workload, a: Any) -> Callable[[], Any]:
+        window = w.parameters["window"]
         if w.parameters["gradient"]:
-            return self._with_gradient(lambda x: f.max_pool2d(x, *window), a["gy"], a["x"])
-        return lambda: f.max_pool2d(a["x"], *window)
+            return self._with_gradient(lambda x: function(x, *window), a["gy"], a["x"])
+        return lambda: function(a["x"], *window)
+
+    def _max_pool2d(self, w: Workload, a: Any) -> Callable[[], Any]:
+        return self._pooling(self.torch.nn.functional.max_pool2d, w, a)
 
     def _avg_pool2d(self, w: Workload, a: Any) -> Callable[[], Any]:
-        return lambda: self.torch.nn.functional.avg_pool2d(a["x"], *w.parameters["window"])
+        return self._pooling(self.torch.nn.functional.avg_pool2d, w, a)
 
     def _adaptive_avg_pool2d(self, w: Workload, a: Any) -> Callable[[], Any]:
         return lambda: self.torch.nn.functional.adaptive_avg_pool2d(a["x"], *w.parameters["window"])

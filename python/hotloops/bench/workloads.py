@@ -202,6 +202,7 @@ _pool("maxpool3x3s2_n8_64x112", "max_pool2d", "3×3/2", (3, 2, 1), quick=True)
 _pool("maxpool2x2s2_fwdbwd", "max_pool2d", "2×2/2", (2,), gradient=True)
 _pool("maxpool3x3s2_fwdbwd", "max_pool2d", "3×3/2", (3, 2, 1), gradient=True, quick=True)
 _pool("avgpool2x2s2_n8_64x112", "avg_pool2d", "2×2/2", (2,), quick=True)
+_pool("avgpool2x2s2_fwdbwd", "avg_pool2d", "2×2/2", (2,), gradient=True)
 _pool("global_avgpool_n8_64x112", "adaptive_avg_pool2d", "to 1×1", (1,))
 _pool("adaptive_avgpool7_n8_64x112", "adaptive_avg_pool2d", "to 7×7", (7,), quick=True)
 
