@@ -815,7 +815,7 @@ static int run_max(max_job *j)
     if (!volume(w->out)) return HL_OK;
     double work =
         (double)w->size[2] * (double)min64(w->kernel[0], w->size[0]) * (double)min64(w->kernel[1], w->size[1]);
-    if (with_places(j)) work *= 3;
+    if (j->indices) work *= 3;
     int paired = side_by_side(w) && (with_places(j) || is_seamless(w) || !are_short(w));
     j->some = !fits(j) ? max_of_lines : paired ? max_of_pairs : are_short(w) ? max_of_short : max_of_lines;
     if (j->some == max_of_short && take_short(&j->space, w)) return HL_NOMEM;

@@ -149,6 +149,7 @@ spread_across(const int64_t most, const spread_job *j, const real *sums, const r
     }
 }
 
+/* The same where nothing is listed. */
 static void spread_each(const spread_job *j, const real *sums, const real *x, outflow *f)
 {
     const windows *w = &j->sum.w;

@@ -28,7 +28,7 @@ recording = threading.local()
 NO_PLAN: Any = object()  # stands for a call that was looked at and cannot have a plan
 OTHER_TYPES: Any = object()
 MAX_PATTERNS = 16  # of types, per op and number of arguments; each is tried in turn
-SMALL = 1 << 16  # bytes; above, the long way takes little beside the copy, and its copies are shared by threads
+SMALL = 1 << 16  # bytes; above, the long way takes little beside its copies
 
 
 def _not_integers(values: tuple[Any, ...]) -> bool:
