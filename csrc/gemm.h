@@ -252,8 +252,8 @@ typedef struct {
     const real *row_bias; /* [rows] or NULL */
     int past_cache; /* whole vectors are written past the cache: c and c_row are multiples of HL_VLEN bytes */
     gemm_ahead ahead;
-    const real *
-        turn; /* A[m, k] = turn[m + k * turn_row], of which panels are made on the way, at a; or NULL: they are there */
+    /* A[m, k] = turn[m + k * turn_row], of which panels are made on the way, at a; or NULL: they are there. */
+    const real *turn;
     int64_t turn_row;
 } gemm_out;
 

@@ -36,7 +36,6 @@ static inline int64_t group_size(int64_t N, double work, const int64_t *lengths)
     return size < hl_grain(work) ? max64(N, 1) : size;
 }
 
-static inline vreal load_n(const real *p, int64_t n) { return n == LANES ? load(p) : load_part(p, n, (real)0); }
 static inline void store_n(real *p, int64_t n, vreal v)
 {
     if (n == LANES) store(p, v);

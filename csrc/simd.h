@@ -91,6 +91,8 @@ static inline __attribute__((always_inline)) vreal load_part(const real *p, int6
     return u.v;
 #endif
 }
+/* The first n <= LANES, the others 0. */
+static inline vreal load_n(const real *p, int64_t n) { return n == LANES ? load(p) : load_part(p, n, (real)0); }
 static inline __attribute__((always_inline)) void store_part(real *p, int64_t n, vreal v)
 {
 #if defined(__AVX512F__) && HL_F32

@@ -24,7 +24,8 @@ static takers takers_of(const windows *w, int axis, int64_t i)
 /* How the elements of a line pick the sums of its outputs: element i of vector j takes as its q-th the sum base[s * most + q] +
  * at[s * most + q][i], where `inside` is -1, with s = j. Inside of a long line vectors are alike: `turn` of them from `head` on
  * stand for those before `tail`, each time LANES outputs further. Where more outputs than `most` take an element, or those of a
- * vector fill more than one, nothing is listed (most is 0) and each element adds up its own. */
+ * vector fill more than one, nothing is listed (most is 0) and each element adds up its own: with so many as 128 that costs little
+ * more, and lists for wide windows would take more memory than the maps. */
 enum { MOST_LISTED = 128 };
 typedef struct {
     int64_t most, vectors, head, turn, tail;
@@ -110,7 +111,7 @@ static void give_spread(spread_job *j) { hl_give(j->across.at); }
 /* v times the derivative of x ** norm by x, over norm, of n elements. */
 static vreal times_power(vreal v, const real *x, int64_t n, real norm)
 {
-    vreal xs = n >= LANES ? load(x) : load_part(x, n, (real)0);
+    vreal xs = load_n(x, min64(n, LANES));
     if (norm == 2) return v * xs;
     for (int64_t i = 0; i < LANES; i++) v[i] *= (real)pow((double)xs[i], (double)norm - 1);
     return v;
@@ -209,11 +210,10 @@ static const real *scaled_row(scaled_rows *s, const spread_job *j, const row_pla
     s->which[place] = r;
     scale_row(&s->space, &j->sum, p);
     for (int64_t o = 0; o < OW; o += LANES) {
-        const real *gy = j->gy + r * OW + o;
         int64_t n = min64(LANES, OW - o);
-        vreal g = n == LANES ? load(gy) : load_part(gy, n, (real)0);
+        vreal g = load_n(j->gy + r * OW + o, n);
         if (j->y) {
-            vreal y = n == LANES ? load(j->y + r * OW + o) : load_part(j->y + r * OW + o, n, (real)0);
+            vreal y = load_n(j->y + r * OW + o, n);
             if (j->sum.norm == 2) g /= y;
             else
                 for (int64_t i = 0; i < LANES; i++)
